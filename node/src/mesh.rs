@@ -1,0 +1,5 @@
+//! (in progress)
+
+pub mod discovery;
+pub mod links;
+pub mod swarm;

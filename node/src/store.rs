@@ -1,0 +1,5 @@
+//! (in progress)
+
+pub mod database;
+pub mod nar;
+pub mod watcher;
