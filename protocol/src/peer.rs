@@ -1,1 +1,107 @@
-//! (in progress)
+//! PeerId: the public ed25519 key that names a node, in libp2p's text form.
+//!
+//! libp2p peer-ids specification: the identity multihash of the protobuf-encoded public key,
+//! written in base58btc. For ed25519 that is a fixed 6-byte prefix before the 32 bytes of the key,
+//! so every text form starts with `12D3KooW`.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Identity multihash code, its length (36), then the protobuf fields `Type = Ed25519`, `Data = 32 bytes`.
+const MULTIHASH_PREFIX: [u8; 6] = [0x00, 0x24, 0x08, 0x01, 0x12, 0x20];
+
+/// Longest text looked at; a valid PeerId has 52 characters.
+const TEXT_BYTES_MAX: usize = 64;
+
+/// The name of a node: its ed25519 public key.
+///
+/// Holding one says nothing about whether the node is a member; a
+/// [`Certificate`](crate::certificate::Certificate) does.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeerId([u8; 32]);
+
+/// A text that is not the libp2p form of an ed25519 public key.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PeerIdError {
+    #[error("peer id {0:?} is not base58")]
+    NotBase58(String),
+    #[error("peer id {0:?} does not name an ed25519 key (they start with 12D3KooW)")]
+    NotEd25519(String),
+    #[error("peer id has {0} bytes of text, at most {TEXT_BYTES_MAX} are read")]
+    TooLong(usize),
+}
+
+impl PeerId {
+    /// Wraps the 32 bytes of an ed25519 public key.
+    pub const fn from_public_key(key: [u8; 32]) -> PeerId {
+        PeerId(key)
+    }
+
+    /// Returns the 32 bytes of the ed25519 public key.
+    pub const fn as_public_key(&self) -> &[u8; 32] {
+        &self.0
+    }
+}
+
+impl fmt::Display for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut bytes = [0u8; 38];
+        bytes[..6].copy_from_slice(&MULTIHASH_PREFIX);
+        bytes[6..].copy_from_slice(&self.0);
+        f.write_str(&bs58::encode(bytes).into_string())
+    }
+}
+
+impl fmt::Debug for PeerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PeerId({self})")
+    }
+}
+
+impl FromStr for PeerId {
+    type Err = PeerIdError;
+
+    fn from_str(text: &str) -> Result<PeerId, PeerIdError> {
+        if text.len() > TEXT_BYTES_MAX {
+            return Err(PeerIdError::TooLong(text.len()));
+        }
+        let bytes = bs58::decode(text)
+            .into_vec()
+            .map_err(|_| PeerIdError::NotBase58(text.into()))?;
+        let key = bytes
+            .strip_prefix(&MULTIHASH_PREFIX)
+            .and_then(|key| <[u8; 32]>::try_from(key).ok())
+            .ok_or_else(|| PeerIdError::NotEd25519(text.into()))?;
+        Ok(PeerId(key))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_form_is_the_one_libp2p_prints() {
+        // The example key of the libp2p peer-ids specification.
+        let text = "12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA";
+        let peer: PeerId = text.parse().unwrap();
+        assert_eq!(peer.to_string(), text);
+    }
+
+    #[test]
+    fn other_key_types_and_garbage_are_refused() {
+        let rsa = "QmYyQSo1c1Ym7orWxLYvCrM2EmxFTANf8wXmmE7DWjhx5N";
+        assert_eq!(
+            rsa.parse::<PeerId>(),
+            Err(PeerIdError::NotEd25519(rsa.into()))
+        );
+        assert_eq!(
+            "0OIl".parse::<PeerId>(),
+            Err(PeerIdError::NotBase58("0OIl".into()))
+        );
+        assert_eq!(
+            "1".repeat(65).parse::<PeerId>(),
+            Err(PeerIdError::TooLong(65))
+        );
+    }
+}
