@@ -1,0 +1,450 @@
+//! Several minds in one process, with a network of fixed latency between them and virtual time.
+
+mod membership;
+mod gossip;
+mod lookup;
+mod fetch;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::{IpAddr, Ipv4Addr};
+
+use super::*;
+use crate::availability::MemoryIndex;
+use crate::message::PROTOCOL_VERSION;
+use crate::narinfo::NarInfo;
+use crate::signature::SecretKey;
+
+const LATENCY: Duration = Duration::from_millis(1);
+const START: UnixTime = UnixTime(1_700_000_000);
+
+fn mesh_key(name: &str) -> SecretKey {
+    SecretKey::from_seed(name.parse().unwrap(), [1; 32])
+}
+
+fn builder() -> SecretKey {
+    SecretKey::from_seed("builder-1".parse().unwrap(), [2; 32])
+}
+
+fn certificate(peer: PeerId, mesh: &SecretKey) -> SignedCertificate {
+    Certificate {
+        peer,
+        name: format!("node-{}", peer.as_public_key()[0]),
+        permissions: "share".parse().unwrap(),
+        not_before: START,
+        not_after: UnixTime(START.0 + 86_400),
+        serial: 1,
+    }
+    .sign(mesh)
+    .unwrap()
+}
+
+fn hash(number: u8) -> StorePathHash {
+    StorePathHash::from_bytes([number; 20])
+}
+
+/// A narinfo signed by the builder.
+fn narinfo(number: u8) -> String {
+    let base_name = format!("{}-hello-{number}", hash(number));
+    let nar_hash = crate::hash::NarHash::from_bytes([number; 32]);
+    let unsigned = format!(
+        "StorePath: /nix/store/{base_name}\nURL: nar/x.nar\nCompression: none\n\
+         NarHash: {nar_hash}\nNarSize: 1000\nReferences: \n"
+    );
+    let mut narinfo = NarInfo::parse(&unsigned, &StoreDir::default()).unwrap();
+    let fingerprint = narinfo.fingerprint(&StoreDir::default());
+    narinfo.signatures = vec![builder().sign(fingerprint.as_bytes())];
+    narinfo.to_text(&StoreDir::default())
+}
+
+struct Node {
+    mind: Mesh,
+    index: MemoryIndex,
+    /// What it serves; a missing entry is HaveNot.
+    narinfos: BTreeMap<StorePathHash, String>,
+    admitted: BTreeSet<PeerId>,
+    outcomes: Vec<(LookupId, LookupOutcome)>,
+    transfers: Vec<(FetchId, u32, PeerId, u64)>,
+    stopped: Vec<(FetchId, u32)>,
+    failed: Vec<FetchId>,
+    sent: Vec<(PeerId, &'static str)>,
+    is_deaf: bool,
+}
+
+struct Lan {
+    now: Instant,
+    nodes: Vec<Node>,
+    /// Deliveries by time, then by order.
+    mail: BTreeMap<(Instant, u64), (usize, Input)>,
+    posted: u64,
+    links: BTreeSet<(usize, usize)>,
+}
+
+fn id(number: usize) -> PeerId {
+    PeerId::from_public_key([number as u8 + 1; 32])
+}
+
+fn address(number: usize) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, number as u8 + 1)), 4727)
+}
+
+impl Lan {
+    fn new(count: usize) -> Lan {
+        Lan::with(count, |number| certificate(id(number), &mesh_key("home")))
+    }
+
+    fn with(count: usize, certificate: impl Fn(usize) -> SignedCertificate) -> Lan {
+        let now = Instant::now_for_tests();
+        let node = |number: usize| {
+            let config = Config {
+                mesh_key: mesh_key("home").public_key(),
+                certificate: certificate(number),
+                trust: TrustedKeys::from_iter([builder().public_key()]),
+                store_dir: StoreDir::default(),
+                transfer_port: Some(4728),
+                seeds: 0,
+            };
+            Node {
+                mind: Mesh::new(id(number), config, number as u64, now),
+                index: MemoryIndex::new(),
+                narinfos: BTreeMap::new(),
+                admitted: BTreeSet::new(),
+                outcomes: Vec::new(),
+                transfers: Vec::new(),
+                stopped: Vec::new(),
+                failed: Vec::new(),
+                sent: Vec::new(),
+                is_deaf: false,
+            }
+        };
+        let nodes = (0..count).map(node).collect();
+        let mut lan = Lan {
+            now,
+            nodes,
+            mail: BTreeMap::new(),
+            posted: 0,
+            links: BTreeSet::new(),
+        };
+        for number in 0..count {
+            lan.input(number, Input::ClockRead { unix: START });
+            lan.input(number, Input::LocalPaths { all: vec![] });
+        }
+        lan
+    }
+
+    fn introduce_everyone(&mut self) {
+        for one in 0..self.nodes.len() {
+            for other in 0..self.nodes.len() {
+                if one != other {
+                    let (peer, addresses) = (id(other), vec![address(other)]);
+                    self.input(one, Input::Discovered { peer, addresses });
+                }
+            }
+        }
+        self.run(Duration::from_secs(2));
+    }
+
+    fn input(&mut self, number: usize, input: Input) {
+        let node = &mut self.nodes[number];
+        node.mind.handle(&mut node.index, input, self.now);
+        while let Some(output) = self.nodes[number].mind.poll() {
+            self.obey(number, output);
+        }
+    }
+
+    fn post(&mut self, to: usize, after: Duration, input: Input) {
+        self.mail
+            .insert((self.now + after, self.posted), (to, input));
+        self.posted += 1;
+    }
+
+    fn obey(&mut self, number: usize, output: Output) {
+        let to = |peer: PeerId| peer.as_public_key()[0] as usize - 1;
+        let me = id(number);
+        match output {
+            Output::Dial { peer, .. } => {
+                let other = to(peer);
+                if self.links.insert((number.min(other), number.max(other))) {
+                    let link = |peer, address, outbound| Input::LinkUp {
+                        peer,
+                        address,
+                        outbound,
+                        seed: None,
+                    };
+                    self.post(number, LATENCY, link(peer, address(other), true));
+                    self.post(other, LATENCY, link(me, address(number), false));
+                }
+            }
+            Output::DialSeed { .. } => unreachable!("no seeds here"),
+            Output::Hangup { peer, .. } => self.unlink(number, to(peer)),
+            Output::Send { peer, message } => {
+                let may_speak = matches!(message, Message::Hello { .. })
+                    || self.nodes[number].admitted.contains(&peer);
+                assert!(
+                    may_speak,
+                    "{} said to a peer that is not admitted",
+                    message.kind()
+                );
+                self.nodes[number].sent.push((peer, message.kind()));
+                // What travels is bytes.
+                let message = crate::wire::decode(&crate::wire::encode(&message)).unwrap();
+                let other = to(peer);
+                let is_linked = self.links.contains(&(number.min(other), number.max(other)));
+                if is_linked && !self.nodes[other].is_deaf {
+                    self.post(other, LATENCY, Input::Received { peer: me, message });
+                }
+            }
+            Output::Admitted { peer, .. } => {
+                assert!(self.nodes[number].admitted.insert(peer), "admitted twice");
+            }
+            Output::Departed { peer } => {
+                assert!(
+                    self.nodes[number].admitted.remove(&peer),
+                    "departed without being there"
+                );
+            }
+            Output::ReadLocal {
+                peer,
+                request,
+                hashes,
+            } => {
+                let narinfos = &self.nodes[number].narinfos;
+                let answer = |hash: StorePathHash| Answer {
+                    hash,
+                    narinfo: narinfos.get(&hash).cloned(),
+                };
+                let answers = hashes.into_iter().map(answer).collect();
+                self.post(
+                    number,
+                    LATENCY,
+                    Input::LocalAnswers {
+                        peer,
+                        request,
+                        answers,
+                    },
+                );
+            }
+            Output::LookupDone { lookup, outcome } => {
+                self.nodes[number].outcomes.push((lookup, outcome));
+            }
+            Output::Transfer {
+                fetch,
+                attempt,
+                peer,
+                from,
+                ..
+            } => {
+                self.nodes[number]
+                    .transfers
+                    .push((fetch, attempt, peer, from));
+            }
+            Output::StopTransfer { fetch, attempt } => {
+                self.nodes[number].stopped.push((fetch, attempt));
+            }
+            Output::FetchFailed { fetch } => self.nodes[number].failed.push(fetch),
+        }
+    }
+
+    fn unlink(&mut self, one: usize, other: usize) {
+        self.links.remove(&(one.min(other), one.max(other)));
+        self.post(one, LATENCY, Input::LinkDown { peer: id(other) });
+        self.post(other, LATENCY, Input::LinkDown { peer: id(one) });
+    }
+
+    /// Lets virtual time pass, delivering mail and ticking every mind at its deadline.
+    fn run(&mut self, duration: Duration) {
+        let end = self.now + duration;
+        loop {
+            let mail = self.mail.first_key_value().map(|((at, _), _)| *at);
+            let ticks = self
+                .nodes
+                .iter()
+                .filter_map(|node| node.mind.deadline().map(|(at, _)| at));
+            let Some(next) = mail.into_iter().chain(ticks).min().filter(|at| *at <= end) else {
+                break;
+            };
+            self.now = self.now.max(next);
+            if mail.is_some_and(|at| at <= self.now) {
+                let (_, (to, input)) = self.mail.pop_first().unwrap();
+                self.input(to, input);
+            } else {
+                for number in 0..self.nodes.len() {
+                    let due = self.nodes[number]
+                        .mind
+                        .deadline()
+                        .is_some_and(|(at, _)| at <= self.now);
+                    if due {
+                        self.input(number, Input::Tick);
+                        let after = self.nodes[number].mind.deadline();
+                        assert!(
+                            after.is_none_or(|(at, _)| at > self.now),
+                            "a tick left {after:?} due"
+                        );
+                    }
+                }
+            }
+        }
+        self.now = end;
+    }
+
+    fn share(&mut self, number: usize, paths: &[u8]) {
+        for path in paths {
+            self.nodes[number]
+                .narinfos
+                .insert(hash(*path), narinfo(*path));
+        }
+        let added = paths.iter().map(|path| hash(*path)).collect();
+        self.input(
+            number,
+            Input::LocalChanged {
+                added,
+                removed: vec![],
+            },
+        );
+    }
+
+    fn look_up(&mut self, number: usize, path: u8) -> LookupOutcome {
+        let lookup = LookupId(u64::from(path) + 1000 * self.nodes[number].outcomes.len() as u64);
+        self.input(
+            number,
+            Input::Lookup {
+                lookup,
+                hash: hash(path),
+            },
+        );
+        self.run(Duration::from_secs(1));
+        let (done, outcome) = self.nodes[number]
+            .outcomes
+            .last()
+            .expect("the lookup ended")
+            .clone();
+        assert_eq!(done, lookup);
+        outcome
+    }
+
+    fn is_found(&mut self, number: usize, path: u8) -> bool {
+        matches!(self.look_up(number, path), LookupOutcome::Found { .. })
+    }
+
+    fn knows(&self, number: usize, holder: usize, path: u8) -> bool {
+        self.nodes[number]
+            .index
+            .providers(HashPrefix::from(&hash(path)))
+            .contains(&id(holder))
+    }
+
+    fn refusals(&self, number: usize) -> Vec<(Refusal, u64)> {
+        self.nodes[number].mind.refusals().collect()
+    }
+}
+
+/// The one place in this crate that reads a clock: virtual time has to start somewhere.
+trait NowForTests {
+    fn now_for_tests() -> Instant;
+}
+
+impl NowForTests for Instant {
+    #[allow(clippy::disallowed_methods)]
+    fn now_for_tests() -> Instant {
+        Instant::now()
+    }
+}
+
+/// One mind without a network around it: what it wants is looked at instead of done.
+struct Alone {
+    mind: Mesh,
+    index: MemoryIndex,
+    now: Instant,
+}
+
+impl Alone {
+    fn new(seeds: usize) -> Alone {
+        let now = Instant::now_for_tests();
+        let config = Config {
+            mesh_key: mesh_key("home").public_key(),
+            certificate: certificate(id(0), &mesh_key("home")),
+            trust: TrustedKeys::from_iter([builder().public_key()]),
+            store_dir: StoreDir::default(),
+            transfer_port: Some(4728),
+            seeds,
+        };
+        let mut alone = Alone {
+            mind: Mesh::new(id(0), config, 1, now),
+            index: MemoryIndex::new(),
+            now,
+        };
+        alone.input(Input::ClockRead { unix: START });
+        alone
+    }
+
+    fn input(&mut self, input: Input) -> Vec<Output> {
+        self.mind.handle(&mut self.index, input, self.now);
+        std::iter::from_fn(|| self.mind.poll()).collect()
+    }
+
+    fn receive(&mut self, number: usize, message: Message) -> Vec<Output> {
+        let peer = id(number);
+        self.input(Input::Received { peer, message })
+    }
+
+    fn link(&mut self, number: usize, seed: Option<usize>) -> Vec<Output> {
+        self.input(Input::LinkUp {
+            peer: id(number),
+            address: address(number),
+            outbound: seed.is_some(),
+            seed,
+        })
+    }
+
+    /// Links a member that offers transfers and holds `shares`.
+    fn admit(&mut self, number: usize, shares: Vec<HashPrefix>) {
+        self.link(number, None);
+        let head = Cursor {
+            epoch: 1,
+            sequence: 1,
+        };
+        self.receive(number, hello(number, "home"));
+        let about = Message::About {
+            store_dir: StoreDir::default(),
+            transfer_port: Some(4728),
+            head,
+        };
+        self.receive(number, about);
+        let snapshot = Message::Snapshot {
+            head,
+            after: None,
+            prefixes: shares,
+            is_last: true,
+        };
+        self.receive(number, snapshot);
+    }
+
+    /// Everything the mind wants while time passes.
+    fn wait(&mut self, duration: Duration) -> Vec<Output> {
+        let end = self.now + duration;
+        let mut outputs = Vec::new();
+        while let Some((at, _)) = self.mind.deadline().filter(|(at, _)| *at <= end) {
+            self.now = at;
+            outputs.extend(self.input(Input::Tick));
+        }
+        self.now = end;
+        outputs
+    }
+
+    fn view(&self, number: usize) -> Option<PeerView> {
+        let views = self.mind.peers(&self.index, self.now);
+        views.into_iter().find(|view| view.peer == id(number))
+    }
+}
+
+fn hello(number: usize, mesh: &str) -> Message {
+    Message::Hello {
+        version: PROTOCOL_VERSION,
+        certificate: certificate(id(number), &mesh_key(mesh)),
+    }
+}
+
+fn dials(outputs: &[Output]) -> usize {
+    let is_dial =
+        |output: &&Output| matches!(output, Output::Dial { .. } | Output::DialSeed { .. });
+    outputs.iter().filter(is_dial).count()
+}
