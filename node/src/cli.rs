@@ -1,1 +1,356 @@
-//! (in progress)
+//! The command line. Parses, calls, prints; exit status 0 for success, 1 for failure, 2 for misuse.
+
+use std::io::{self, IsTerminal, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, Parser, Subcommand};
+use granary_protocol::certificate::{Certificate, Permissions, UnixTime};
+use granary_protocol::peer::PeerId;
+use granary_protocol::signature::{KeyName, SecretKey};
+use tracing_subscriber::EnvFilter;
+use zeroize::Zeroizing;
+
+use crate::clock::unix_time;
+use crate::config::Config;
+use crate::daemon::{self, Daemon};
+use crate::demo;
+use crate::identity::Identity;
+use crate::loopback;
+use crate::status::{self, Report, Why};
+use crate::store::NixStore;
+
+/// Lifetime of a certificate unless told otherwise.
+const CERTIFICATE_DAYS: u64 = 30;
+
+const SECONDS_PER_DAY: u64 = 86_400;
+
+/// Share Nix builds between the machines of a local network.
+#[derive(Parser)]
+#[command(name = "granary", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a node: the substituter on loopback and its part of the mesh.
+    Node(ConfigFile),
+    /// Print this machine's peer id, making its identity at first use.
+    Identity {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// Look here instead of in the configured state folder.
+        #[arg(long)]
+        state_dir: Option<PathBuf>,
+    },
+    /// Make a mesh, and admit machines to it.
+    #[command(subcommand)]
+    Mesh(MeshCommand),
+    /// Show what the running node knows and did.
+    Status {
+        #[command(flatten)]
+        config: ConfigFile,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Explain what Nix is told about a store path, and why.
+    Why {
+        /// A store path, its base name or its hash.
+        path: String,
+        #[command(flatten)]
+        config: ConfigFile,
+        #[arg(long)]
+        json: bool,
+    },
+    /// Check a configuration file and what it refers to.
+    CheckConfig {
+        #[command(flatten)]
+        config: ConfigFile,
+        /// Only the file itself, not the store and certificate that it names.
+        #[arg(long)]
+        offline: bool,
+    },
+    /// Show the main job on this machine: two nodes, one closure, real transfers.
+    Demo,
+}
+
+#[derive(Args)]
+struct ConfigFile {
+    /// Configuration file (TOML). Default: /etc/granary/granary.toml if it exists, else defaults.
+    #[arg(long, env = "GRANARY_CONFIG")]
+    config: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum MeshCommand {
+    /// Make a mesh key and print its public half, for mesh.key of every machine.
+    Create {
+        /// Where the secret key is written; keep it safe, it admits machines.
+        #[arg(long, default_value = "mesh.key")]
+        key_file: PathBuf,
+        /// Also write the public key here.
+        #[arg(long)]
+        public_file: Option<PathBuf>,
+        /// A name for the mesh.
+        #[arg(long, default_value = "granary-mesh")]
+        name: String,
+    },
+    /// Write a certificate that makes a machine a member.
+    Admit {
+        /// What `granary identity` printed on that machine.
+        peer_id: PeerId,
+        #[arg(long, default_value = "mesh.key")]
+        key_file: PathBuf,
+        /// Where the certificate is written; the machine expects it in mesh.certificate-file.
+        #[arg(long, default_value = "certificate")]
+        out: PathBuf,
+        /// What to call the machine; default: the end of its peer id.
+        #[arg(long)]
+        name: Option<String>,
+        /// Permissions: share, vouch, `push:<cache pattern>`.
+        #[arg(long, default_value = "share,vouch")]
+        allow: Permissions,
+        #[arg(long, default_value_t = CERTIFICATE_DAYS)]
+        days: u64,
+    },
+}
+
+/// Runs the command line of this process.
+pub fn run() -> ExitCode {
+    let arguments = Arguments::parse();
+    log_to_stderr();
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&anyhow::Error::new(error).context("cannot start the runtime")),
+    };
+    let outcome = runtime.block_on(execute(arguments.command));
+    // A blocking read of a hung disk must not hold up the end.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    // A closed stderr leaves nobody to tell.
+    let _ = writeln!(io::stderr(), "granary: {}", daemon::chain(error.as_ref()));
+    ExitCode::FAILURE
+}
+
+fn log_to_stderr() {
+    let filter =
+        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,granary=info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false)
+        .init();
+}
+
+async fn execute(command: Command) -> Result<()> {
+    match command {
+        Command::Node(config) => node(config.load()?).await,
+        Command::Identity { config, state_dir } => identity(&config, state_dir),
+        Command::Mesh(MeshCommand::Create {
+            key_file,
+            public_file,
+            name,
+        }) => mesh_create(&key_file, public_file.as_deref(), &name),
+        Command::Mesh(MeshCommand::Admit {
+            peer_id,
+            key_file,
+            out,
+            name,
+            allow,
+            days,
+        }) => mesh_admit(peer_id, &key_file, &out, name, allow, days),
+        Command::Status { config, json } => {
+            let text = ask(config.load()?.substituter.listen, "/api/v1/status").await?;
+            let text = text.context("the node is still opening its store")?;
+            let report: Report =
+                serde_json::from_str(&text).context("the answer is no status report")?;
+            print(&if json { text } else { report.to_string() })
+        }
+        Command::Why { path, config, json } => {
+            let config = config.load()?;
+            // Asked by hash: a name may contain what a URL gives another meaning, such as `?`.
+            let hash = status::hash_of(&path, &config.store.dir)
+                .with_context(|| format!("{path:?} is no store path and no hash of one"))?;
+            let text = ask(config.substituter.listen, &format!("/api/v1/why/{hash}")).await?;
+            let text = text.context("the node is still opening its store")?;
+            let why: Why = serde_json::from_str(&text).context("the answer is no explanation")?;
+            print(&if json { text } else { why.to_string() })
+        }
+        Command::CheckConfig { config, offline } => check_config(&config, offline).await,
+        Command::Demo => demo::run().await,
+    }
+}
+
+impl ConfigFile {
+    fn path(&self) -> Option<PathBuf> {
+        let system = Path::new("/etc/granary/granary.toml");
+        self.config
+            .clone()
+            .or_else(|| system.exists().then(|| system.to_owned()))
+    }
+
+    fn load(&self) -> Result<Config> {
+        Ok(Config::load(self.path().as_deref())?)
+    }
+}
+
+async fn node(config: Config) -> Result<()> {
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let daemon = Daemon::start(config).await?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
+    }
+    tracing::info!("stopping");
+    daemon.stop().await;
+    Ok(())
+}
+
+fn identity(config: &ConfigFile, state_dir: Option<PathBuf>) -> Result<()> {
+    let file = match state_dir {
+        Some(state_dir) => state_dir.join("identity"),
+        None => config.load()?.identity_file(),
+    };
+    if let Some(folder) = file.parent() {
+        daemon::make_state_dir(folder)
+            .with_context(|| format!("cannot make the state folder {}", folder.display()))?;
+    }
+    print(&format!("{}\n", Identity::load_or_create(&file)?.peer_id()))
+}
+
+fn mesh_create(key_file: &Path, public_file: Option<&Path>, name: &str) -> Result<()> {
+    let name = KeyName::new(name)?;
+    let mut seed = Zeroizing::new([0u8; 32]);
+    getrandom::fill(seed.as_mut()).context("the system gave no random bytes")?;
+    let key = SecretKey::from_seed(name, *seed);
+    let public = key.public_key();
+    // Never over an existing key: the members of its mesh would be lost.
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(key_file)
+        .with_context(|| format!("cannot write the mesh key to {}", key_file.display()))?;
+    file.write_all(key.to_nix_string().as_bytes())
+        .and_then(|()| file.sync_all())
+        .with_context(|| format!("cannot write the mesh key to {}", key_file.display()))?;
+    if let Some(public_file) = public_file {
+        std::fs::write(public_file, format!("{public}\n"))
+            .with_context(|| format!("cannot write the public key to {}", public_file.display()))?;
+    }
+    print(&format!("{public}\n"))
+}
+
+fn mesh_admit(
+    peer: PeerId,
+    key_file: &Path,
+    out: &Path,
+    name: Option<String>,
+    permissions: Permissions,
+    days: u64,
+) -> Result<()> {
+    let text = std::fs::read_to_string(key_file)
+        .map(Zeroizing::new)
+        .with_context(|| {
+            format!(
+                "cannot read the mesh key {} (made by granary mesh create)",
+                key_file.display()
+            )
+        })?;
+    let key: SecretKey = text
+        .trim()
+        .parse()
+        .with_context(|| format!("{} is no mesh key", key_file.display()))?;
+    let now = unix_time();
+    let mut serial = [0u8; 8];
+    getrandom::fill(&mut serial).context("the system gave no random bytes")?;
+    let lifetime = days
+        .checked_mul(SECONDS_PER_DAY)
+        .and_then(|seconds| now.0.checked_add(seconds));
+    let certificate = Certificate {
+        peer,
+        // All peer ids begin alike; the end tells them apart.
+        name: name.unwrap_or_else(|| {
+            let text = peer.to_string();
+            format!("node-{}", &text[text.len() - 8..])
+        }),
+        permissions,
+        not_before: now,
+        not_after: UnixTime(lifetime.context("--days is too large")?),
+        serial: u64::from_ne_bytes(serial),
+    };
+    let text = certificate.sign(&key)?.to_text();
+    std::fs::write(out, format!("{text}\n"))
+        .with_context(|| format!("cannot write the certificate to {}", out.display()))?;
+    print(&format!(
+        "admitted {} as {} for {days} days: {}\n",
+        peer,
+        certificate.name,
+        out.display()
+    ))
+}
+
+async fn check_config(config: &ConfigFile, offline: bool) -> Result<()> {
+    let config = config.load()?;
+    if !offline {
+        NixStore::open(config.store_config()).await?;
+        if config.mesh.key.is_some() {
+            let file = config.certificate_file();
+            let text = std::fs::read_to_string(&file).with_context(|| {
+                format!(
+                    "mesh.key is set, but there is no certificate at {}",
+                    file.display()
+                )
+            })?;
+            let certificate = granary_protocol::certificate::SignedCertificate::from_text(&text)
+                .with_context(|| format!("{} is no certificate", file.display()))?;
+            // Before the first start there is no identity that it could belong to.
+            let peer = match config.identity_file() {
+                file if file.exists() => {
+                    PeerId::from_public_key(Identity::load_or_create(&file)?.public_key())
+                }
+                _ => certificate.claims()?.peer,
+            };
+            if let Some(mesh) = &config.mesh.key {
+                certificate
+                    .verify(mesh, &peer, unix_time())
+                    .with_context(|| format!("the certificate {} is not valid", file.display()))?;
+            }
+        }
+    }
+    print("the configuration is fine\n")
+}
+
+/// Asks the running node; `None` for 404.
+async fn ask(address: SocketAddr, target: &str) -> Result<Option<String>> {
+    let answer = loopback::get(address, target).await?;
+    Ok(answer.map(String::from_utf8).transpose()?)
+}
+
+fn print(text: &str) -> Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        // Whoever reads us has read enough, as `head` does.
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        outcome => Ok(outcome?),
+    }
+}

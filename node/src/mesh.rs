@@ -1,5 +1,848 @@
-//! (in progress)
+//! The mesh: one loop around the mind, with libp2p, mDNS and the local store as its hands.
+//!
+//! Runs on a thread of its own with a runtime of its own, because the mind's index is SQLite and a
+//! slow disk must not stall an HTTP answer. Everybody else holds a [`MeshHandle`]. The loop takes
+//! one event at a time, hands it to [`granary_protocol::mesh::Mesh`], and carries out what comes
+//! back; it decides nothing.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use granary_protocol::availability::{AvailabilityIndex, Cursor};
+use granary_protocol::mesh::{
+    Blame, Config as MindConfig, FetchId, Input, LookupId, LookupOutcome, Mesh, Output, PeerView,
+    Refusal,
+};
+use granary_protocol::message::{Answer, Message, PROTOCOL_VERSION};
+use granary_protocol::narinfo::VerifiedNarInfo;
+use granary_protocol::peer::PeerId;
+use granary_protocol::store_path::StorePathHash;
+use granary_protocol::wire;
+use tokio::sync::{mpsc, oneshot, watch};
+use tracing::{debug, info, warn};
+
+use crate::clock::{Clock, unix_time};
+use crate::identity::{self, Identity};
+use crate::index::{IndexError, SqliteIndex};
+use crate::store::{LocalStore, StoreEvent};
 
 pub mod discovery;
 pub mod links;
 pub mod swarm;
+
+use discovery::{Discovery, DiscoveryEvent};
+use swarm::{DialError, Network, NetworkError, NetworkEvent};
+
+/// Commands waiting for the loop; beyond it, those who ask wait.
+const COMMANDS_MAX: usize = 1024;
+
+/// Orders waiting for one fetch: an attempt is opened, stopped, or failed, one after another.
+const ORDERS_MAX: usize = 8;
+
+/// Database visits for peers under way at once; a peer that asks for more than this waits.
+const LOCAL_READS_MAX: usize = 64;
+
+/// Refusals that are logged at WARN; further ones are counted and logged at DEBUG.
+const REFUSALS_TOLD_MAX: usize = 256;
+
+/// How often the wall clock is read again, to date certificates after it was set.
+const CLOCK_INTERVAL: Duration = Duration::from_secs(60);
+
+/// Time that Goodbye and mDNS's farewell get at shutdown.
+const FAREWELL: Duration = Duration::from_millis(300);
+
+/// What the loop is told at start.
+pub struct Options {
+    pub mind: MindConfig,
+    pub listen: Vec<SocketAddr>,
+    /// `host:port` of unknown peers; their number is `mind.seeds`.
+    pub seeds: Vec<String>,
+    pub mdns: Option<Mdns>,
+    pub index_file: PathBuf,
+}
+
+/// How this node finds others on the local network.
+pub struct Mdns {
+    pub mesh_tag: String,
+    pub transfer_port: u16,
+    pub port: u16,
+    pub interfaces: Vec<String>,
+}
+
+/// Why there is no mesh.
+#[derive(Debug, thiserror::Error)]
+pub enum MeshError {
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    #[error(transparent)]
+    Index(#[from] IndexError),
+    #[error("cannot start the mesh's thread: {0}")]
+    Thread(#[source] std::io::Error),
+    #[error("the system gave no random bytes: {0}")]
+    NoRandomness(getrandom::Error),
+    #[error("the mesh's thread ended while starting")]
+    Ended,
+}
+
+/// Talks to the loop. Cheap to clone.
+#[derive(Clone)]
+pub struct MeshHandle {
+    commands: mpsc::Sender<Command>,
+    members: watch::Receiver<Arc<BTreeSet<PeerId>>>,
+    next_id: Arc<AtomicU64>,
+    listening: SocketAddr,
+}
+
+/// What the mind wants done about one fetch.
+#[derive(Debug)]
+pub enum Order {
+    /// Transfer from this peer, continuing where the last one ended.
+    Open {
+        attempt: u32,
+        peer: PeerId,
+        address: SocketAddr,
+    },
+    /// Stop that attempt; another order follows.
+    Stop { attempt: u32 },
+    /// Every provider was tried.
+    Fail,
+}
+
+/// One NAR being fetched: orders come in, reports go out. Dropping it ends the fetch.
+pub struct Fetch {
+    id: FetchId,
+    orders: mpsc::Receiver<Order>,
+    commands: mpsc::Sender<Command>,
+}
+
+/// What the mesh knows, for status.
+#[derive(Debug)]
+pub struct Snapshot {
+    pub head: Cursor,
+    /// Paths this node announces.
+    pub paths: u64,
+    pub peers: Vec<PeerView>,
+    pub refusals: Vec<(Refusal, u64)>,
+}
+
+/// What the mesh would do about one path.
+#[derive(Debug)]
+pub struct Knowledge {
+    /// Everyone whose announcements contain it, usable or not.
+    pub announced_by: Vec<PeerId>,
+    /// Those who may be asked, best first.
+    pub usable: Vec<PeerId>,
+    pub peers: Vec<PeerView>,
+}
+
+enum Command {
+    Lookup {
+        hash: StorePathHash,
+        id: LookupId,
+        answer: oneshot::Sender<LookupOutcome>,
+    },
+    Cancel(LookupId, StorePathHash),
+    Fetch {
+        id: FetchId,
+        narinfo: Arc<VerifiedNarInfo>,
+        orders: mpsc::Sender<Order>,
+    },
+    Report(Input),
+    FetchDone(FetchId),
+    Snapshot(oneshot::Sender<Snapshot>),
+    Knowledge(StorePathHash, oneshot::Sender<Knowledge>),
+    Shutdown(oneshot::Sender<()>),
+}
+
+/// Starts the loop on its own thread. `shared` is what other members may see.
+pub async fn start(
+    identity: &Identity,
+    shared: Arc<dyn LocalStore>,
+    options: Options,
+) -> Result<MeshHandle, MeshError> {
+    let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+    let (members_sender, members) = watch::channel(Arc::default());
+    let (started_sender, started) = oneshot::channel();
+    let identity = identity.clone();
+    let run = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build();
+        match runtime {
+            Err(error) => drop(started_sender.send(Err(MeshError::Thread(error)))),
+            Ok(runtime) => runtime.block_on(async move {
+                match Loop::new(&identity, shared, options, receiver, members_sender).await {
+                    Err(error) => drop(started_sender.send(Err(error))),
+                    Ok((mut mesh, listening)) => {
+                        drop(started_sender.send(Ok(listening)));
+                        mesh.run().await;
+                    }
+                }
+            }),
+        }
+    };
+    std::thread::Builder::new()
+        .name("mesh".into())
+        .spawn(run)
+        .map_err(MeshError::Thread)?;
+    let listening = started.await.map_err(|_| MeshError::Ended)??;
+    Ok(MeshHandle {
+        commands,
+        members,
+        next_id: Arc::new(AtomicU64::new(1)),
+        listening,
+    })
+}
+
+impl MeshHandle {
+    /// Asks the mesh for a path. Dropping the future withdraws the question.
+    ///
+    /// Ends within a second; a mesh that has stopped knows nothing.
+    pub async fn lookup(&self, hash: StorePathHash) -> LookupOutcome {
+        let id = LookupId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let (answer, outcome) = oneshot::channel();
+        let mut withdraw = Withdraw {
+            asked: Some((id, hash)),
+            commands: self.commands.clone(),
+        };
+        let outcome = match self
+            .commands
+            .send(Command::Lookup { hash, id, answer })
+            .await
+        {
+            Ok(()) => outcome.await.unwrap_or(LookupOutcome::NotFound),
+            Err(_) => LookupOutcome::NotFound,
+        };
+        withdraw.asked = None;
+        outcome
+    }
+
+    /// Begins to fetch a NAR; the orders say from whom.
+    pub async fn fetch(&self, narinfo: Arc<VerifiedNarInfo>) -> Fetch {
+        let id = FetchId(self.next_id.fetch_add(1, Ordering::Relaxed));
+        let (sender, orders) = mpsc::channel(ORDERS_MAX);
+        // A mesh that has stopped drops the sender, which reads as a failed fetch.
+        let _ = self
+            .commands
+            .send(Command::Fetch {
+                id,
+                narinfo,
+                orders: sender,
+            })
+            .await;
+        Fetch {
+            id,
+            orders,
+            commands: self.commands.clone(),
+        }
+    }
+
+    /// The peers that proved membership and are linked now.
+    pub fn members(&self) -> watch::Receiver<Arc<BTreeSet<PeerId>>> {
+        self.members.clone()
+    }
+
+    /// Where the control plane listens.
+    pub fn listening(&self) -> SocketAddr {
+        self.listening
+    }
+
+    /// `None` when the mesh has stopped.
+    pub async fn snapshot(&self) -> Option<Snapshot> {
+        self.ask(Command::Snapshot).await
+    }
+
+    /// `None` when the mesh has stopped.
+    pub async fn knowledge(&self, hash: StorePathHash) -> Option<Knowledge> {
+        self.ask(|answer| Command::Knowledge(hash, answer)).await
+    }
+
+    /// Says goodbye to everyone and ends the loop.
+    pub async fn shutdown(&self) {
+        self.ask(Command::Shutdown).await;
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (sender, answer) = oneshot::channel();
+        self.commands.send(command(sender)).await.ok()?;
+        answer.await.ok()
+    }
+}
+
+/// Withdraws a lookup whose asker went away.
+struct Withdraw {
+    asked: Option<(LookupId, StorePathHash)>,
+    commands: mpsc::Sender<Command>,
+}
+
+impl Drop for Withdraw {
+    fn drop(&mut self) {
+        if let Some((id, hash)) = self.asked {
+            // When the loop is that busy, the lookup ends by its own deadline.
+            let _ = self.commands.try_send(Command::Cancel(id, hash));
+        }
+    }
+}
+
+impl Fetch {
+    /// The next order; [`Order::Fail`] when the mesh has stopped. Cancel-safe.
+    pub async fn order(&mut self) -> Order {
+        self.orders.recv().await.unwrap_or(Order::Fail)
+    }
+
+    /// The next order while a transfer runs; never one when the mesh has stopped, because what is
+    /// under way may finish. Cancel-safe.
+    pub async fn change(&mut self) -> Order {
+        match self.orders.recv().await {
+            Some(order) => order,
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Reports that the transfer reached byte `at`, or is held up by the reader.
+    pub async fn progress(&self, attempt: u32, at: u64) {
+        self.report(Input::TransferProgress {
+            fetch: self.id,
+            attempt,
+            at,
+        })
+        .await;
+    }
+
+    pub async fn ended(&self, attempt: u32, outcome: Result<(), Blame>) {
+        self.report(Input::TransferEnded {
+            fetch: self.id,
+            attempt,
+            outcome,
+        })
+        .await;
+    }
+
+    /// The whole NAR has another hash than promised.
+    pub async fn mismatch(&self) {
+        self.report(Input::FetchMismatch { fetch: self.id }).await;
+    }
+
+    async fn report(&self, input: Input) {
+        // A mesh that has stopped needs no reports.
+        let _ = self.commands.send(Command::Report(input)).await;
+    }
+}
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        let done = Command::FetchDone(self.id);
+        if let Err(mpsc::error::TrySendError::Full(done)) = self.commands.try_send(done)
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let commands = self.commands.clone();
+            runtime.spawn(async move { drop(commands.send(done).await) });
+        }
+    }
+}
+
+struct Loop {
+    me: PeerId,
+    clock: Clock,
+    mind: Mesh,
+    index: SqliteIndex,
+    network: Network,
+    discovery: Option<Discovery>,
+    commands: mpsc::Receiver<Command>,
+    shared: Arc<dyn LocalStore>,
+    store_events: mpsc::Receiver<StoreEvent>,
+    /// Paths heard of before the first complete set; `None` afterwards.
+    first_set: Option<Vec<StorePathHash>>,
+    /// Results of tasks that the loop started.
+    results_sender: mpsc::Sender<TaskResult>,
+    results: mpsc::Receiver<TaskResult>,
+    local_reads: Arc<tokio::sync::Semaphore>,
+    seeds: Vec<String>,
+    /// Addresses of a seed that are being dialled, to know it by when it answers.
+    seed_dials: BTreeMap<SocketAddr, usize>,
+    lookups: BTreeMap<LookupId, oneshot::Sender<LookupOutcome>>,
+    fetches: BTreeMap<FetchId, mpsc::Sender<Order>>,
+    refusals_told: BTreeSet<(PeerId, Refusal)>,
+    members: watch::Sender<Arc<BTreeSet<PeerId>>>,
+    shutdown: Option<oneshot::Sender<()>>,
+}
+
+/// What a task that the loop started comes back with.
+enum TaskResult {
+    Input(Input),
+    SeedResolved { seed: usize, address: SocketAddr },
+}
+
+impl Loop {
+    async fn new(
+        identity: &Identity,
+        shared: Arc<dyn LocalStore>,
+        options: Options,
+        commands: mpsc::Receiver<Command>,
+        members: watch::Sender<Arc<BTreeSet<PeerId>>>,
+    ) -> Result<(Loop, SocketAddr), MeshError> {
+        let me = PeerId::from_public_key(identity.public_key());
+        let clock = Clock::new();
+        let index = SqliteIndex::open(&options.index_file)?;
+        let limits = links::Limits::new(wire::FRAME_BYTES_MAX);
+        let mut network = Network::new(identity, &options.listen, limits)?;
+        let listening = first_address(&mut network).await;
+        let discovery = options
+            .mdns
+            .and_then(|mdns| discover(identity.peer_id(), mdns, listening.port()));
+        let mut seed = [0u8; 8];
+        getrandom::fill(&mut seed).map_err(MeshError::NoRandomness)?;
+        let now = clock.now();
+        let mind = Mesh::new(me, options.mind, u64::from_ne_bytes(seed), now);
+        let (results_sender, results) = mpsc::channel(COMMANDS_MAX);
+        let mut mesh = Loop {
+            me,
+            clock,
+            mind,
+            index,
+            network,
+            discovery,
+            commands,
+            store_events: shared.watch(),
+            shared,
+            first_set: Some(Vec::new()),
+            results_sender,
+            results,
+            local_reads: Arc::new(tokio::sync::Semaphore::new(LOCAL_READS_MAX)),
+            seeds: options.seeds,
+            seed_dials: BTreeMap::new(),
+            lookups: BTreeMap::new(),
+            fetches: BTreeMap::new(),
+            refusals_told: BTreeSet::new(),
+            members,
+            shutdown: None,
+        };
+        mesh.think(Input::ClockRead { unix: unix_time() });
+        Ok((mesh, listening))
+    }
+
+    async fn run(&mut self) {
+        let mut clock_read = tokio::time::interval(CLOCK_INTERVAL);
+        clock_read.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while self.shutdown.is_none() {
+            let now = self.clock.now();
+            let deadline = self
+                .mind
+                .deadline()
+                .map(|(at, _)| at.saturating_duration_since(now));
+            tokio::select! {
+                event = self.network.next() => self.network_event(event),
+                event = next_discovery(&mut self.discovery) => self.discovery_event(event),
+                command = self.commands.recv() => match command {
+                    Some(command) => self.command(command),
+                    // Nobody holds a handle: the start was given up halfway.
+                    None => break,
+                },
+                Some(event) = self.store_events.recv() => self.store_event(event),
+                Some(result) = self.results.recv() => self.task_result(result),
+                _ = clock_read.tick() => self.think(Input::ClockRead { unix: unix_time() }),
+                () = sleep(deadline) => self.think(Input::Tick),
+            }
+            if self.clock.woke() {
+                info!("machine woke from sleep");
+                self.think(Input::ClockRead { unix: unix_time() });
+                self.think(Input::Woke);
+            }
+        }
+        self.think(Input::Shutdown);
+        let farewell = async {
+            // Only moving the network carries the goodbyes out.
+            loop {
+                self.network.next().await;
+            }
+        };
+        let _ = tokio::time::timeout(FAREWELL, farewell).await;
+        if let Some(discovery) = self.discovery.take() {
+            discovery.shutdown().await;
+        }
+        if let Some(done) = self.shutdown.take() {
+            // Whoever asked may have stopped waiting.
+            let _ = done.send(());
+        }
+    }
+
+    /// Gives the mind an input and carries out everything it wants.
+    fn think(&mut self, input: Input) {
+        self.mind.handle(&mut self.index, input, self.clock.now());
+        while let Some(output) = self.mind.poll() {
+            self.obey(output);
+        }
+    }
+
+    fn obey(&mut self, output: Output) {
+        match output {
+            Output::Dial { peer, addresses } => match identity::peer_id_of(peer.as_public_key()) {
+                Some(id) => self.network.dial(id, addresses),
+                None => debug!(%peer, "could not dial a peer whose key is no point of the curve"),
+            },
+            Output::DialSeed { seed } => self.dial_seed(seed),
+            Output::Hangup { peer, refusal } => {
+                if let Some(refusal) = refusal {
+                    self.log_refusal(peer, refusal);
+                }
+                if let Some(id) = identity::peer_id_of(peer.as_public_key()) {
+                    self.network.hangup(id);
+                }
+            }
+            Output::Send { peer, message } => self.send(peer, &message),
+            Output::Admitted { peer, certificate } => {
+                info!(%peer, name = %certificate.name, "linked a member");
+                self.members.send_modify(|members| {
+                    Arc::make_mut(members).insert(peer);
+                });
+            }
+            Output::Departed { peer } => {
+                info!(%peer, "lost the link to a member");
+                self.members.send_modify(|members| {
+                    Arc::make_mut(members).remove(&peer);
+                });
+            }
+            Output::ReadLocal {
+                peer,
+                request,
+                hashes,
+            } => self.read_local(peer, request, hashes),
+            Output::LookupDone { lookup, outcome } => {
+                if let Some(answer) = self.lookups.remove(&lookup) {
+                    // Whoever asked may have gone.
+                    let _ = answer.send(outcome);
+                }
+            }
+            Output::Transfer {
+                fetch,
+                attempt,
+                peer,
+                address,
+                ..
+            } => {
+                self.order(
+                    fetch,
+                    Order::Open {
+                        attempt,
+                        peer,
+                        address,
+                    },
+                );
+            }
+            Output::StopTransfer { fetch, attempt } => self.order(fetch, Order::Stop { attempt }),
+            Output::FetchFailed { fetch } => {
+                self.order(fetch, Order::Fail);
+                self.fetches.remove(&fetch);
+            }
+        }
+    }
+
+    /// Says each refusal aloud once, so that a stranger cannot fill the log; all are counted.
+    fn log_refusal(&mut self, peer: PeerId, refusal: Refusal) {
+        let is_news = self.refusals_told.len() < REFUSALS_TOLD_MAX
+            && self.refusals_told.insert((peer, refusal));
+        if is_news {
+            warn!(%peer, %refusal, "refused a peer");
+        } else {
+            debug!(%peer, %refusal, "refused a peer");
+        }
+    }
+
+    fn order(&mut self, fetch: FetchId, order: Order) {
+        // A full channel belongs to a task that hears nothing any more; dropping it ends the fetch.
+        if let Some(orders) = self.fetches.get(&fetch)
+            && orders.try_send(order).is_err()
+        {
+            self.fetches.remove(&fetch);
+        }
+    }
+
+    fn send(&mut self, peer: PeerId, message: &Message) {
+        let Some(id) = identity::peer_id_of(peer.as_public_key()) else {
+            return;
+        };
+        if let Err(error) = self.network.send(id, Bytes::from(wire::encode(message))) {
+            // A peer that reads too slowly loses the link: what it misses it pulls when it is back.
+            debug!(%peer, message = message.kind(), %error, "could not send");
+            self.network.hangup(id);
+        }
+    }
+
+    fn dial_seed(&mut self, seed: usize) {
+        let Some(host) = self.seeds.get(seed).cloned() else {
+            return;
+        };
+        let results = self.results_sender.clone();
+        tokio::spawn(async move {
+            // The first address only: a seed is one place. Resolving blocks, so it has a task.
+            let resolved = tokio::net::lookup_host(&host).await;
+            let address = resolved.ok().and_then(|mut addresses| addresses.next());
+            let result = match address {
+                Some(address) => TaskResult::SeedResolved { seed, address },
+                None => {
+                    debug!(seed = host, "could not resolve a configured peer");
+                    TaskResult::Input(Input::SeedFailed { seed })
+                }
+            };
+            // The loop may have ended meanwhile.
+            let _ = results.send(result).await;
+        });
+    }
+
+    fn read_local(&mut self, peer: PeerId, request: u64, hashes: Vec<StorePathHash>) {
+        let shared = self.shared.clone();
+        let results = self.results_sender.clone();
+        let permits = self.local_reads.clone();
+        tokio::spawn(async move {
+            let Ok(_permit) = permits.acquire_owned().await else {
+                return;
+            };
+            let read = shared.path_infos(hashes.clone()).await;
+            let infos = read.unwrap_or_else(|error| {
+                warn!(%error, "could not read the store for a peer");
+                Vec::new()
+            });
+            let mut infos = infos.into_iter();
+            let answer = |hash| Answer {
+                hash,
+                narinfo: infos
+                    .next()
+                    .flatten()
+                    .map(|info| info.to_narinfo().to_text(shared.dir())),
+            };
+            let answers = hashes.into_iter().map(answer).collect();
+            let input = Input::LocalAnswers {
+                peer,
+                request,
+                answers,
+            };
+            // The loop may have ended meanwhile.
+            let _ = results.send(TaskResult::Input(input)).await;
+        });
+    }
+
+    fn task_result(&mut self, result: TaskResult) {
+        match result {
+            TaskResult::Input(input) => self.think(input),
+            TaskResult::SeedResolved { seed, address } => {
+                self.seed_dials.insert(address, seed);
+                self.network.dial_unknown(address);
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Lookup { hash, id, answer } => {
+                self.lookups.insert(id, answer);
+                self.think(Input::Lookup { lookup: id, hash });
+            }
+            Command::Cancel(lookup, hash) => {
+                self.lookups.remove(&lookup);
+                self.think(Input::CancelLookup { lookup, hash });
+            }
+            Command::Fetch {
+                id,
+                narinfo,
+                orders,
+            } => {
+                self.fetches.insert(id, orders);
+                self.think(Input::Fetch { fetch: id, narinfo });
+            }
+            Command::Report(input) => self.think(input),
+            Command::FetchDone(fetch) => {
+                self.fetches.remove(&fetch);
+                self.think(Input::FetchDone { fetch });
+            }
+            Command::Snapshot(answer) => {
+                let _ = answer.send(Snapshot {
+                    head: self.mind.head(),
+                    paths: self.index.count(&self.me),
+                    peers: self.mind.peers(&self.index, self.clock.now()),
+                    refusals: self.mind.refusals().collect(),
+                });
+            }
+            Command::Knowledge(hash, answer) => {
+                let now = self.clock.now();
+                let mut announced_by = self.index.providers((&hash).into());
+                announced_by.retain(|peer| *peer != self.me);
+                let _ = answer.send(Knowledge {
+                    announced_by,
+                    usable: self.mind.providers(&self.index, &hash, now),
+                    peers: self.mind.peers(&self.index, now),
+                });
+            }
+            Command::Shutdown(done) => self.shutdown = Some(done),
+        }
+    }
+
+    fn store_event(&mut self, event: StoreEvent) {
+        let hashes = |infos: Vec<crate::store::PathInfo>| -> Vec<StorePathHash> {
+            infos
+                .into_iter()
+                .map(|info| info.store_path.hash())
+                .collect()
+        };
+        match (event, &mut self.first_set) {
+            (StoreEvent::Added(infos), Some(set)) => set.extend(hashes(infos)),
+            (StoreEvent::Removed(gone), Some(set)) => set.retain(|hash| !gone.contains(hash)),
+            (StoreEvent::Complete, set) => {
+                let all = set.take().unwrap_or_default();
+                info!(paths = all.len(), "read the store");
+                self.think(Input::LocalPaths { all });
+            }
+            (StoreEvent::Added(infos), None) => {
+                self.think(Input::LocalChanged {
+                    added: hashes(infos),
+                    removed: Vec::new(),
+                });
+            }
+            (StoreEvent::Removed(removed), None) => {
+                self.think(Input::LocalChanged {
+                    added: Vec::new(),
+                    removed,
+                });
+            }
+        }
+    }
+
+    fn discovery_event(&mut self, event: DiscoveryEvent) {
+        match event {
+            DiscoveryEvent::Found {
+                peer, addresses, ..
+            } => {
+                if let Some(key) = identity::ed25519_of(&peer) {
+                    let peer = PeerId::from_public_key(key);
+                    debug!(%peer, ?addresses, "discovered a peer");
+                    self.think(Input::Discovered { peer, addresses });
+                }
+            }
+            DiscoveryEvent::Lost { peer } => {
+                if let Some(key) = identity::ed25519_of(&peer) {
+                    self.think(Input::Lost {
+                        peer: PeerId::from_public_key(key),
+                    });
+                }
+            }
+        }
+    }
+
+    fn network_event(&mut self, event: NetworkEvent) {
+        match event {
+            NetworkEvent::Listening(address) => debug!(%address, "listening for peers"),
+            NetworkEvent::NotListening(address) => debug!(%address, "stopped listening for peers"),
+            NetworkEvent::LinkUp {
+                peer,
+                remote,
+                outbound,
+            } => {
+                let Some(key) = identity::ed25519_of(&peer) else {
+                    // Another kind of key cannot be certified.
+                    return self.network.hangup(peer);
+                };
+                let seed = self.seed_dials.remove(&remote);
+                let peer = PeerId::from_public_key(key);
+                self.think(Input::LinkUp {
+                    peer,
+                    address: remote,
+                    outbound,
+                    seed,
+                });
+            }
+            NetworkEvent::LinkDown { peer, reason } => {
+                if let Some(key) = identity::ed25519_of(&peer) {
+                    let peer = PeerId::from_public_key(key);
+                    debug!(%peer, %reason, "link ended");
+                    if reason.is_violation() {
+                        self.think(Input::Garbage { peer });
+                    }
+                    self.think(Input::LinkDown { peer });
+                }
+            }
+            NetworkEvent::Frame { peer, bytes } => {
+                let Some(key) = identity::ed25519_of(&peer) else {
+                    return;
+                };
+                let peer = PeerId::from_public_key(key);
+                match wire::decode(&bytes) {
+                    Ok(message) => self.think(Input::Received { peer, message }),
+                    Err(error) => {
+                        debug!(%peer, %error, "received garbage");
+                        self.think(Input::Garbage { peer });
+                    }
+                }
+            }
+            NetworkEvent::DialFailed {
+                peer,
+                addresses,
+                reason,
+            } => {
+                debug!(?peer, ?addresses, %reason, "dial failed");
+                let peer = peer
+                    .as_ref()
+                    .and_then(identity::ed25519_of)
+                    .map(PeerId::from_public_key);
+                for address in addresses {
+                    let Some(seed) = self.seed_dials.remove(&address) else {
+                        continue;
+                    };
+                    self.think(match (&reason, peer) {
+                        (DialError::AlreadyLinked, Some(peer)) => Input::SeedFound { seed, peer },
+                        _ => Input::SeedFailed { seed },
+                    });
+                }
+                if let Some(peer) = peer {
+                    self.think(Input::DialFailed { peer });
+                }
+            }
+        }
+    }
+}
+
+fn discover(me: libp2p::PeerId, mdns: Mdns, listen_port: u16) -> Option<Discovery> {
+    let config = discovery::Config {
+        me,
+        version: PROTOCOL_VERSION,
+        mesh_tag: mdns.mesh_tag,
+        listen_port,
+        transfer_port: mdns.transfer_port,
+        mdns_port: mdns.port,
+        interfaces: mdns.interfaces,
+    };
+    match Discovery::new(config) {
+        Ok(discovery) => Some(discovery),
+        Err(error) => {
+            warn!(%error, "could not start discovery, going on with configured peers only");
+            None
+        }
+    }
+}
+
+/// Waits until the swarm knows its port; other nodes must be told one that works.
+async fn first_address(network: &mut Network) -> SocketAddr {
+    loop {
+        if let Some(address) = network.listening().first() {
+            return *address;
+        }
+        network.next().await;
+    }
+}
+
+async fn next_discovery(discovery: &mut Option<Discovery>) -> DiscoveryEvent {
+    match discovery {
+        Some(discovery) => discovery.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn sleep(duration: Option<Duration>) {
+    match duration {
+        Some(duration) => tokio::time::sleep(duration).await,
+        None => std::future::pending().await,
+    }
+}

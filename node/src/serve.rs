@@ -1,3 +1,225 @@
-//! (in progress)
+//! Serving a store over HTTP: the routes of a binary cache, answered from a
+//! [`LocalStore`](crate::store::LocalStore).
+//!
+//! One set of routes and answers, mounted twice: on loopback for Nix (`substituter.rs` adds the
+//! mesh behind them) and on the members' port behind mutual TLS ([`members`]), where the store is
+//! the shared part of this machine's. Requests are GET or HEAD and have no body; everything in
+//! them is parsed strictly and bounded by hyper's limits on the head.
 
+use std::convert::Infallible;
+use std::future::Future;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use granary_protocol::narinfo::NarUrl;
+use granary_protocol::store_path::StorePathHash;
+use http::{Method, Request, Response};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_util::sync::CancellationToken;
+
+pub mod respond;
+pub mod nar;
+pub mod members;
 pub mod tls;
+
+use respond::Body;
+
+/// Longest path and query looked at. The longest of ours is a NAR's, with 100 bytes.
+const TARGET_BYTES_MAX: usize = 4096;
+
+/// Most bytes of a request's head; Nix sends some 200.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
+
+/// What a request is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Route {
+    CacheInfo,
+    NarInfo(StorePathHash),
+    Nar(NarUrl),
+    Health,
+    Status,
+    /// A store path or its hash.
+    Why(String),
+    /// Below `/nar/` or not: answers there say `Accept-Ranges` whatever happens.
+    Unknown {
+        is_nar: bool,
+    },
+}
+
+impl Route {
+    /// Finds the route of a request target.
+    pub fn of(uri: &http::Uri) -> Route {
+        let path = uri.path();
+        let unknown = Route::Unknown {
+            is_nar: path.starts_with("/nar/"),
+        };
+        let target = uri.path_and_query().map_or("", |target| target.as_str());
+        if target.len() > TARGET_BYTES_MAX {
+            return unknown;
+        }
+        match path {
+            "/nix-cache-info" => return Route::CacheInfo,
+            "/health" => return Route::Health,
+            "/api/v1/status" => return Route::Status,
+            _ => {}
+        }
+        if let Some(path) = path.strip_prefix("/api/v1/why/") {
+            return Route::Why(path.to_owned());
+        }
+        if target.starts_with("/nar/") {
+            return NarUrl::parse(&target[1..]).map_or(unknown, Route::Nar);
+        }
+        let hash = path
+            .strip_prefix('/')
+            .and_then(|path| path.strip_suffix(".narinfo"));
+        hash.and_then(|hash| hash.parse().ok())
+            .map_or(unknown, Route::NarInfo)
+    }
+
+    pub fn is_nar(&self) -> bool {
+        matches!(self, Route::Nar(_) | Route::Unknown { is_nar: true })
+    }
+}
+
+/// Serves one connection until it ends, or until `shutdown` lets it finish its last answer.
+///
+/// `patience` is how long an idle connection is kept. Errors of the connection are the client's
+/// affair and end it.
+pub async fn connection<S, H, F>(
+    stream: S,
+    patience: Duration,
+    shutdown: CancellationToken,
+    handle: H,
+) where
+    S: AsyncRead + AsyncWrite + Unpin,
+    H: Fn(Request<Incoming>) -> F,
+    F: Future<Output = Response<Body>>,
+{
+    let service = service_fn(|request: Request<Incoming>| {
+        let is_readable = matches!(*request.method(), Method::GET | Method::HEAD);
+        let is_nar = Route::of(request.uri()).is_nar();
+        let answer = is_readable.then(|| handle(request));
+        async move {
+            Ok::<_, Infallible>(match answer {
+                Some(answer) => answer.await,
+                None => respond::method_not_allowed(is_nar),
+            })
+        }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(patience)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
+    }
+    let _ = connection.await;
+}
+
+/// Whether a Host header names this machine's loopback, or the very address that is listened on.
+///
+/// A web page can make a browser resolve its own name to 127.0.0.1, but not send another Host.
+pub fn is_own_host(host: &str, listen: SocketAddr) -> bool {
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.parse::<u16>().is_ok() && !name.ends_with(':') => name,
+        _ => host,
+    };
+    let name = name
+        .strip_prefix('[')
+        .and_then(|name| name.strip_suffix(']'))
+        .unwrap_or(name);
+    match name.parse::<std::net::IpAddr>() {
+        Ok(ip) => ip.is_loopback() || ip == listen.ip(),
+        Err(_) => name.eq_ignore_ascii_case("localhost"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn route(target: &str) -> Route {
+        Route::of(&target.parse().unwrap())
+    }
+
+    #[test]
+    fn routes_are_found() {
+        let hash = "00bgd045z0d4icpbc2yyz4gx48ak44la";
+        let nar_hash = "1b8m03r63zqhnjf7l5wnldhh7c134ap5vpj0850ymkq1iyzicy5s";
+        assert_eq!(route("/nix-cache-info"), Route::CacheInfo);
+        assert_eq!(
+            route(&format!("/{hash}.narinfo")),
+            Route::NarInfo(hash.parse().unwrap())
+        );
+        for target in [
+            format!("/nar/{hash}-{nar_hash}.nar"),
+            format!("/nar/{nar_hash}.nar?hash={hash}"),
+            format!("/nar/{hash}.nar"),
+        ] {
+            let Route::Nar(url) = route(&target) else {
+                panic!("{target}")
+            };
+            assert_eq!(url.store_path_hash.to_string(), hash);
+        }
+        assert_eq!(route("/health"), Route::Health);
+        assert_eq!(route("/api/v1/why/abc"), Route::Why("abc".into()));
+    }
+
+    #[test]
+    fn everything_else_is_unknown() {
+        for target in [
+            "/",
+            "/favicon.ico",
+            "/..",
+            "/%2e%2e/etc/passwd",
+            "/x.narinfo",
+            "/.narinfo",
+            "/00bgd045z0d4icpbc2yyz4gx48ak44la.narinfo/x",
+        ] {
+            assert_eq!(route(target), Route::Unknown { is_nar: false }, "{target}");
+        }
+        for target in [
+            "/nar/x",
+            "/nar/",
+            "/nar/../x.nar",
+            &format!("/nar/{}", "a".repeat(8000)),
+        ] {
+            assert_eq!(route(target), Route::Unknown { is_nar: true }, "{target}");
+        }
+    }
+
+    #[test]
+    fn only_own_names_are_accepted_as_host() {
+        let listen: SocketAddr = "127.0.0.1:4726".parse().unwrap();
+        for host in [
+            "localhost",
+            "LOCALHOST:4726",
+            "127.0.0.1:4726",
+            "127.0.0.5",
+            "[::1]:4726",
+            "::1",
+        ] {
+            assert!(is_own_host(host, listen), "{host}");
+        }
+        for host in [
+            "evil.example",
+            "evil.example:4726",
+            "192.168.1.2",
+            "localhost.evil.example",
+            "",
+        ] {
+            assert!(!is_own_host(host, listen), "{host}");
+        }
+        assert!(is_own_host(
+            "192.168.1.2:4726",
+            "192.168.1.2:4726".parse().unwrap()
+        ));
+    }
+}

@@ -1,1 +1,454 @@
-//! (in progress)
+//! Status: one snapshot of this node, and the reasons behind one answer.
+//!
+//! The running node gives both as JSON on its loopback endpoint (`/api/v1/status`,
+//! `/api/v1/why/<path>`); `granary status` and `granary why` read them there and print them for a
+//! person. The types are the format: fields are added, never renamed.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use granary_protocol::mesh::{LookupOutcome, PeerState};
+use granary_protocol::narinfo::{Proof, VerifiedNarInfo};
+use granary_protocol::peer::PeerId;
+use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
+use serde::{Deserialize, Serialize};
+
+use crate::mesh::MeshHandle;
+use crate::metrics::Metrics;
+use crate::store::LocalStore;
+use crate::store::shared::SharingRules;
+
+/// What does not change while the node runs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct About {
+    pub peer_id: String,
+    pub version: String,
+    /// `None` on a machine that belongs to no mesh.
+    pub mesh: Option<MeshAbout>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MeshAbout {
+    pub key: String,
+    /// `None` while there is no certificate.
+    pub certificate: Option<CertificateAbout>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CertificateAbout {
+    pub name: String,
+    pub permissions: String,
+    /// Seconds since 1970.
+    pub expires: u64,
+}
+
+/// The answer of `/api/v1/status`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    #[serde(flatten)]
+    pub about: About,
+    /// Paths that this node offers to others.
+    pub paths_held: u64,
+    pub peers: Vec<Peer>,
+    /// NAR bytes moved with peers since the start.
+    pub bytes: Moved,
+    pub narinfos: Answers,
+    pub nars: Answers,
+    /// NARs whose bytes did not have the promised hash.
+    pub nars_mismatched: u64,
+    pub store_errors: u64,
+    /// Connections refused, by reason.
+    pub refusals: BTreeMap<String, u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    pub peer_id: String,
+    /// From its certificate, while it is linked.
+    pub name: Option<String>,
+    pub address: Option<String>,
+    /// `linked`, `greeting`, `dialling` or `away`.
+    pub state: String,
+    /// Paths it says it holds.
+    pub paths: u64,
+    pub bytes_sent: u64,
+    pub bytes_received: u64,
+    pub quarantine: Option<Quarantine>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Quarantine {
+    pub seconds_left: u64,
+    /// What the peer did.
+    pub offence: String,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Moved {
+    pub sent: u64,
+    pub received: u64,
+}
+
+/// Where answers to Nix came from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answers {
+    pub local: u64,
+    pub peer: u64,
+    pub absent: u64,
+}
+
+/// The answer of `/api/v1/why/<path>`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Why {
+    pub hash: String,
+    /// Full store path, where known.
+    pub path: Option<String>,
+    /// HTTP status that Nix would get for the narinfo.
+    pub status: u16,
+    /// Where the answer would come from: `local`, `peer` or `nowhere`.
+    pub source: String,
+    /// For the local path: whether it is shared, and by which rule.
+    pub sharing: Option<String>,
+    /// Peers that announced it.
+    pub announced_by: Vec<String>,
+    /// Those of them that may be asked now, best first.
+    pub usable: Vec<String>,
+    /// The reasons in sentences, in the order in which they count.
+    pub reasons: Vec<String>,
+}
+
+/// Where the facts come from.
+pub struct Sources<'a> {
+    pub about: &'a About,
+    pub store: &'a dyn LocalStore,
+    pub rules: &'a SharingRules,
+    /// `None` while this node is linked to no mesh.
+    pub mesh: Option<&'a MeshHandle>,
+    /// Of this node.
+    pub certificate: Option<&'a CertificateAbout>,
+    pub metrics: &'a Metrics,
+}
+
+/// Gathers the report as JSON.
+pub async fn report(sources: Sources<'_>) -> String {
+    let metrics = sources.metrics;
+    let snapshot = match sources.mesh {
+        Some(mesh) => mesh.snapshot().await,
+        None => None,
+    };
+    let mut refusals = BTreeMap::new();
+    let mut peers = Vec::new();
+    let mut paths_held = 0;
+    if let Some(snapshot) = snapshot {
+        paths_held = snapshot.paths;
+        for (refusal, count) in snapshot.refusals {
+            refusals.insert(refusal.word().to_owned(), count);
+        }
+        for view in snapshot.peers {
+            let moved = metrics.traffic.with(&view.peer);
+            peers.push(Peer {
+                peer_id: view.peer.to_string(),
+                name: view.name,
+                address: view.address.map(|address| address.to_string()),
+                state: view.state.word().to_owned(),
+                paths: view.paths,
+                bytes_sent: moved.sent,
+                bytes_received: moved.received,
+                quarantine: view.quarantine.map(|(left, offence)| Quarantine {
+                    seconds_left: left.as_secs(),
+                    offence: offence.to_owned(),
+                }),
+            });
+        }
+    }
+    let refused = metrics.transfers_refused.get();
+    if refused > 0 {
+        refusals.insert("transfer".to_owned(), refused);
+    }
+    let mut about = sources.about.clone();
+    if let Some(mesh) = &mut about.mesh {
+        mesh.certificate = sources.certificate.cloned();
+    }
+    let total = metrics.traffic.total();
+    to_json(&Report {
+        about,
+        paths_held,
+        peers,
+        bytes: Moved {
+            sent: total.sent,
+            received: total.received,
+        },
+        narinfos: Answers {
+            local: metrics.narinfos_local.get(),
+            peer: metrics.narinfos_peer.get(),
+            absent: metrics.narinfos_absent.get(),
+        },
+        nars: Answers {
+            local: metrics.nars_local.get(),
+            peer: metrics.nars_peer.get(),
+            absent: metrics.nars_absent.get(),
+        },
+        nars_mismatched: metrics.nars_mismatched.get(),
+        store_errors: metrics.store_errors.get(),
+        refusals,
+    })
+}
+
+/// Explains what Nix would be told about a path; `None` when the text names none.
+pub async fn why(sources: Sources<'_>, text: &str) -> Option<String> {
+    let dir = sources.store.dir();
+    let hash = hash_of(text, dir)?;
+    let mut why = Why {
+        hash: hash.to_string(),
+        path: None,
+        status: 404,
+        source: "nowhere".into(),
+        sharing: None,
+        announced_by: Vec::new(),
+        usable: Vec::new(),
+        reasons: Vec::new(),
+    };
+    match sources.store.path_info(hash).await {
+        Ok(Some(info)) => {
+            let sharing = sources.rules.decide(&info, dir);
+            why.path = Some(dir.display(&info.store_path));
+            why.status = 200;
+            why.source = "local".into();
+            why.reasons.push("valid in the local store".into());
+            why.reasons.push(sharing.to_string());
+            why.sharing = Some(sharing.to_string());
+        }
+        Ok(None) => why.reasons.push("not in the local store".into()),
+        Err(error) => why
+            .reasons
+            .push(format!("the local store cannot be asked: {error}")),
+    }
+    match sources.mesh {
+        None => why.reasons.push("this node is linked to no mesh".into()),
+        Some(mesh) => {
+            if let Some(knowledge) = mesh.knowledge(hash).await {
+                let name = |peer: &PeerId| {
+                    let view = knowledge.peers.iter().find(|view| view.peer == *peer);
+                    let name = view.and_then(|view| view.name.clone());
+                    name.map_or_else(|| peer.to_string(), |name| format!("{name} ({peer})"))
+                };
+                why.announced_by = knowledge.announced_by.iter().map(name).collect();
+                why.usable = knowledge.usable.iter().map(name).collect();
+                for peer in &knowledge.announced_by {
+                    if knowledge.usable.contains(peer) {
+                        continue;
+                    }
+                    let view = knowledge.peers.iter().find(|view| view.peer == *peer);
+                    why.reasons
+                        .push(format!("{} holds it, but {}", name(peer), hindrance(view)));
+                }
+                if knowledge.announced_by.is_empty() {
+                    why.reasons.push("no member announces it".into());
+                }
+            }
+            if why.status != 200 && !why.usable.is_empty() {
+                match mesh.lookup(hash).await {
+                    LookupOutcome::Found { narinfo, .. } => found(&mut why, dir, &narinfo),
+                    LookupOutcome::NotFound => why.reasons.push(
+                        "those who announce it gave no narinfo that a key in trust.keys signed"
+                            .into(),
+                    ),
+                }
+            }
+        }
+    }
+    Some(to_json(&why))
+}
+
+fn found(why: &mut Why, dir: &StoreDir, narinfo: &VerifiedNarInfo) {
+    why.path = Some(dir.display(&narinfo.narinfo().store_path));
+    why.status = 200;
+    why.source = "peer".into();
+    why.reasons.push(match narinfo.proof() {
+        Proof::Signed(key) => format!("a member holds it, signed by the trusted key {key}"),
+        Proof::ContentAddressed => {
+            "a member holds it, and its path follows from its contents".into()
+        }
+        Proof::Local => "valid in the local store".into(),
+    });
+}
+
+fn hindrance(view: Option<&granary_protocol::mesh::PeerView>) -> String {
+    match view {
+        None => "it is not known where that peer is".into(),
+        Some(view) => match (&view.quarantine, view.state) {
+            (Some((left, offence)), _) => {
+                format!("it is in quarantine for {} s: it {offence}", left.as_secs())
+            }
+            (None, PeerState::Linked) => "it offers no transfers".into(),
+            (None, state) => format!("it is {}", state.word()),
+        },
+    }
+}
+
+/// Reads a full store path, a base name or a hash.
+pub fn hash_of(text: &str, dir: &StoreDir) -> Option<StorePathHash> {
+    let base_name = text
+        .strip_prefix(dir.as_str())
+        .map_or(text, |rest| rest.trim_start_matches('/'));
+    // A file inside a store path is a question about that path.
+    let base_name = base_name.split('/').next()?;
+    let path = StorePath::from_base_name(base_name).map(|path| path.hash());
+    path.ok().or_else(|| base_name.parse().ok())
+}
+
+fn to_json(value: &impl Serialize) -> String {
+    // These types have no maps with keys that are not text, the only thing that can fail.
+    let mut text = serde_json::to_string_pretty(value).unwrap_or_default();
+    text.push('\n');
+    text
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "node      {}", self.about.peer_id)?;
+        writeln!(f, "version   {}", self.about.version)?;
+        match &self.about.mesh {
+            None => writeln!(f, "mesh      none (mesh.key is not set)")?,
+            Some(mesh) => {
+                writeln!(f, "mesh      {}", mesh.key)?;
+                match &mesh.certificate {
+                    None => writeln!(f, "member    no: there is no certificate")?,
+                    Some(certificate) => writeln!(
+                        f,
+                        "member    as {} ({}), until {} (unix time)",
+                        certificate.name, certificate.permissions, certificate.expires
+                    )?,
+                }
+            }
+        }
+        writeln!(f, "shares    {} paths", self.paths_held)?;
+        writeln!(
+            f,
+            "moved     {} sent, {} received",
+            human_bytes(self.bytes.sent),
+            human_bytes(self.bytes.received)
+        )?;
+        let answers = |answers: &Answers| {
+            format!(
+                "{} local, {} from peers, {} absent",
+                answers.local, answers.peer, answers.absent
+            )
+        };
+        writeln!(f, "narinfos  {}", answers(&self.narinfos))?;
+        writeln!(f, "nars      {}", answers(&self.nars))?;
+        if self.nars_mismatched > 0 {
+            writeln!(
+                f,
+                "wrong     {} NARs had other bytes than promised",
+                self.nars_mismatched
+            )?;
+        }
+        for (reason, count) in &self.refusals {
+            writeln!(f, "refused   {count} × {reason}")?;
+        }
+        if self.peers.is_empty() {
+            writeln!(f, "peers     none")?;
+        }
+        for peer in &self.peers {
+            write!(
+                f,
+                "peer      {:<9} {:<16} {:<22} {:>7} paths  ↑ {}  ↓ {}  {}",
+                peer.state,
+                peer.name.as_deref().unwrap_or("-"),
+                peer.address.as_deref().unwrap_or("-"),
+                peer.paths,
+                human_bytes(peer.bytes_sent),
+                human_bytes(peer.bytes_received),
+                peer.peer_id,
+            )?;
+            if let Some(quarantine) = &peer.quarantine {
+                write!(
+                    f,
+                    "  quarantine {} s: {}",
+                    quarantine.seconds_left, quarantine.offence
+                )?;
+            }
+            writeln!(f)?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for Why {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{}", self.path.as_deref().unwrap_or(&self.hash))?;
+        let source = match self.source.as_str() {
+            "nowhere" => String::new(),
+            source => format!(
+                " from the {}",
+                if source == "local" {
+                    "local store"
+                } else {
+                    "mesh"
+                }
+            ),
+        };
+        writeln!(f, "answer to Nix: {}{source}", self.status)?;
+        for reason in &self.reasons {
+            writeln!(f, "  - {reason}")?;
+        }
+        for holder in &self.announced_by {
+            let note = if self.usable.contains(holder) {
+                ""
+            } else {
+                " (not usable now)"
+            };
+            writeln!(f, "held by {holder}{note}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Bytes for a person: three digits and a binary unit.
+pub fn human_bytes(bytes: u64) -> String {
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
+    let mut number = bytes as f64;
+    let mut unit = 0;
+    while number >= 1000.0 && unit + 1 < UNITS.len() {
+        number /= 1024.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{bytes} B")
+    } else {
+        format!("{number:.1} {}", UNITS[unit])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_base_names_and_hashes_name_the_same() {
+        let hash = "00bgd045z0d4icpbc2yyz4gx48ak44la";
+        for text in [
+            hash.to_owned(),
+            format!("{hash}-net-tools-1.60"),
+            format!("/nix/store/{hash}-net-tools-1.60"),
+            format!("/nix/store/{hash}-net-tools-1.60/bin/arp"),
+        ] {
+            assert_eq!(
+                hash_of(&text, &StoreDir::default()),
+                Some(hash.parse().unwrap()),
+                "{text}"
+            );
+        }
+        assert_eq!(hash_of("/nix/store", &StoreDir::default()), None);
+        assert_eq!(hash_of("hello", &StoreDir::default()), None);
+    }
+
+    #[test]
+    fn bytes_are_readable() {
+        assert_eq!(human_bytes(0), "0 B");
+        assert_eq!(human_bytes(999), "999 B");
+        assert_eq!(human_bytes(1024), "1.0 KiB");
+        assert_eq!(human_bytes(5 * 1024 * 1024 * 1024), "5.0 GiB");
+    }
+}

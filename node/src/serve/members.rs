@@ -1,0 +1,208 @@
+//! The members' port: the shared part of the store, over mutual TLS.
+//!
+//! A peer is served while it is a member. Admission happens on the control plane; here the peer id
+//! that TLS proved is looked up in the set of linked members, before the first request and for as
+//! long as the connection stands. Everyone else is closed after the handshake without a byte of
+//! application data.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use granary_protocol::cache_info::CacheInfo;
+use granary_protocol::peer::PeerId;
+use http::{Request, Response};
+use hyper::body::Incoming;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, warn};
+
+use super::respond::{self, Body};
+use super::tls::{Acceptor, TlsError};
+use super::{Route, connection, nar};
+use crate::identity;
+use crate::metrics::Metrics;
+use crate::store::LocalStore;
+
+/// How long an idle connection of a member is kept; longer than members keep theirs.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Connections of all peers together, strangers in their handshake among them.
+const CONNECTIONS_MAX: usize = 1024;
+
+/// Said to whoever asks; members choose by measurement.
+const PRIORITY: i32 = 10;
+
+/// Pause after accept failed, which it does when file descriptors run out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves members.
+pub struct MembersPort {
+    pub acceptor: Acceptor,
+    pub shared: Arc<dyn LocalStore>,
+    pub members: watch::Receiver<Arc<BTreeSet<PeerId>>>,
+    pub streams_per_peer: usize,
+    pub metrics: Arc<Metrics>,
+    pub shutdown: CancellationToken,
+    pub tasks: TaskTracker,
+    streams: Mutex<BTreeMap<PeerId, Arc<Semaphore>>>,
+    connections: Arc<Semaphore>,
+}
+
+impl MembersPort {
+    pub fn new(
+        acceptor: Acceptor,
+        shared: Arc<dyn LocalStore>,
+        members: watch::Receiver<Arc<BTreeSet<PeerId>>>,
+        streams_per_peer: usize,
+        metrics: Arc<Metrics>,
+        shutdown: CancellationToken,
+        tasks: TaskTracker,
+    ) -> Arc<MembersPort> {
+        Arc::new(MembersPort {
+            acceptor,
+            shared,
+            members,
+            streams_per_peer,
+            metrics,
+            shutdown,
+            tasks,
+            streams: Mutex::default(),
+            connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+        })
+    }
+
+    /// Accepts connections until shutdown.
+    pub async fn accept(self: Arc<MembersPort>, listener: TcpListener) {
+        loop {
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                () = self.shutdown.cancelled() => return,
+            };
+            match accepted {
+                Ok((socket, address)) => {
+                    let Ok(permit) = self.connections.clone().try_acquire_owned() else {
+                        debug!(%address, "dropped a connection, there are too many");
+                        continue;
+                    };
+                    let port = self.clone();
+                    self.tasks.spawn(async move {
+                        port.serve(socket, address).await;
+                        drop(permit);
+                    });
+                }
+                Err(error) => {
+                    warn!(%error, "could not accept a member's connection");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    async fn serve(self: &Arc<MembersPort>, socket: TcpStream, address: SocketAddr) {
+        let is_admitted = |peer: &libp2p::PeerId| {
+            identity::ed25519_of(peer)
+                .is_some_and(|key| self.is_member(&PeerId::from_public_key(key)))
+        };
+        let (stream, peer) = match self.acceptor.accept(socket, is_admitted).await {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                self.metrics.transfers_refused.add(1);
+                match &error {
+                    TlsError::NotAdmitted { .. } => warn!(%error, "refused a transfer"),
+                    _ => debug!(%error, "refused a transfer"),
+                }
+                return;
+            }
+        };
+        let Some(key) = identity::ed25519_of(&peer) else {
+            return;
+        };
+        let peer = PeerId::from_public_key(key);
+        let requests = connection(stream, PATIENCE, self.shutdown.clone(), |request| {
+            let port = self.clone();
+            async move { port.answer(peer, request).await }
+        });
+        tokio::select! {
+            () = requests => {}
+            () = self.departure(peer) => debug!(%peer, %address, "closed the transfers of a peer that left"),
+        }
+    }
+
+    async fn answer(
+        self: Arc<MembersPort>,
+        peer: PeerId,
+        request: Request<Incoming>,
+    ) -> Response<Body> {
+        match Route::of(request.uri()) {
+            Route::CacheInfo => {
+                let info = CacheInfo {
+                    store_dir: self.shared.dir().clone(),
+                    want_mass_query: true,
+                    priority: PRIORITY,
+                };
+                respond::cache_info(info.to_string())
+            }
+            Route::NarInfo(hash) => match self.shared.path_info(hash).await {
+                Ok(Some(info)) => respond::narinfo(info.to_narinfo().to_text(self.shared.dir())),
+                Ok(None) => respond::not_found(false),
+                Err(error) => self.trouble(&error, false),
+            },
+            Route::Nar(url) => {
+                let Some(permit) = self.stream_permit(peer) else {
+                    return respond::busy();
+                };
+                match nar::open(&self.shared, &url).await {
+                    Ok(Some(local)) => {
+                        let metrics = self.metrics.clone();
+                        let sent = move |bytes| {
+                            // The permit lives as long as the body does.
+                            let _ = &permit;
+                            metrics.traffic.sent(&peer, bytes);
+                        };
+                        local.respond(request.method(), request.headers(), sent)
+                    }
+                    Ok(None) => respond::not_found(true),
+                    Err(error) => self.trouble(&error, true),
+                }
+            }
+            route => respond::not_found(route.is_nar()),
+        }
+    }
+
+    fn trouble(&self, error: &dyn std::error::Error, is_nar: bool) -> Response<Body> {
+        self.metrics.store_errors.add(1);
+        warn!(%error, "could not serve a member from the store");
+        respond::not_found(is_nar)
+    }
+
+    fn is_member(&self, peer: &PeerId) -> bool {
+        self.members.borrow().contains(peer)
+    }
+
+    /// Waits until the peer is no member any more.
+    async fn departure(&self, peer: PeerId) {
+        let mut members = self.members.clone();
+        // The mesh having ended is no departure: what is under way may finish.
+        if members
+            .wait_for(|members| !members.contains(&peer))
+            .await
+            .is_err()
+        {
+            std::future::pending::<()>().await;
+        }
+    }
+
+    fn stream_permit(&self, peer: PeerId) -> Option<OwnedSemaphorePermit> {
+        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        // Only members get here, so the map has at most as many entries as there were members.
+        let limit = self.streams_per_peer;
+        let peer_streams = streams
+            .entry(peer)
+            .or_insert_with(|| Arc::new(Semaphore::new(limit)));
+        peer_streams.clone().try_acquire_owned().ok()
+    }
+}

@@ -1,0 +1,102 @@
+//! Answers: every status and header that leaves this node over HTTP.
+//!
+//! Nix takes anything but 200 and 404 for a narinfo as a reason to fail the build, and a 404 for a
+//! NAR as the one failure it survives (NIX.md §0). So trouble of any kind is "not here". Nothing
+//! has a Content-Encoding, not even `identity`, which breaks Nix before 2.34.
+
+use std::io;
+
+use bytes::Bytes;
+use futures::{Stream, TryStreamExt};
+use http::header::{ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE};
+use http::{HeaderValue, Response, StatusCode};
+use http_body::Frame;
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+
+/// What hyper sends. An error cuts the connection, which is how a client learns that a body is short.
+pub type Body = UnsyncBoxBody<Bytes, io::Error>;
+
+const TEXT: &str = "text/plain; charset=utf-8";
+
+/// A small answer, with header and body in one segment.
+pub fn small(
+    status: StatusCode,
+    content_type: &'static str,
+    text: impl Into<Bytes>,
+) -> Response<Body> {
+    let text = text.into();
+    let mut response = Response::new(Body::default());
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(text.len()));
+    *response.body_mut() = Full::new(text)
+        .map_err(|never| match never {})
+        .boxed_unsync();
+    response
+}
+
+/// The answer to what is not here. Caches between us and Nix must not remember it.
+pub fn not_found(is_nar: bool) -> Response<Body> {
+    let mut response = small(StatusCode::NOT_FOUND, TEXT, "");
+    response
+        .headers_mut()
+        .insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    with_ranges(response, is_nar)
+}
+
+pub fn method_not_allowed(is_nar: bool) -> Response<Body> {
+    let mut response = small(StatusCode::METHOD_NOT_ALLOWED, TEXT, "");
+    response
+        .headers_mut()
+        .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    with_ranges(response, is_nar)
+}
+
+/// The answer to a Host header that is not ours.
+pub fn foreign_host(is_nar: bool) -> Response<Body> {
+    let text = "this endpoint answers requests to loopback names only\n";
+    with_ranges(small(StatusCode::FORBIDDEN, TEXT, text), is_nar)
+}
+
+/// The answer to a member that has as many NARs under way as it may have.
+pub fn busy() -> Response<Body> {
+    with_ranges(
+        small(
+            StatusCode::SERVICE_UNAVAILABLE,
+            TEXT,
+            "too many transfers\n",
+        ),
+        true,
+    )
+}
+
+pub fn cache_info(text: String) -> Response<Body> {
+    small(StatusCode::OK, "text/x-nix-cache-info", text)
+}
+
+pub fn narinfo(text: String) -> Response<Body> {
+    small(StatusCode::OK, "text/x-nix-narinfo", text)
+}
+
+pub fn json(text: String) -> Response<Body> {
+    small(StatusCode::OK, "application/json", text)
+}
+
+/// A body that comes as a stream; its length is promised by the caller's Content-Length.
+pub fn stream<E>(stream: impl Stream<Item = Result<Bytes, E>> + Send + 'static) -> Body
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    StreamBody::new(stream.map_ok(Frame::data).map_err(io::Error::other)).boxed_unsync()
+}
+
+/// Everything below `/nar/` says that ranges are fine: Nix gives up resuming when one answer does not.
+pub fn with_ranges(mut response: Response<Body>, is_nar: bool) -> Response<Body> {
+    if is_nar {
+        response
+            .headers_mut()
+            .insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+    }
+    response
+}

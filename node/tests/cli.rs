@@ -1,0 +1,268 @@
+//! The command line as a person meets it: what it prints, what it leaves behind, how it refuses.
+
+use std::fs;
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use granary_protocol::certificate::{SignedCertificate, UnixTime};
+use granary_protocol::signature::PublicKey;
+
+fn granary() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_granary"));
+    command.env("RUST_LOG", "warn").env_remove("GRANARY_CONFIG");
+    command
+}
+
+fn run(folder: &Path, arguments: &[&str]) -> Output {
+    granary()
+        .current_dir(folder)
+        .args(arguments)
+        .output()
+        .expect("run granary")
+}
+
+fn stdout(output: &Output) -> String {
+    assert!(output.status.success(), "failed: {}", stderr(output));
+    String::from_utf8(output.stdout.clone()).expect("text")
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+/// Runs a command that must fail with status 1, and returns what it says.
+fn refusal(folder: &Path, arguments: &[&str]) -> String {
+    let output = run(folder, arguments);
+    assert_eq!(
+        output.status.code(),
+        Some(1),
+        "{arguments:?}: {}",
+        stderr(&output)
+    );
+    assert!(output.stdout.is_empty());
+    stderr(&output)
+}
+
+#[test]
+fn demo_succeeds_with_real_nix() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = granary()
+        .arg("demo")
+        .env("TMPDIR", folder.path())
+        .output()
+        .unwrap();
+    let text = stdout(&output);
+    assert!(
+        text.contains("nix (Nix)") && text.contains("verified 42 NarHashes"),
+        "{text}"
+    );
+    assert!(!stderr(&output).contains("ERROR"), "{}", stderr(&output));
+    assert_eq!(
+        fs::read_dir(folder.path()).unwrap().count(),
+        0,
+        "the demo left something behind"
+    );
+}
+
+#[test]
+fn demo_succeeds_without_nix() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut demo = granary();
+    demo.arg("demo")
+        .env("TMPDIR", folder.path())
+        .env("PATH", "/nowhere");
+    let output = demo.output().unwrap();
+    let text = stdout(&output);
+    assert!(
+        text.contains("Nix is not installed") && text.contains("verified 42 NarHashes"),
+        "{text}"
+    );
+    assert!(!stderr(&output).contains("ERROR"), "{}", stderr(&output));
+    assert_eq!(
+        fs::read_dir(folder.path()).unwrap().count(),
+        0,
+        "the demo left something behind"
+    );
+}
+
+#[test]
+fn a_mesh_is_made_once_and_its_certificates_verify() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let printed = stdout(&run(
+        folder,
+        &[
+            "mesh",
+            "create",
+            "--public-file",
+            "mesh.pub",
+            "--name",
+            "home",
+        ],
+    ));
+    let mesh: PublicKey = printed.trim().parse().unwrap();
+    assert_eq!(mesh.name().as_str(), "home");
+    assert_eq!(
+        fs::read_to_string(folder.join("mesh.pub")).unwrap(),
+        printed
+    );
+    let mode = fs::metadata(folder.join("mesh.key"))
+        .unwrap()
+        .permissions()
+        .mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let again = refusal(folder, &["mesh", "create"]);
+    assert!(
+        again.contains("mesh.key") && again.contains("exists"),
+        "{again}"
+    );
+
+    let peer = stdout(&run(folder, &["identity", "--state-dir", "state"]));
+    let peer = peer.trim();
+    stdout(&run(
+        folder,
+        &[
+            "mesh",
+            "admit",
+            peer,
+            "--name",
+            "desk",
+            "--allow",
+            "share,push:main",
+            "--days",
+            "7",
+        ],
+    ));
+    let text = fs::read_to_string(folder.join("certificate")).unwrap();
+    let certificate = SignedCertificate::from_text(&text).unwrap();
+    let claims = certificate.claims().unwrap();
+    assert_eq!(
+        (
+            claims.name.as_str(),
+            claims.permissions.to_string().as_str()
+        ),
+        ("desk", "share,push:main")
+    );
+    assert_eq!(claims.not_after.0 - claims.not_before.0, 7 * 86_400);
+    let verified = certificate.verify(&mesh, &peer.parse().unwrap(), UnixTime(claims.not_before.0));
+    assert_eq!(verified, Ok(claims));
+}
+
+#[test]
+fn the_identity_is_made_once_and_kept_secret() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = stdout(&run(folder.path(), &["identity", "--state-dir", "state"]));
+    assert!(first.starts_with("12D3KooW"), "{first}");
+    assert_eq!(
+        stdout(&run(folder.path(), &["identity", "--state-dir", "state"])),
+        first
+    );
+    let file = folder.path().join("state/identity");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    let refused = refusal(folder.path(), &["identity", "--state-dir", "state"]);
+    assert!(
+        refused.contains("0644") && refused.contains("chmod 0600"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn admission_refuses_what_it_cannot_certify() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    stdout(&run(folder, &["mesh", "create"]));
+    let peer = stdout(&run(folder, &["identity", "--state-dir", "state"]));
+    let peer = peer.trim();
+    assert!(refusal(folder, &["mesh", "admit", peer, "--name", "a b"]).contains("a b"));
+    assert!(refusal(folder, &["mesh", "admit", peer, "--key-file", "nowhere"]).contains("nowhere"));
+    fs::write(folder.join("other"), "home:AAAA").unwrap();
+    assert!(refusal(folder, &["mesh", "admit", peer, "--key-file", "other"]).contains("other"));
+    for misuse in [
+        vec!["mesh", "admit", "12D3"],
+        vec!["mesh", "admit", peer, "--allow", "admin"],
+    ] {
+        assert_eq!(run(folder, &misuse).status.code(), Some(2), "{misuse:?}");
+    }
+    assert!(!folder.join("certificate").exists());
+}
+
+#[test]
+fn check_config_names_what_is_wrong() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    let check = |text: &str, arguments: &[&str]| {
+        fs::write(folder.join("granary.toml"), text).unwrap();
+        run(
+            folder,
+            &[&["check-config", "--config", "granary.toml"], arguments].concat(),
+        )
+    };
+    let state = format!("state-dir = {:?}\n", folder.join("state"));
+    assert!(stdout(&check(&state, &["--offline"])).contains("fine"));
+    let unknown = check("[trust]\nkey = []\n", &[]);
+    assert_eq!(unknown.status.code(), Some(1));
+    let text = stderr(&unknown);
+    assert!(
+        text.contains("granary.toml") && text.contains("did you mean `keys`"),
+        "{text}"
+    );
+    let no_store = check(
+        &format!("{state}[store]\ndatabase = \"/nowhere/db.sqlite\"\n"),
+        &[],
+    );
+    assert!(
+        stderr(&no_store).contains("/nowhere/db.sqlite"),
+        "{}",
+        stderr(&no_store)
+    );
+    assert!(
+        refusal(folder, &["check-config", "--config", "missing.toml"]).contains("missing.toml")
+    );
+}
+
+#[test]
+fn a_port_that_is_taken_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap();
+    let config = format!(
+        "state-dir = {:?}\n[substituter]\nlisten = \"{address}\"\n",
+        folder.path().join("state")
+    );
+    fs::write(folder.path().join("granary.toml"), config).unwrap();
+    let refused = refusal(folder.path(), &["node", "--config", "granary.toml"]);
+    assert!(
+        refused.contains(&address.to_string()) && refused.contains("in use"),
+        "{refused}"
+    );
+}
+
+#[test]
+fn questions_to_a_node_that_does_not_run_say_so() {
+    let folder = tempfile::tempdir().unwrap();
+    // Bound and dropped: a port where nobody listens.
+    let address = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    fs::write(
+        folder.path().join("granary.toml"),
+        format!("[substituter]\nlisten = \"{address}\"\n"),
+    )
+    .unwrap();
+    for question in [
+        vec!["status"],
+        vec!["why", "00bgd045z0d4icpbc2yyz4gx48ak44la"],
+    ] {
+        let refused = refusal(
+            folder.path(),
+            &[&question[..], &["--config", "granary.toml"]].concat(),
+        );
+        assert!(
+            refused.contains(&address.to_string()) && refused.contains("granary node"),
+            "{refused}"
+        );
+    }
+}

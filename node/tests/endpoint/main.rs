@@ -1,0 +1,12 @@
+//! The endpoint that Nix asks, byte for byte: real daemons over real chroot stores, raw requests
+//! on a socket, and peers that lie, die, stall or are asked for too much.
+//!
+//! Every node has a loopback address of its own, so ports never collide. A [`Proxy`] stands before
+//! a provider's transfer port where a test decides how much of a NAR gets through.
+
+mod answers;
+mod client;
+mod faults;
+mod machine;
+mod proxy;
+mod start;
