@@ -1,0 +1,56 @@
+//! What `granary status --json` says; the one place that knows its shape.
+
+use serde_json::Value;
+
+pub struct Status(Value);
+
+impl Status {
+    pub fn parse(text: &str) -> Status {
+        Status(
+            serde_json::from_str(text)
+                .unwrap_or_else(|error| panic!("status is not JSON ({error}): {text}")),
+        )
+    }
+
+    /// The ids of the peers that are linked.
+    pub fn linked(&self) -> Vec<String> {
+        let peers = self.0["peers"].as_array().into_iter().flatten();
+        peers
+            .filter(|peer| peer["state"].as_str() == Some("linked"))
+            .filter_map(|peer| peer["peer_id"].as_str().map(str::to_owned))
+            .collect()
+    }
+
+    /// How many paths this node holds for others.
+    pub fn paths_held(&self) -> u64 {
+        self.0["paths_held"]
+            .as_u64()
+            .unwrap_or_else(|| panic!("no paths_held in {self}"))
+    }
+
+    pub fn bytes_received(&self) -> u64 {
+        self.0["bytes"]["received"]
+            .as_u64()
+            .unwrap_or_else(|| panic!("no bytes.received in {self}"))
+    }
+
+    pub fn bytes_sent(&self) -> u64 {
+        self.0["bytes"]["sent"]
+            .as_u64()
+            .unwrap_or_else(|| panic!("no bytes.sent in {self}"))
+    }
+
+    /// How often somebody was refused, whatever the reason.
+    pub fn refusals(&self) -> u64 {
+        let refusals = self.0["refusals"]
+            .as_object()
+            .unwrap_or_else(|| panic!("no refusals in {self}"));
+        refusals.values().filter_map(Value::as_u64).sum()
+    }
+}
+
+impl std::fmt::Display for Status {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:#}", self.0)
+    }
+}
