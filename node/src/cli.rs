@@ -2,12 +2,12 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use granary_protocol::certificate::{Certificate, Permissions, UnixTime};
 use granary_protocol::peer::PeerId;
@@ -265,14 +265,26 @@ fn mesh_admit(
     permissions: Permissions,
     days: u64,
 ) -> Result<()> {
+    let read = || {
+        format!(
+            "cannot read the mesh key {} (made by granary mesh create)",
+            key_file.display()
+        )
+    };
+    let mode = std::fs::metadata(key_file)
+        .with_context(read)?
+        .permissions()
+        .mode();
+    if mode & 0o077 != 0 {
+        bail!(
+            "the mesh key {0} has mode {1:04o}, others may read it, refusing to use it; run chmod 0600 {0}",
+            key_file.display(),
+            mode & 0o7777
+        );
+    }
     let text = std::fs::read_to_string(key_file)
         .map(Zeroizing::new)
-        .with_context(|| {
-            format!(
-                "cannot read the mesh key {} (made by granary mesh create)",
-                key_file.display()
-            )
-        })?;
+        .with_context(read)?;
     let key: SecretKey = text
         .trim()
         .parse()

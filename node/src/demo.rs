@@ -5,6 +5,7 @@
 //! stores are real Nix's where Nix is installed; without it the demo lays them out itself. Both
 //! nodes are the daemon that ships, and what is printed was measured.
 
+use std::io::Write;
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -42,6 +43,13 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// How much a certificate for the demo is good for.
 const CERTIFICATE_SECONDS: u64 = 3600;
 
+/// Prints a line. Whoever reads may have gone, as `head` does; the demo goes on and cleans up.
+macro_rules! say {
+    ($($text:tt)*) => {
+        drop(writeln!(std::io::stdout(), $($text)*))
+    };
+}
+
 /// Runs the demo and prints what happens.
 ///
 /// # Errors
@@ -50,18 +58,18 @@ pub async fn run() -> Result<()> {
     let folder = tempfile::Builder::new().prefix("granary-demo-").tempdir()?;
     let nix = nix_version().await;
     match &nix {
-        Some(version) => println!(
+        Some(version) => say!(
             "stores   {version}, two chroot stores in {}",
             folder.path().display()
         ),
-        None => println!(
+        None => say!(
             "stores   Nix is not installed; two stores laid out by the demo in {}",
             folder.path().display()
         ),
     }
 
     let closure = Closure::make()?;
-    println!(
+    say!(
         "closure  {} paths, {}",
         closure.paths.len(),
         human_bytes(closure.nar_bytes())
@@ -74,14 +82,15 @@ pub async fn run() -> Result<()> {
     let mdns_port = free_udp_port()?;
     let desktop_node = desktop.start(&mesh, &closure, mdns_port).await?;
     let laptop_node = laptop.start(&mesh, &closure, mdns_port).await?;
-    println!(
+    say!(
         "nodes    desktop on http://{}, laptop on http://{}",
-        desktop_node.substituter, laptop_node.substituter
+        desktop_node.substituter,
+        laptop_node.substituter
     );
 
     let started = Instant::now();
     let peer = wait_until_linked(laptop_node.substituter, closure.paths.len() as u64).await?;
-    println!(
+    say!(
         "mesh     found each other by mDNS, linked, and exchanged {} paths in {:.1} s",
         peer.paths,
         started.elapsed().as_secs_f64()
@@ -90,7 +99,7 @@ pub async fn run() -> Result<()> {
     let started = Instant::now();
     laptop.substitute(&closure, laptop_node.substituter).await?;
     let elapsed = started.elapsed();
-    println!(
+    say!(
         "fetched  {} paths, {} in {:.2} s ({}/s) with {}",
         closure.paths.len(),
         human_bytes(closure.nar_bytes()),
@@ -104,9 +113,9 @@ pub async fn run() -> Result<()> {
     );
 
     let verified = laptop.verify(&closure).await?;
-    println!("verified {verified} NarHashes, read back from the laptop's disk");
+    say!("verified {verified} NarHashes, read back from the laptop's disk");
     let report = report(laptop_node.substituter).await?;
-    println!(
+    say!(
         "moved    {} from the desktop over mutual TLS",
         human_bytes(report.bytes.received)
     );
@@ -117,7 +126,7 @@ pub async fn run() -> Result<()> {
 
     laptop_node.stop().await;
     desktop_node.stop().await;
-    println!("\nNext: README.md says how to do this with two machines.");
+    say!("\nNext: README.md says how to do this with two machines.");
     Ok(())
 }
 

@@ -178,6 +178,10 @@ fn admission_refuses_what_it_cannot_certify() {
     assert!(refusal(folder, &["mesh", "admit", peer, "--name", "a b"]).contains("a b"));
     assert!(refusal(folder, &["mesh", "admit", peer, "--key-file", "nowhere"]).contains("nowhere"));
     fs::write(folder.join("other"), "home:AAAA").unwrap();
+    fs::set_permissions(folder.join("other"), fs::Permissions::from_mode(0o644)).unwrap();
+    let exposed = refusal(folder, &["mesh", "admit", peer, "--key-file", "other"]);
+    assert!(exposed.contains("chmod 0600"), "{exposed}");
+    fs::set_permissions(folder.join("other"), fs::Permissions::from_mode(0o600)).unwrap();
     assert!(refusal(folder, &["mesh", "admit", peer, "--key-file", "other"]).contains("other"));
     for misuse in [
         vec!["mesh", "admit", "12D3"],
