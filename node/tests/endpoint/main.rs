@@ -10,3 +10,4 @@ mod faults;
 mod machine;
 mod proxy;
 mod start;
+mod strangers;

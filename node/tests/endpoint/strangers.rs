@@ -1,0 +1,142 @@
+//! Whoever holds a key of their own and no certificate of this mesh, and follows every protocol.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::Bytes;
+use granary::identity::Identity;
+use granary::mesh::links::Limits;
+use granary::mesh::swarm::{Network, NetworkEvent};
+use granary::serve::tls;
+use granary_protocol::certificate::{Certificate, UnixTime};
+use granary_protocol::message::{Message, PROTOCOL_VERSION};
+use granary_protocol::peer::PeerId;
+use granary_protocol::signature::SecretKey;
+use granary_protocol::wire;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use crate::machine::{
+    GENEROUS, MESH_PORT, Machine, SMALL_BYTES, Sample, TRANSFER_PORT, key, until,
+};
+
+/// The longest that a stranger waits for a word: beyond the 5 s in which a Hello is due.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+fn stranger() -> Identity {
+    Identity::from_seed(&[9; 32])
+}
+
+/// A member that shares a path.
+async fn desktop() -> (Machine, Sample) {
+    let mut desktop = Machine::new();
+    let path = desktop.add("secret", SMALL_BYTES);
+    desktop.start().await;
+    until("the desktop shares its path", || {
+        desktop
+            .status()
+            .is_some_and(|report| report.paths_held == 1)
+    });
+    (desktop, path)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_hears_no_byte_on_the_transfer_port() {
+    let (mut desktop, path) = desktop().await;
+    let address = SocketAddr::from((desktop.address, TRANSFER_PORT));
+    let connector = tls::connector(&stranger(), GENEROUS).unwrap();
+    let expected = Identity::load_or_create(&desktop.state().join("identity")).unwrap();
+    // The handshake succeeds, since a key is all that it takes.
+    let mut stream = connector
+        .connect(address, expected.peer_id())
+        .await
+        .unwrap();
+    for target in [path.narinfo(), path.short()] {
+        let request = format!("GET {target} HTTP/1.1\r\nHost: x\r\n\r\n");
+        // The other side may have closed already.
+        let _ = stream.write_all(request.as_bytes()).await;
+    }
+    let mut heard = Vec::new();
+    let read = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut heard)).await;
+    assert!(read.is_ok(), "the connection stayed open");
+    assert_eq!(heard, b"");
+    assert_eq!(desktop.status().unwrap().refusals.get("transfer"), Some(&1));
+    desktop.stop().await;
+}
+
+/// Says `words` to the desktop and returns how many frames came back before it hung up.
+async fn frames_heard(desktop: &Machine, words: Vec<Message>) -> usize {
+    let address = SocketAddr::from((desktop.address, MESH_PORT));
+    let listen = [SocketAddr::from(([127, 0, 0, 1], 0))];
+    let limits = Limits::new(wire::FRAME_BYTES_MAX);
+    let mut network = Network::new(&stranger(), &listen, limits).unwrap();
+    network.dial_unknown(address);
+    let mut heard = 0;
+    let conversation = async {
+        loop {
+            match network.next().await {
+                NetworkEvent::LinkUp { peer, .. } => {
+                    for word in &words {
+                        network.send(peer, Bytes::from(wire::encode(word))).unwrap();
+                    }
+                }
+                NetworkEvent::Frame { .. } => heard += 1,
+                NetworkEvent::LinkDown { .. } => return,
+                NetworkEvent::DialFailed { reason, .. } => panic!("could not connect: {reason}"),
+                _ => {}
+            }
+        }
+    };
+    tokio::time::timeout(PATIENCE, conversation)
+        .await
+        .expect("the desktop hangs up");
+    heard
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_hears_no_word_on_the_control_plane() {
+    let (mut desktop, path) = desktop().await;
+    let me = PeerId::from_public_key(stranger().public_key());
+    let hello = |mesh: SecretKey, peer: PeerId, not_after: u64| Message::Hello {
+        version: PROTOCOL_VERSION,
+        certificate: Certificate {
+            peer,
+            name: "stranger".into(),
+            permissions: "share".parse().unwrap(),
+            not_before: UnixTime(0),
+            not_after: UnixTime(not_after),
+            serial: 1,
+        }
+        .sign(&mesh)
+        .unwrap(),
+    };
+    let lookup = Message::Lookup {
+        request: 1,
+        hashes: vec![path.hash.parse().unwrap()],
+    };
+    let someone = PeerId::from_public_key(Identity::from_seed(&[8; 32]).public_key());
+    let forged = SecretKey::from_seed("mesh".parse().unwrap(), [77; 32]);
+    let refused = [
+        ("no_hello", vec![]),
+        ("out_of_turn", vec![lookup.clone()]),
+        ("out_of_turn", vec![Message::Pull { after: None }]),
+        (
+            "other_mesh",
+            vec![hello(key("another-mesh"), me, u64::MAX), lookup.clone()],
+        ),
+        (
+            "bad_signature",
+            vec![hello(forged, me, u64::MAX), lookup.clone()],
+        ),
+        (
+            "other_peer",
+            vec![hello(key("mesh"), someone, u64::MAX), lookup.clone()],
+        ),
+        ("expired", vec![hello(key("mesh"), me, 1), lookup]),
+    ];
+    for (reason, words) in refused {
+        assert_eq!(frames_heard(&desktop, words).await, 0, "{reason}");
+        let refusals = desktop.status().unwrap().refusals;
+        assert!(refusals.contains_key(reason), "{reason}: {refusals:?}");
+    }
+    desktop.stop().await;
+}
