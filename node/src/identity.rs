@@ -23,16 +23,10 @@ const SEED_BYTES: usize = 32;
 /// Permission bits that nobody but the owner may have.
 const FOREIGN_PERMISSIONS: u32 = 0o077;
 
-/// What precedes the key in the bytes of every ed25519 [`PeerId`]: an identity multihash (0x00) of 36 bytes (0x24),
-/// which are a protobuf with key type ed25519 (0x08 0x01) and 32 bytes of key (0x12 0x20). libp2p specs, peer-ids.
-const PEER_ID_PREFIX: [u8; 6] = [0x00, 0x24, 0x08, 0x01, 0x12, 0x20];
-
 /// Returns the raw ed25519 public key inside a peer id; `None` for an id of any other kind of key.
 pub fn ed25519_of(peer: &PeerId) -> Option<[u8; 32]> {
-    let bytes = peer.to_bytes();
-    bytes
-        .strip_prefix(&PEER_ID_PREFIX)
-        .and_then(|key| key.try_into().ok())
+    granary_protocol::peer::PeerId::from_multihash(&peer.to_bytes())
+        .map(|peer| *peer.as_public_key())
 }
 
 /// Returns the peer id of a raw ed25519 public key; `None` if the bytes are not a point of the curve.

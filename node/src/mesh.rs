@@ -128,6 +128,11 @@ pub struct Snapshot {
     pub paths: u64,
     pub peers: Vec<PeerView>,
     pub refusals: Vec<(Refusal, u64)>,
+    /// mDNS announcements that were passed over: of other meshes, and malformed ones.
+    pub foreign_announcements: u64,
+    pub malformed_announcements: u64,
+    /// Writes of the availability index that failed.
+    pub index_errors: u64,
 }
 
 /// What the mesh would do about one path.
@@ -665,6 +670,15 @@ impl Loop {
                     paths: self.index.count(&self.me),
                     peers: self.mind.peers(&self.index, self.clock.now()),
                     refusals: self.mind.refusals().collect(),
+                    foreign_announcements: self
+                        .discovery
+                        .as_ref()
+                        .map_or(0, Discovery::foreign_total),
+                    malformed_announcements: self
+                        .discovery
+                        .as_ref()
+                        .map_or(0, Discovery::malformed_total),
+                    index_errors: self.index.errors(),
                 });
             }
             Command::Knowledge(hash, answer) => {

@@ -57,7 +57,9 @@ pub struct Report {
     /// NARs whose bytes did not have the promised hash.
     pub nars_mismatched: u64,
     pub store_errors: u64,
-    /// Connections refused, by reason.
+    /// Writes of the availability index that failed since the start.
+    pub index_errors: u64,
+    /// Connections refused and announcements passed over, by reason.
     pub refusals: BTreeMap<String, u64>,
 }
 
@@ -139,8 +141,18 @@ pub async fn report(sources: Sources<'_>) -> String {
     let mut refusals = BTreeMap::new();
     let mut peers = Vec::new();
     let mut paths_held = 0;
+    let mut index_errors = 0;
     if let Some(snapshot) = snapshot {
         paths_held = snapshot.paths;
+        index_errors = snapshot.index_errors;
+        for (word, count) in [
+            ("announced_other_mesh", snapshot.foreign_announcements),
+            ("announced_nonsense", snapshot.malformed_announcements),
+        ] {
+            if count > 0 {
+                refusals.insert(word.to_owned(), count);
+            }
+        }
         for (refusal, count) in snapshot.refusals {
             refusals.insert(refusal.word().to_owned(), count);
         }
@@ -190,6 +202,7 @@ pub async fn report(sources: Sources<'_>) -> String {
         },
         nars_mismatched: metrics.nars_mismatched.get(),
         store_errors: metrics.store_errors.get(),
+        index_errors,
         refusals,
     })
 }

@@ -37,6 +37,20 @@ impl PeerId {
         PeerId(key)
     }
 
+    /// Reads libp2p's binary form; `None` for an id of any other kind of key.
+    pub fn from_multihash(bytes: &[u8]) -> Option<PeerId> {
+        let key = bytes.strip_prefix(&MULTIHASH_PREFIX)?;
+        Some(PeerId(key.try_into().ok()?))
+    }
+
+    /// Returns libp2p's binary form.
+    pub fn to_multihash(&self) -> [u8; 38] {
+        let mut bytes = [0u8; 38];
+        bytes[..6].copy_from_slice(&MULTIHASH_PREFIX);
+        bytes[6..].copy_from_slice(&self.0);
+        bytes
+    }
+
     /// Returns the 32 bytes of the ed25519 public key.
     pub const fn as_public_key(&self) -> &[u8; 32] {
         &self.0
@@ -45,10 +59,7 @@ impl PeerId {
 
 impl fmt::Display for PeerId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut bytes = [0u8; 38];
-        bytes[..6].copy_from_slice(&MULTIHASH_PREFIX);
-        bytes[6..].copy_from_slice(&self.0);
-        f.write_str(&bs58::encode(bytes).into_string())
+        f.write_str(&bs58::encode(self.to_multihash()).into_string())
     }
 }
 
@@ -68,11 +79,7 @@ impl FromStr for PeerId {
         let bytes = bs58::decode(text)
             .into_vec()
             .map_err(|_| PeerIdError::NotBase58(text.into()))?;
-        let key = bytes
-            .strip_prefix(&MULTIHASH_PREFIX)
-            .and_then(|key| <[u8; 32]>::try_from(key).ok())
-            .ok_or_else(|| PeerIdError::NotEd25519(text.into()))?;
-        Ok(PeerId(key))
+        PeerId::from_multihash(&bytes).ok_or_else(|| PeerIdError::NotEd25519(text.into()))
     }
 }
 
