@@ -288,6 +288,7 @@ impl Start {
         });
         let options = mesh::Options {
             mind: MindConfig {
+                key: self.identity.key(),
                 mesh_key,
                 certificate,
                 trust: self.config.trusted_keys(),

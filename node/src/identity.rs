@@ -13,6 +13,7 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use granary_protocol::peer::PeerKey;
 use libp2p::PeerId;
 use libp2p::identity::{Keypair, PublicKey, ed25519};
 use zeroize::Zeroizing;
@@ -91,6 +92,14 @@ impl Identity {
             Err(error) => Err(error),
             Ok(()) => Ok(Self::from_seed(&seed)),
         }
+    }
+
+    /// Returns the key with which this node signs what it announces.
+    pub fn key(&self) -> PeerKey {
+        let secret = self.keypair.secret();
+        let mut seed = Zeroizing::new([0; SEED_BYTES]);
+        seed.copy_from_slice(secret.as_ref());
+        PeerKey::from_seed(*seed)
     }
 
     /// Returns the identity of a seed that is kept elsewhere, or that a test chose.

@@ -15,15 +15,16 @@ use rusqlite::{Connection, OptionalExtension, params};
 use tracing::warn;
 
 /// Written to `user_version`. A file with another number is made anew.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
     CREATE TABLE writers (
         id INTEGER PRIMARY KEY, peer BLOB NOT NULL UNIQUE,
-        epoch INTEGER NOT NULL, sequence INTEGER NOT NULL
+        epoch INTEGER NOT NULL, sequence INTEGER NOT NULL, proof BLOB
     ) STRICT;
     CREATE TABLE holdings (
-        writer INTEGER NOT NULL, prefix INTEGER NOT NULL, PRIMARY KEY (writer, prefix)
+        writer INTEGER NOT NULL, prefix INTEGER NOT NULL, is_hidden INTEGER NOT NULL DEFAULT 0,
+        PRIMARY KEY (writer, prefix)
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX holders ON holdings (prefix, writer);
 ";
@@ -169,7 +170,8 @@ fn set_cursor(
         )
 }
 
-const INSERT: &str = "INSERT OR IGNORE INTO holdings (writer, prefix) VALUES (?1, ?2)";
+const INSERT: &str = "INSERT INTO holdings (writer, prefix) VALUES (?1, ?2)
+     ON CONFLICT DO UPDATE SET is_hidden = 0";
 
 impl AvailabilityIndex for SqliteIndex {
     fn cursor(&self, writer: &PeerId) -> Option<Cursor> {
@@ -224,12 +226,31 @@ impl AvailabilityIndex for SqliteIndex {
         self.change(|transaction| {
             transaction
                 .prepare_cached(
-                    "DELETE FROM holdings WHERE prefix = ?2
+                    "UPDATE holdings SET is_hidden = 1 WHERE prefix = ?2
                      AND writer = (SELECT id FROM writers WHERE peer = ?1)",
                 )?
                 .execute(params![writer.as_public_key(), signed(prefix.0)])
                 .map(drop)
         });
+    }
+
+    fn keep_proof(&mut self, writer: &PeerId, proof: &[u8]) {
+        self.change(|transaction| {
+            transaction
+                .prepare_cached("UPDATE writers SET proof = ?2 WHERE peer = ?1")?
+                .execute(params![writer.as_public_key(), proof])
+                .map(drop)
+        });
+    }
+
+    fn proof(&self, writer: &PeerId) -> Option<Vec<u8>> {
+        self.ask(|connection| {
+            connection
+                .prepare_cached("SELECT proof FROM writers WHERE peer = ?1")?
+                .query_row([writer.as_public_key()], |row| row.get(0))
+                .optional()
+                .map(Option::flatten)
+        })
     }
 
     fn forget(&mut self, writer: &PeerId) {
@@ -252,7 +273,7 @@ impl AvailabilityIndex for SqliteIndex {
             connection
                 .prepare_cached(
                     "SELECT peer FROM holdings JOIN writers ON id = writer
-                     WHERE prefix = ?1 ORDER BY peer",
+                     WHERE prefix = ?1 AND NOT is_hidden ORDER BY peer",
                 )?
                 .query_map([signed(prefix.0)], |row| {
                     Ok(PeerId::from_public_key(row.get(0)?))

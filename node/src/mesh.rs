@@ -6,7 +6,7 @@
 //! back; it decides nothing.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -428,7 +428,15 @@ impl Loop {
             shutdown: None,
         };
         mesh.think(Input::ClockRead { unix: unix_time() });
+        mesh.tell_own_addresses();
         Ok((mesh, listening))
+    }
+
+    /// Tells the mind where others can reach this node.
+    fn tell_own_addresses(&mut self) {
+        let mut addresses = self.network.listening();
+        addresses.retain(|address| is_reachable(address.ip()));
+        self.think(Input::OwnAddresses { addresses });
     }
 
     async fn run(&mut self) {
@@ -748,8 +756,14 @@ impl Loop {
 
     fn network_event(&mut self, event: NetworkEvent) {
         match event {
-            NetworkEvent::Listening(address) => debug!(%address, "listening for peers"),
-            NetworkEvent::NotListening(address) => debug!(%address, "stopped listening for peers"),
+            NetworkEvent::Listening(address) => {
+                debug!(%address, "listening for peers");
+                self.tell_own_addresses();
+            }
+            NetworkEvent::NotListening(address) => {
+                debug!(%address, "stopped listening for peers");
+                self.tell_own_addresses();
+            }
             NetworkEvent::LinkUp {
                 peer,
                 remote,
@@ -816,6 +830,16 @@ impl Loop {
             }
         }
     }
+}
+
+/// Whether an address of this machine means anything to another.
+fn is_reachable(ip: IpAddr) -> bool {
+    let is_link_local = match ip {
+        IpAddr::V4(ip) => ip.is_link_local(),
+        // A scope is needed to dial these, and libp2p knows none.
+        IpAddr::V6(ip) => ip.is_unicast_link_local(),
+    };
+    !(ip.is_loopback() || ip.is_unspecified() || is_link_local)
 }
 
 fn discover(me: libp2p::PeerId, mdns: Mdns, listen_port: u16) -> Option<Discovery> {

@@ -1,8 +1,10 @@
 //! Messages as bytes and back: the three that make up the traffic of a mesh.
 
 use divan::{Bencher, counter::BytesCount};
+use granary_protocol::announcement::{Delta, SetDigest, SignedHead};
 use granary_protocol::availability::{Cursor, HashPrefix, Operation};
 use granary_protocol::message::{DELTA_OPERATIONS_MAX, Message, SNAPSHOT_PREFIXES_MAX};
+use granary_protocol::peer::PeerKey;
 use granary_protocol::store_path::StorePathHash;
 use granary_protocol::wire::{decode, encode};
 
@@ -20,19 +22,20 @@ fn delta() -> Message {
         0 => Operation::Remove(HashPrefix(number << 40)),
         _ => Operation::Add(HashPrefix(number << 40)),
     });
-    Message::Delta {
-        after: AT,
-        operations: operations.collect(),
-    }
+    let key = PeerKey::from_seed([1; 32]);
+    let set = SetDigest([0; 32]);
+    Message::Delta(Delta::sign(&key, AT, 1, set, operations.collect()))
 }
 
 fn snapshot() -> Message {
     let step = u64::MAX / SNAPSHOT_PREFIXES_MAX as u64;
     let prefixes = (1..=SNAPSHOT_PREFIXES_MAX as u64).map(|number| HashPrefix(number * step));
+    let prefixes: Vec<HashPrefix> = prefixes.collect();
+    let set = prefixes.iter().copied().collect();
     Message::Snapshot {
-        head: AT,
+        head: SignedHead::of_set(&PeerKey::from_seed([1; 32]), AT, &set),
         after: None,
-        prefixes: prefixes.collect(),
+        prefixes,
         is_last: true,
     }
 }

@@ -67,13 +67,24 @@ pub trait AvailabilityIndex {
     /// Replaces the whole set of `writer` by `prefixes` (strictly ascending).
     fn replace(&mut self, writer: &PeerId, cursor: Cursor, prefixes: &[HashPrefix]);
 
-    /// Drops one hint that proved wrong (the holder said HaveNot); the cursor stays.
+    /// Hides one hint that proved wrong (the holder said HaveNot) from [`AvailabilityIndex::providers`].
+    ///
+    /// The set and the cursor stay as the writer announced them, since others are told the whole of
+    /// it. The hint shows again when the writer announces the path anew, or its set is replaced.
     fn withdraw(&mut self, writer: &PeerId, prefix: HashPrefix);
+
+    /// Keeps a proof of what the writer announced, opaque bytes, in place of an earlier one.
+    ///
+    /// Nothing is kept for a writer without a cursor.
+    fn keep_proof(&mut self, writer: &PeerId, proof: &[u8]);
+
+    /// Returns the proof that was kept last; it may be of an earlier cursor.
+    fn proof(&self, writer: &PeerId) -> Option<Vec<u8>>;
 
     /// Drops everything known of `writer`.
     fn forget(&mut self, writer: &PeerId);
 
-    /// Returns the writers whose set contains `prefix`, ordered by PeerId.
+    /// Returns the writers whose set contains `prefix` unhidden, ordered by PeerId.
     ///
     /// Empty when nobody is known, which is not proof of absence.
     fn providers(&self, prefix: HashPrefix) -> Vec<PeerId>;
@@ -89,7 +100,15 @@ pub trait AvailabilityIndex {
 /// An index in memory: the twin of the SQLite index for simulations and tests.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryIndex {
-    writers: BTreeMap<PeerId, (Cursor, BTreeSet<HashPrefix>)>,
+    writers: BTreeMap<PeerId, Announced>,
+}
+
+#[derive(Clone, Debug)]
+struct Announced {
+    cursor: Cursor,
+    set: BTreeSet<HashPrefix>,
+    hidden: BTreeSet<HashPrefix>,
+    proof: Option<Vec<u8>>,
 }
 
 impl MemoryIndex {
@@ -100,39 +119,59 @@ impl MemoryIndex {
 
 impl AvailabilityIndex for MemoryIndex {
     fn cursor(&self, writer: &PeerId) -> Option<Cursor> {
-        self.writers.get(writer).map(|(cursor, _)| *cursor)
+        self.writers.get(writer).map(|announced| announced.cursor)
     }
 
     fn writers(&self) -> Vec<(PeerId, Cursor)> {
         self.writers
             .iter()
-            .map(|(writer, (cursor, _))| (*writer, *cursor))
+            .map(|(writer, announced)| (*writer, announced.cursor))
             .collect()
     }
 
     fn apply(&mut self, writer: &PeerId, cursor: Cursor, operations: &[Operation]) {
-        let (stored, set) = self
-            .writers
-            .entry(*writer)
-            .or_insert_with(|| (cursor, BTreeSet::new()));
-        *stored = cursor;
+        let announced = self.writers.entry(*writer).or_insert_with(|| Announced {
+            cursor,
+            set: BTreeSet::new(),
+            hidden: BTreeSet::new(),
+            proof: None,
+        });
+        announced.cursor = cursor;
         for operation in operations {
+            announced.hidden.remove(&operation.prefix());
             match operation {
-                Operation::Add(prefix) => set.insert(*prefix),
-                Operation::Remove(prefix) => set.remove(prefix),
+                Operation::Add(prefix) => announced.set.insert(*prefix),
+                Operation::Remove(prefix) => announced.set.remove(prefix),
             };
         }
     }
 
     fn replace(&mut self, writer: &PeerId, cursor: Cursor, prefixes: &[HashPrefix]) {
-        self.writers
-            .insert(*writer, (cursor, prefixes.iter().copied().collect()));
+        let announced = Announced {
+            cursor,
+            set: prefixes.iter().copied().collect(),
+            hidden: BTreeSet::new(),
+            proof: None,
+        };
+        self.writers.insert(*writer, announced);
     }
 
     fn withdraw(&mut self, writer: &PeerId, prefix: HashPrefix) {
-        if let Some((_, set)) = self.writers.get_mut(writer) {
-            set.remove(&prefix);
+        if let Some(announced) = self.writers.get_mut(writer)
+            && announced.set.contains(&prefix)
+        {
+            announced.hidden.insert(prefix);
         }
+    }
+
+    fn keep_proof(&mut self, writer: &PeerId, proof: &[u8]) {
+        if let Some(announced) = self.writers.get_mut(writer) {
+            announced.proof = Some(proof.to_vec());
+        }
+    }
+
+    fn proof(&self, writer: &PeerId) -> Option<Vec<u8>> {
+        self.writers.get(writer)?.proof.clone()
     }
 
     fn forget(&mut self, writer: &PeerId) {
@@ -140,8 +179,9 @@ impl AvailabilityIndex for MemoryIndex {
     }
 
     fn providers(&self, prefix: HashPrefix) -> Vec<PeerId> {
-        let holds = |(writer, (_, set)): (&PeerId, &(Cursor, BTreeSet<HashPrefix>))| {
-            set.contains(&prefix).then_some(*writer)
+        let holds = |(writer, announced): (&PeerId, &Announced)| {
+            let holds = announced.set.contains(&prefix) && !announced.hidden.contains(&prefix);
+            holds.then_some(*writer)
         };
         self.writers.iter().filter_map(holds).collect()
     }
@@ -152,20 +192,18 @@ impl AvailabilityIndex for MemoryIndex {
         after: Option<HashPrefix>,
         limit: usize,
     ) -> Vec<HashPrefix> {
-        let Some((_, set)) = self.writers.get(writer) else {
+        let Some(announced) = self.writers.get(writer) else {
             return Vec::new();
         };
         let from = after.map_or(std::ops::Bound::Unbounded, std::ops::Bound::Excluded);
-        set.range((from, std::ops::Bound::Unbounded))
-            .take(limit)
-            .copied()
-            .collect()
+        let rest = announced.set.range((from, std::ops::Bound::Unbounded));
+        rest.take(limit).copied().collect()
     }
 
     fn count(&self, writer: &PeerId) -> u64 {
         self.writers
             .get(writer)
-            .map_or(0, |(_, set)| set.len() as u64)
+            .map_or(0, |announced| announced.set.len() as u64)
     }
 }
 
@@ -180,7 +218,8 @@ pub mod conformance {
         changes_apply_in_order_and_move_the_cursor(make());
         sets_of_writers_are_separate(make());
         a_snapshot_replaces_what_was_there(make());
-        a_withdrawn_hint_is_gone_and_the_cursor_stays(make());
+        a_withdrawn_hint_is_hidden_until_it_is_announced_again(make());
+        a_proof_is_kept_beside_the_set(make());
         pages_cover_the_set_once_and_in_order(make());
         extreme_numbers_survive(make());
     }
@@ -246,12 +285,40 @@ pub mod conformance {
         assert_eq!((index.cursor(&A), index.count(&A)), (Some(at(3, 0)), 0));
     }
 
-    fn a_withdrawn_hint_is_gone_and_the_cursor_stays(mut index: impl AvailabilityIndex) {
-        index.replace(&A, at(1, 2), &[HashPrefix(1), HashPrefix(2)]);
+    fn a_withdrawn_hint_is_hidden_until_it_is_announced_again(mut index: impl AvailabilityIndex) {
+        let both = [HashPrefix(1), HashPrefix(2)];
+        index.replace(&A, at(1, 2), &both);
         index.withdraw(&A, HashPrefix(1));
+        index.withdraw(&A, HashPrefix(3));
         assert!(index.providers(HashPrefix(1)).is_empty());
+        assert!(index.providers(HashPrefix(3)).is_empty());
         assert_eq!(index.providers(HashPrefix(2)), [A]);
-        assert_eq!((index.cursor(&A), index.count(&A)), (Some(at(1, 2)), 1));
+        assert_eq!(
+            index.prefixes(&A, None, 10),
+            both,
+            "the set is as announced"
+        );
+        assert_eq!((index.cursor(&A), index.count(&A)), (Some(at(1, 2)), 2));
+        index.apply(&A, at(1, 3), &[Operation::Add(HashPrefix(1))]);
+        assert_eq!(index.providers(HashPrefix(1)), [A]);
+        index.withdraw(&A, HashPrefix(1));
+        index.replace(&A, at(2, 2), &both);
+        assert_eq!(index.providers(HashPrefix(1)), [A]);
+    }
+
+    fn a_proof_is_kept_beside_the_set(mut index: impl AvailabilityIndex) {
+        index.keep_proof(&A, &[1, 2]);
+        assert_eq!(index.proof(&A), None, "of what?");
+        assert_eq!(index.cursor(&A), None);
+        index.apply(&A, at(1, 1), &[Operation::Add(HashPrefix(9))]);
+        assert_eq!(index.proof(&A), None);
+        index.keep_proof(&A, &[1, 2]);
+        index.keep_proof(&A, &[3]);
+        assert_eq!(index.proof(&A), Some(vec![3]));
+        index.apply(&A, at(1, 2), &[Operation::Remove(HashPrefix(9))]);
+        assert_eq!(index.proof(&A), Some(vec![3]));
+        index.forget(&A);
+        assert_eq!(index.proof(&A), None);
     }
 
     fn pages_cover_the_set_once_and_in_order(mut index: impl AvailabilityIndex) {

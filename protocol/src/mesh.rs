@@ -13,7 +13,7 @@
 //! say Hello and to hang up; every collection is bounded by a named limit; two minds given the same
 //! seed and the same inputs produce the same outputs.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,9 +24,11 @@ use rand_pcg::Pcg64;
 
 use crate::availability::{AvailabilityIndex, Cursor, HashPrefix};
 use crate::certificate::{Certificate, SignedCertificate, UnixTime};
-use crate::message::{Answer, Message};
+use crate::contact::SignedContact;
+use crate::hash::sha256;
+use crate::message::{Answer, Message, Summary, WriterCursor};
 use crate::narinfo::VerifiedNarInfo;
-use crate::peer::PeerId;
+use crate::peer::{PeerId, PeerKey};
 use crate::signature::{PublicKey, TrustedKeys};
 use crate::store_path::{StoreDir, StorePathHash};
 
@@ -41,9 +43,15 @@ pub use membership::{PeerState, Refusal};
 /// has no more queries open; what exceeds it goes unanswered, and the asker turns to another.
 const READS_PER_PEER_MAX: usize = 64;
 
+/// Messages for one peer that wait until it is linked: a few batches of lookups. One that does not
+/// fit goes unsaid, and the lookup turns to another peer.
+const WAITING_MESSAGES_MAX: usize = 16;
+
 /// What a node is told once, at start.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// This node's own key, with which it signs what it announces.
+    pub key: PeerKey,
     /// Public half of the key that admits members.
     pub mesh_key: PublicKey,
     /// This node's own certificate, shown to others.
@@ -89,6 +97,10 @@ pub enum Input {
     Woke,
     /// An address or route came or went: back-offs are worth forgetting.
     NetworkChanged,
+    /// Where others can reach this node's control plane, best first.
+    OwnAddresses {
+        addresses: Vec<SocketAddr>,
+    },
     /// The node is about to stop.
     Shutdown,
     /// mDNS (or a person) says that a peer may be found at these addresses.
@@ -269,24 +281,40 @@ pub struct Mesh {
     outputs: VecDeque<Output>,
     /// What [`Output::ReadLocal`] asked for and was not answered yet, of linked peers.
     reads: BTreeSet<(PeerId, u64)>,
+    /// What is said to peers as soon as they are linked, and the transfers opened then.
+    waiting: BTreeMap<PeerId, Waiting>,
+    /// Whether the proofs that the index kept were read.
+    is_restored: bool,
     membership: membership::Membership,
     gossip: gossip::Gossip,
     lookups: lookup::Lookups,
     fetches: fetch::Fetches,
 }
 
+#[derive(Default)]
+struct Waiting {
+    messages: Vec<Message>,
+    transfers: Vec<(FetchId, u32, u64)>,
+}
+
 impl Mesh {
     /// `seed` decides every random choice; a node draws it from the system, a simulation from its own seed.
+    ///
+    /// # Panics
+    /// When `config.key` is not that of `me`.
     pub fn new(me: PeerId, config: Config, seed: u64, now: Instant) -> Mesh {
+        assert_eq!(me, config.key.peer_id(), "a node signs with its own key");
         let mut chance = Chance(Pcg64::seed_from_u64(seed));
         Mesh {
             me,
-            membership: membership::Membership::new(me, &config, now),
-            gossip: gossip::Gossip::new(me, &mut chance, now),
+            membership: membership::Membership::new(&config, now),
+            gossip: gossip::Gossip::new(config.key.clone(), &mut chance, now),
             lookups: lookup::Lookups::new(),
             fetches: fetch::Fetches::new(),
             outputs: VecDeque::new(),
             reads: BTreeSet::new(),
+            waiting: BTreeMap::new(),
+            is_restored: false,
             config,
             chance,
         }
@@ -296,16 +324,30 @@ impl Mesh {
     ///
     /// `now` never goes backwards between calls.
     pub fn handle(&mut self, index: &mut dyn AvailabilityIndex, input: Input, now: Instant) {
-        self.gossip.start(index, &mut self.chance);
+        if let Input::ClockRead { unix } = &input {
+            self.membership.clock_read(*unix, now);
+            self.restore(index, now);
+        }
+        let unix = self.membership.unix(now);
+        self.gossip.start(index, unix, &mut self.chance);
         match input {
-            Input::Tick => {}
-            Input::ClockRead { unix } => self.membership.clock_read(unix, now),
+            Input::Tick | Input::ClockRead { .. } => {}
             Input::Woke => {
                 self.membership.woke(now);
-                self.gossip.woke(now);
+                self.gossip.woke();
                 self.lookups.woke();
+                // Whoever is still there knows what was missed.
+                let message = Message::Summary {
+                    summary: self.summary(index),
+                };
+                self.tell_neighbours(&message, &[]);
             }
             Input::NetworkChanged => self.membership.network_changed(now),
+            Input::OwnAddresses { addresses } => {
+                if self.membership.own_addresses(addresses, now) {
+                    self.tell_own_contact();
+                }
+            }
             Input::Shutdown => {
                 for peer in self.membership.linked() {
                     self.send(peer, Message::Goodbye);
@@ -327,26 +369,29 @@ impl Mesh {
                 if was_linked {
                     self.departed(index, peer, now);
                 }
-                self.member_event(index, event, now);
+                self.member_events(index, event, now);
             }
             Input::LinkDown { peer } => {
                 let event = self.membership.link_down(peer, &mut self.chance, now);
-                self.member_event(index, event, now);
+                self.member_events(index, event, now);
             }
-            Input::DialFailed { peer } => self.membership.dial_failed(peer, &mut self.chance, now),
+            Input::DialFailed { peer } => {
+                let event = self.membership.dial_failed(peer, &mut self.chance, now);
+                self.member_events(index, event, now);
+            }
             Input::SeedFailed { seed } => self.membership.seed_failed(seed, &mut self.chance, now),
             Input::SeedFound { seed, peer } => {
                 self.membership
                     .seed_found(seed, peer, &mut self.chance, now);
             }
             Input::Garbage { peer } => {
-                let event = self.membership.refuse(peer, Refusal::Garbage, now);
-                self.member_event(index, event, now);
+                let events = self.membership.refuse(peer, Refusal::Garbage, now);
+                self.member_events(index, events, now);
             }
             Input::Received { peer, message } => self.received(index, peer, message, now),
-            Input::LocalPaths { all } => self.gossip.local_paths(index, &all, now),
+            Input::LocalPaths { all } => self.gossip.local_paths(&all, now),
             Input::LocalChanged { added, removed } => {
-                self.gossip.local_changed(index, &added, &removed, now);
+                self.gossip.local_changed(&added, &removed, now);
             }
             Input::LocalAnswers {
                 peer,
@@ -365,7 +410,7 @@ impl Mesh {
                 let hash = narinfo.narinfo().store_path.hash();
                 let providers = self.providers(index, &hash, now);
                 let events = self.fetches.start(fetch, hash, &providers, now);
-                self.fetch_events(index, events);
+                self.fetch_events(index, events, now);
             }
             Input::TransferProgress { fetch, attempt, at } => {
                 self.fetches.progress(fetch, attempt, at, now);
@@ -416,7 +461,8 @@ impl Mesh {
         self.membership.refusals()
     }
 
-    /// Returns the linked peers that say they hold a path and may be asked for it, best first.
+    /// Returns the peers that say they hold a path and may be asked for it, best first: those that
+    /// are linked, then those that could be.
     pub fn providers(
         &self,
         index: &dyn AvailabilityIndex,
@@ -426,12 +472,13 @@ impl Mesh {
         let mut providers = index.providers(HashPrefix::from(hash));
         providers.retain(|peer| *peer != self.me && self.membership.is_usable(peer, now));
         self.lookups.order(&mut providers);
+        providers.sort_by_key(|peer| !self.membership.is_linked(peer));
         providers
     }
 
     /// Returns the position of this node's own log.
     pub fn head(&self) -> Cursor {
-        self.gossip.head()
+        self.gossip.cursor()
     }
 
     fn received(
@@ -446,56 +493,92 @@ impl Mesh {
             certificate,
         } = &message
         {
-            let event = self.membership.hello(peer, *version, certificate, now);
-            return self.member_event(index, event, now);
+            let events = self.membership.hello(peer, *version, certificate, now);
+            return self.member_events(index, events, now);
         }
         if !self.membership.is_linked(&peer) {
             // The hands may still deliver what was under way when we hung up: only a peer that we
             // are getting to know is refused for speaking out of turn.
-            let event = self.membership.spoke_out_of_turn(peer, now);
-            return self.member_event(index, event, now);
+            let events = self.membership.spoke_out_of_turn(peer, now);
+            return self.member_events(index, events, now);
         }
         match message {
             Message::Hello { .. } => unreachable!("handled above"),
             Message::About {
                 store_dir,
-                transfer_port,
-                head,
+                contact,
+                cursor,
+                summary,
+                wish,
             } => {
-                let event = self.membership.about(peer, &store_dir, transfer_port, now);
-                self.member_event(index, event, now);
+                let events = self.membership.about(peer, &store_dir, contact, now);
+                self.member_events(index, events, now);
                 if self.membership.is_linked(&peer) {
-                    let sends = self.gossip.head_told(index, peer, head, now);
-                    self.send_all(peer, sends);
+                    let events = self.membership.wish_told(peer, wish, &mut self.chance, now);
+                    self.member_events(index, events, now);
+                    self.gossip.cursor_told(index, peer, cursor);
+                    self.compare_summary(index, peer, summary);
                 }
             }
             Message::Goodbye => self.membership.goodbye(peer, now),
-            Message::Head { head } => {
-                let sends = self.gossip.head_told(index, peer, head, now);
-                self.send_all(peer, sends);
+            Message::Neighbour { wish } => {
+                let events = self.membership.wish_told(peer, wish, &mut self.chance, now);
+                self.member_events(index, events, now);
             }
-            Message::Delta { after, operations } => {
-                let sends = self.gossip.delta(index, peer, after, &operations, now);
-                self.replication(index, peer, sends, now);
-            }
-            Message::Pull { after } => {
-                let (sends, restarted) = self.gossip.pull(index, after, &mut self.chance);
-                self.send_all(peer, sends);
-                if restarted {
-                    let head = self.gossip.head();
-                    for other in self
-                        .membership
-                        .linked()
-                        .into_iter()
-                        .filter(|one| *one != peer)
-                    {
-                        self.send(other, Message::Head { head });
-                    }
+            Message::Summary { summary } => self.compare_summary(index, peer, summary),
+            Message::Cursors {
+                cursors,
+                is_complete,
+            } => {
+                let ours = self.known(index);
+                let lacks = self.gossip.compare(peer, &ours, &cursors, is_complete);
+                if !lacks.is_empty() {
+                    let cursors = lacks;
+                    let is_complete = false;
+                    self.send(
+                        peer,
+                        Message::Cursors {
+                            cursors,
+                            is_complete,
+                        },
+                    );
                 }
             }
-            Message::PullPage { epoch, after } => {
-                let sends = self.gossip.pull_page(index, epoch, after);
-                self.send_all(peer, sends);
+            Message::Contact(contact) => self.contact_told(index, peer, contact, now),
+            Message::Delta(delta) => {
+                let writer = delta.writer();
+                if self.own_future(index, delta.head(), now) {
+                    return;
+                }
+                let is_member = self.membership.is_member(&writer);
+                let events = self.gossip.delta(index, peer, delta, is_member);
+                self.gossip_events(index, events, now);
+            }
+            Message::Pull {
+                writer,
+                contact,
+                after,
+            } => {
+                if let Some(known) = self.membership.contact(&writer)
+                    && known.contact().number > contact
+                {
+                    let contact = Message::Contact(known.clone());
+                    self.send(peer, contact);
+                }
+                let unix = self.membership.unix(now);
+                let chance = &mut self.chance;
+                let events = self
+                    .gossip
+                    .pull(index, peer, writer, after, unix, chance, now);
+                self.gossip_events(index, events, now);
+            }
+            Message::PullPage {
+                writer,
+                cursor,
+                after,
+            } => {
+                let page = self.gossip.pull_page(index, writer, cursor, after, now);
+                self.send(peer, page);
             }
             Message::Snapshot {
                 head,
@@ -503,11 +586,16 @@ impl Mesh {
                 prefixes,
                 is_last,
             } => {
-                let sends = self
+                if self.own_future(index, &head, now) {
+                    return;
+                }
+                let is_member = self.membership.is_member(&head.head().writer);
+                let events = self
                     .gossip
-                    .snapshot(index, peer, head, after, prefixes, is_last, now);
-                self.replication(index, peer, sends, now);
+                    .snapshot(index, peer, head, after, prefixes, is_last, is_member, now);
+                self.gossip_events(index, events, now);
             }
+            Message::NothingNewer { writer } => self.gossip.nothing_newer(peer, &writer),
             Message::Lookup { request, hashes } => {
                 let reads = self.reads.range((peer, 0)..=(peer, u64::MAX)).count();
                 if reads < READS_PER_PEER_MAX && self.reads.insert((peer, request)) {
@@ -532,19 +620,215 @@ impl Mesh {
         }
     }
 
-    fn replication(
+    /// Everything that is said about writers, and is not of this node's own log.
+    fn gossip_events(
         &mut self,
         index: &mut dyn AvailabilityIndex,
-        peer: PeerId,
-        sends: Result<Vec<Message>, gossip::Nonsense>,
+        events: Vec<gossip::Event>,
         now: Instant,
     ) {
-        match sends {
-            Ok(sends) => self.send_all(peer, sends),
-            Err(gossip::Nonsense) => {
-                let event = self.membership.refuse(peer, Refusal::Garbage, now);
-                self.member_event(index, event, now);
+        for event in events {
+            match event {
+                gossip::Event::Send { to, message } => self.send(to, message),
+                gossip::Event::Nonsense { from } => {
+                    let events = self.membership.refuse(from, Refusal::Garbage, now);
+                    self.member_events(index, events, now);
+                }
+                gossip::Event::BeganEpoch => self.tell_own_cursor(),
+                gossip::Event::Changed {
+                    from,
+                    head,
+                    mut news,
+                    added,
+                } => {
+                    let (writer, cursor) = (head.head().writer, head.head().cursor);
+                    let Some(contact) = self.membership.contact(&writer) else {
+                        continue;
+                    };
+                    drop(added);
+                    let number = contact.contact().number;
+                    index.keep_proof(&writer, &crate::wire::encode_proof(contact, &head));
+                    self.gossip.learned(&writer, number, Some(cursor));
+                    if let Message::Cursors { cursors, .. } = &mut news {
+                        for known in cursors {
+                            known.contact = number;
+                        }
+                    }
+                    if self.membership.relays() {
+                        self.tell_neighbours(&news, &[from, writer]);
+                    }
+                }
             }
+        }
+    }
+
+    /// Reads what a member says of itself, passed on by `from`.
+    fn contact_told(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        from: PeerId,
+        contact: SignedContact,
+        now: Instant,
+    ) {
+        match self.membership.contact_told(contact.clone(), now) {
+            Ok(true) => self.contact_news(index, from, contact),
+            Ok(false) => {}
+            Err(crate::contact::NotAContact::BadSignature { .. }) => {
+                let events = self.membership.refuse(from, Refusal::Garbage, now);
+                self.member_events(index, events, now);
+            }
+            // Its certificate may have ended, or our clock be wrong.
+            Err(crate::contact::NotAContact::NotAMember(_)) => {}
+        }
+    }
+
+    fn contact_news(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        from: PeerId,
+        contact: SignedContact,
+    ) {
+        let peer = contact.peer();
+        if peer == self.me {
+            return self.tell_own_contact();
+        }
+        let number = contact.contact().number;
+        self.gossip.learned(&peer, number, index.cursor(&peer));
+        if self.membership.relays() {
+            self.tell_neighbours(&Message::Contact(contact), &[from, peer]);
+        }
+    }
+
+    /// Whether a record of our own log is from a future that we lost; then a new epoch began.
+    fn own_future(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        head: &crate::announcement::SignedHead,
+        now: Instant,
+    ) -> bool {
+        if head.head().writer != self.me {
+            return false;
+        }
+        let unix = self.membership.unix(now);
+        let began = self.gossip.own_future(index, head, unix, &mut self.chance);
+        if began {
+            self.tell_own_cursor();
+        }
+        began
+    }
+
+    /// What this node knows of everybody, ascending.
+    fn known(&self, index: &dyn AvailabilityIndex) -> Vec<WriterCursor> {
+        let mut cursors = index.writers().into_iter().peekable();
+        let known = |(writer, contact): (PeerId, u64)| {
+            while cursors.next_if(|(other, _)| *other < writer).is_some() {}
+            let cursor = cursors.next_if(|(other, _)| *other == writer);
+            WriterCursor {
+                writer,
+                contact,
+                cursor: cursor.map(|(_, cursor)| cursor),
+            }
+        };
+        let mut all: Vec<WriterCursor> = self.membership.contacts().map(known).collect();
+        all.truncate(crate::message::CURSORS_MAX);
+        all
+    }
+
+    fn summary(&self, index: &dyn AvailabilityIndex) -> Summary {
+        let known = self.known(index);
+        let mut bytes = Vec::with_capacity(known.len() * 56);
+        for one in known {
+            bytes.extend(one.writer.as_public_key());
+            bytes.extend(one.contact.to_be_bytes());
+            // No log stands at the very end of numbers.
+            let cursor = one.cursor.unwrap_or(Cursor {
+                epoch: u64::MAX,
+                sequence: u64::MAX,
+            });
+            bytes.extend(cursor.epoch.to_be_bytes());
+            bytes.extend(cursor.sequence.to_be_bytes());
+        }
+        Summary(sha256(&bytes))
+    }
+
+    fn compare_summary(&mut self, index: &dyn AvailabilityIndex, peer: PeerId, theirs: Summary) {
+        if self.summary(index) != theirs {
+            let cursors = self.known(index);
+            let is_complete = true;
+            self.send(
+                peer,
+                Message::Cursors {
+                    cursors,
+                    is_complete,
+                },
+            );
+        }
+    }
+
+    /// Reads the proofs that the index kept over a restart: who the writers are, and that they said so.
+    fn restore(&mut self, index: &mut dyn AvailabilityIndex, now: Instant) {
+        if std::mem::replace(&mut self.is_restored, true) {
+            return;
+        }
+        for (writer, cursor) in index.writers() {
+            let proof = index.proof(&writer);
+            let Some(Ok((contact, head))) = proof.map(|proof| crate::wire::decode_proof(&proof))
+            else {
+                continue;
+            };
+            let is_of_writer = contact.peer() == writer && head.head().writer == writer;
+            if !is_of_writer || self.membership.contact_told(contact, now).is_err() {
+                continue;
+            }
+            if head.head().cursor == cursor && head.is_proved() {
+                self.gossip.remember(&head);
+            }
+        }
+    }
+
+    /// Tells everybody linked where our own log stands now, in a way that makes them pull.
+    fn tell_own_cursor(&mut self) {
+        let Some(contact) = self.membership.own_contact() else {
+            return;
+        };
+        let own = WriterCursor {
+            writer: self.me,
+            contact: contact.contact().number,
+            cursor: Some(self.gossip.cursor()),
+        };
+        let message = Message::Cursors {
+            cursors: vec![own],
+            is_complete: false,
+        };
+        for peer in self.membership.linked() {
+            self.send(peer, message.clone());
+        }
+    }
+
+    fn tell_own_contact(&mut self) {
+        if let Some(contact) = self.membership.own_contact().cloned() {
+            for peer in self.membership.linked() {
+                self.send(peer, Message::Contact(contact.clone()));
+            }
+        }
+    }
+
+    fn tell_neighbours(&mut self, message: &Message, except: &[PeerId]) {
+        for peer in self.membership.neighbours() {
+            if !except.contains(&peer) {
+                self.send(peer, message.clone());
+            }
+        }
+    }
+
+    fn member_events(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        events: impl IntoIterator<Item = membership::Event>,
+        now: Instant,
+    ) {
+        for event in events {
+            self.member_event(index, event, now);
         }
     }
 
@@ -555,7 +839,12 @@ impl Mesh {
         now: Instant,
     ) {
         match event {
-            membership::Event::Nothing => {}
+            membership::Event::Dial { peer, addresses } => {
+                self.outputs.push_back(Output::Dial { peer, addresses });
+            }
+            membership::Event::DialSeed { seed } => {
+                self.outputs.push_back(Output::DialSeed { seed });
+            }
             membership::Event::SayHello(peer) => self.say_hello(peer),
             membership::Event::Refused {
                 peer,
@@ -568,26 +857,73 @@ impl Mesh {
                 });
                 if was_linked {
                     self.departed(index, peer, now);
+                } else {
+                    self.unreachable(index, peer, now);
                 }
             }
             membership::Event::Admitted {
                 peer,
                 certificate,
                 say_hello,
-            } => {
-                if say_hello {
-                    self.say_hello(peer);
-                }
-                self.outputs
-                    .push_back(Output::Admitted { peer, certificate });
-                let about = Message::About {
-                    store_dir: self.config.store_dir.clone(),
-                    transfer_port: self.config.transfer_port,
-                    head: self.gossip.head(),
-                };
-                self.send(peer, about);
-            }
+            } => self.admitted(index, peer, certificate, say_hello),
             membership::Event::Departed(peer) => self.departed(index, peer, now),
+            membership::Event::Released(peer) => {
+                let refusal = None;
+                self.outputs.push_back(Output::Hangup { peer, refusal });
+                self.departed(index, peer, now);
+            }
+            membership::Event::Unreachable(peer) => self.unreachable(index, peer, now),
+            membership::Event::Tell { peer, wish } => {
+                self.send(peer, Message::Neighbour { wish });
+            }
+            membership::Event::NewContact(contact) => {
+                self.contact_news(index, contact.peer(), contact);
+            }
+            membership::Event::Forgotten(peer) => {
+                index.forget(&peer);
+                self.gossip.forget(&peer);
+            }
+        }
+    }
+
+    fn admitted(
+        &mut self,
+        index: &dyn AvailabilityIndex,
+        peer: PeerId,
+        certificate: Box<Certificate>,
+        say_hello: bool,
+    ) {
+        if say_hello {
+            self.say_hello(peer);
+        }
+        self.outputs
+            .push_back(Output::Admitted { peer, certificate });
+        if let Some(contact) = self.membership.own_contact().cloned() {
+            let about = Message::About {
+                store_dir: self.config.store_dir.clone(),
+                contact,
+                cursor: self.gossip.cursor(),
+                summary: self.summary(index),
+                wish: self.membership.wish(&peer),
+            };
+            self.send(peer, about);
+        }
+        let waiting = self.waiting.remove(&peer).unwrap_or_default();
+        for message in waiting.messages {
+            self.send(peer, message);
+        }
+        for (fetch, attempt, from) in waiting.transfers {
+            if self.fetches.running(fetch, attempt).is_some()
+                && let Some(address) = self.membership.transfer_address(&peer)
+            {
+                self.outputs.push_back(Output::Transfer {
+                    fetch,
+                    attempt,
+                    peer,
+                    address,
+                    from,
+                });
+            }
         }
     }
 
@@ -595,8 +931,17 @@ impl Mesh {
         self.outputs.push_back(Output::Departed { peer });
         self.reads.retain(|(reader, _)| *reader != peer);
         self.gossip.departed(peer);
+        self.unreachable(index, peer, now);
+    }
+
+    /// What was asked of the peer, or was about to be, is asked of others.
+    fn unreachable(&mut self, index: &mut dyn AvailabilityIndex, peer: PeerId, now: Instant) {
+        let waiting = self.waiting.remove(&peer).unwrap_or_default();
         let events = self.lookups.departed(peer, now);
         self.lookup_events(index, events, now);
+        for (fetch, attempt, _) in waiting.transfers {
+            self.transfer_ended(index, fetch, attempt, Err(Blame::Peer), now);
+        }
     }
 
     fn say_hello(&mut self, peer: PeerId) {
@@ -633,7 +978,7 @@ impl Mesh {
                     request,
                     hashes,
                 } => {
-                    self.send(peer, Message::Lookup { request, hashes });
+                    self.send_when_linked(index, peer, Message::Lookup { request, hashes }, now);
                 }
                 lookup::Event::HaveNot { peer, hash } => {
                     index.withdraw(&peer, HashPrefix::from(&hash));
@@ -673,10 +1018,15 @@ impl Mesh {
         }
         let providers = self.providers(index, &hash, now);
         let events = self.fetches.ended(fetch, outcome, &providers, now);
-        self.fetch_events(index, events);
+        self.fetch_events(index, events, now);
     }
 
-    fn fetch_events(&mut self, _index: &dyn AvailabilityIndex, events: Vec<fetch::Event>) {
+    fn fetch_events(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        events: Vec<fetch::Event>,
+        now: Instant,
+    ) {
         for event in events {
             let output = match event {
                 fetch::Event::Open {
@@ -694,9 +1044,11 @@ impl Mesh {
                             from,
                         },
                         None => {
-                            // Usable providers have one; it may have departed in this very step.
-                            self.fetches.finish(fetch);
-                            Output::FetchFailed { fetch }
+                            // Usable providers are linked, or are dialled for this.
+                            let waiting = self.waiting.entry(peer).or_default();
+                            waiting.transfers.push((fetch, attempt, from));
+                            self.want(index, peer, now);
+                            continue;
                         }
                     }
                 }
@@ -708,20 +1060,36 @@ impl Mesh {
     }
 
     fn tick(&mut self, index: &mut dyn AvailabilityIndex, now: Instant) {
-        let mut dials = Vec::new();
-        for event in self.membership.tick(&mut dials, now) {
-            self.member_event(index, event, now);
-        }
-        self.outputs.extend(dials);
+        let events = self.membership.tick(&mut self.chance, now);
+        self.member_events(index, events, now);
 
-        for message in self.gossip.flush(index, now) {
-            for peer in self.membership.linked() {
-                self.send(peer, message.clone());
-            }
+        for delta in self.gossip.flush(index, now) {
+            self.tell_neighbours(&Message::Delta(delta), &[]);
         }
-        let linked = self.membership.linked();
-        if let Some((peer, message)) = self.gossip.tick(&linked, &mut self.chance, now) {
+        if self.gossip.tick(&mut self.chance, now)
+            && let Some(peer) = self.chance.pick(&self.membership.neighbours()).copied()
+        {
+            let message = Message::Summary {
+                summary: self.summary(index),
+            };
             self.send(peer, message);
+        }
+        for (from, writer) in self.gossip.begin_pulls(now) {
+            let contact = self.membership.contact(&writer);
+            let contact = contact.map_or(0, |contact| contact.contact().number);
+            let after = if writer == self.me {
+                Some(self.gossip.cursor())
+            } else {
+                index.cursor(&writer)
+            };
+            self.send(
+                from,
+                Message::Pull {
+                    writer,
+                    contact,
+                    after,
+                },
+            );
         }
 
         let events = self.lookups.tick(now);
@@ -730,18 +1098,41 @@ impl Mesh {
         for (fetch, hash) in self.fetches.stalled(now) {
             let providers = self.providers(index, &hash, now);
             let events = self.fetches.switch(fetch, &providers, now);
-            self.fetch_events(index, events);
+            self.fetch_events(index, events, now);
         }
+    }
+
+    /// Sends to a peer that may have to be dialled first.
+    fn send_when_linked(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        peer: PeerId,
+        message: Message,
+        now: Instant,
+    ) {
+        if self.membership.is_linked(&peer) {
+            let used = self.membership.want(&peer, now);
+            debug_assert!(used.is_none(), "a linked peer is not dialled");
+            return self.send(peer, message);
+        }
+        let waiting = self.waiting.entry(peer).or_default();
+        if waiting.messages.len() < WAITING_MESSAGES_MAX {
+            waiting.messages.push(message);
+        }
+        self.want(index, peer, now);
+    }
+
+    /// Dials a peer for what waits for it; where that cannot be, others are asked.
+    fn want(&mut self, index: &mut dyn AvailabilityIndex, peer: PeerId, now: Instant) {
+        let event = self.membership.want(&peer, now);
+        if event.is_none() && !self.membership.is_on_its_way(&peer) {
+            return self.unreachable(index, peer, now);
+        }
+        self.member_events(index, event, now);
     }
 
     fn send(&mut self, peer: PeerId, message: Message) {
         self.outputs.push_back(Output::Send { peer, message });
-    }
-
-    fn send_all(&mut self, peer: PeerId, messages: Vec<Message>) {
-        for message in messages {
-            self.send(peer, message);
-        }
     }
 }
 

@@ -4,9 +4,15 @@
 //! never travel in messages, they have a plane of their own. The order on a connection: `Hello`
 //! from the dialler, `Hello` from the other side once the first one proved membership, `About` from
 //! both, then anything.
+//!
+//! What is said about a writer ([`Message::Delta`], [`Message::Snapshot`], [`Message::Contact`]) carries
+//! that writer's signature and may come from anyone; everything else the sender says for itself.
 
-use crate::availability::{Cursor, HashPrefix, Operation};
+use crate::announcement::{Delta, SignedHead};
+use crate::availability::{Cursor, HashPrefix};
 use crate::certificate::SignedCertificate;
+use crate::contact::SignedContact;
+use crate::peer::PeerId;
 use crate::store_path::{StoreDir, StorePathHash};
 
 /// The version of the conversation that this node speaks.
@@ -21,6 +27,9 @@ pub const DELTA_OPERATIONS_MAX: usize = 16_384;
 /// Most prefixes in one [`Message::Snapshot`]: at most 10 bytes each, so that a page stays below 256 KiB.
 pub const SNAPSHOT_PREFIXES_MAX: usize = 24_576;
 
+/// Most writers in one [`Message::Cursors`]: 62 bytes each at most, so that it stays below 256 KiB.
+pub const CURSORS_MAX: usize = 4096;
+
 /// Most bytes of narinfo text in one [`Message::Answers`]; a sender splits what is larger.
 pub const ANSWERS_BYTES_MAX: usize = 512 * 1024;
 
@@ -32,36 +41,55 @@ pub enum Message {
         version: u32,
         certificate: SignedCertificate,
     },
-    /// What a member needs to know of another: where its NARs are, and where its log stands.
+    /// What a member needs to know of another: where it is reached, where its log stands, what it
+    /// knows of everybody, and whether it wants to exchange records with the receiver.
     About {
         store_dir: StoreDir,
-        transfer_port: Option<u16>,
-        head: Cursor,
+        contact: SignedContact,
+        cursor: Cursor,
+        summary: Summary,
+        wish: Wish,
     },
     /// The sender leaves on purpose; do not count it as a failure.
     Goodbye,
-    /// Where the sender's log stands; the receiver pulls when it is behind.
-    Head { head: Cursor },
-    /// Changes of the sender's set that follow `after`, in order; at most [`DELTA_OPERATIONS_MAX`].
-    Delta {
-        after: Cursor,
-        operations: Vec<Operation>,
+    /// Whether the sender wants to exchange records with the receiver.
+    Neighbour { wish: Wish },
+    /// What the sender knows of everybody; a receiver that knows otherwise answers with its cursors.
+    Summary { summary: Summary },
+    /// How far the sender knows the logs of some writers, or of all it knows of (`is_complete`); at most
+    /// [`CURSORS_MAX`].
+    Cursors {
+        cursors: Vec<WriterCursor>,
+        is_complete: bool,
     },
-    /// Asks for what follows `after`, or for the whole set when the asker has nothing (`None`).
-    Pull { after: Option<Cursor> },
-    /// Asks for the page of the snapshot that follows `after`.
-    PullPage { epoch: u64, after: HashPrefix },
-    /// One page of the sender's set: everything greater than `after`, up to the last prefix given.
+    /// Where a member is reached.
+    Contact(SignedContact),
+    /// Changes of one writer's set, in order; at most [`DELTA_OPERATIONS_MAX`].
+    Delta(Delta),
+    /// Asks for what follows `after` in a writer's log (all of its set for `None`), and for a contact
+    /// with a greater number than `contact`.
+    Pull {
+        writer: PeerId,
+        contact: u64,
+        after: Option<Cursor>,
+    },
+    /// Asks for the page of a snapshot, made at `cursor`, that follows `after`.
+    PullPage {
+        writer: PeerId,
+        cursor: Cursor,
+        after: HashPrefix,
+    },
+    /// One page of a writer's set: everything greater than `after`, up to the last prefix given.
     ///
-    /// `head` is the position of the log when this page was made. A reader that took the first page
-    /// at `head` and applies the deltas that follow it has the exact set, since operations are
-    /// idempotent and arrive in order.
+    /// All pages of a snapshot carry the same head, which proves the set they make up together.
     Snapshot {
-        head: Cursor,
+        head: SignedHead,
         after: Option<HashPrefix>,
         prefixes: Vec<HashPrefix>,
         is_last: bool,
     },
+    /// Answers a [`Message::Pull`]: the sender has nothing newer of that writer that it can prove.
+    NothingNewer { writer: PeerId },
     /// Asks for the narinfos of at most [`LOOKUP_HASHES_MAX`] store path hashes.
     Lookup {
         request: u64,
@@ -69,6 +97,29 @@ pub enum Message {
     },
     /// Answers some hashes of a lookup: the narinfo's text, or `None` for HaveNot.
     Answers { request: u64, answers: Vec<Answer> },
+}
+
+/// SHA-256 over every writer a node knows of, in order, with the number of its contact and its cursor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Summary(pub [u8; 32]);
+
+/// How far one writer's contact and log are known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WriterCursor {
+    pub writer: PeerId,
+    /// Number of the newest contact known of it.
+    pub contact: u64,
+    /// `None` when nothing is known of its set.
+    pub cursor: Option<Cursor>,
+}
+
+/// Whether a node wants another one among those it exchanges records with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wish {
+    No,
+    Yes,
+    /// It has no neighbour at all, and hears nothing of anybody.
+    Urgent,
 }
 
 /// What the sender has to say about one store path hash.
@@ -86,11 +137,15 @@ impl Message {
             Message::Hello { .. } => "hello",
             Message::About { .. } => "about",
             Message::Goodbye => "goodbye",
-            Message::Head { .. } => "head",
-            Message::Delta { .. } => "delta",
+            Message::Neighbour { .. } => "neighbour",
+            Message::Summary { .. } => "summary",
+            Message::Cursors { .. } => "cursors",
+            Message::Contact(_) => "contact",
+            Message::Delta(_) => "delta",
             Message::Pull { .. } => "pull",
             Message::PullPage { .. } => "pull_page",
             Message::Snapshot { .. } => "snapshot",
+            Message::NothingNewer { .. } => "nothing_newer",
             Message::Lookup { .. } => "lookup",
             Message::Answers { .. } => "answers",
         }

@@ -1,4 +1,4 @@
-//! PeerId: the public ed25519 key that names a node, in libp2p's text form.
+//! PeerId: the public ed25519 key that names a node, in libp2p's text form; PeerKey: its secret half.
 //!
 //! libp2p peer-ids specification: the identity multihash of the protobuf-encoded public key,
 //! written in base58btc. For ed25519 that is a fixed 6-byte prefix before the 32 bytes of the key,
@@ -6,6 +6,9 @@
 
 use std::fmt;
 use std::str::FromStr;
+
+use ed25519_dalek::{Signer, SigningKey, VerifyingKey};
+use zeroize::Zeroizing;
 
 /// Identity multihash code, its length (36), then the protobuf fields `Type = Ed25519`, `Data = 32 bytes`.
 const MULTIHASH_PREFIX: [u8; 6] = [0x00, 0x24, 0x08, 0x01, 0x12, 0x20];
@@ -54,6 +57,41 @@ impl PeerId {
     /// Returns the 32 bytes of the ed25519 public key.
     pub const fn as_public_key(&self) -> &[u8; 32] {
         &self.0
+    }
+
+    /// Says whether this node signed `message`. False for a name that is no point of the curve.
+    pub fn verify(&self, message: &[u8], signature: &[u8; 64]) -> bool {
+        let signature = ed25519_dalek::Signature::from_bytes(signature);
+        VerifyingKey::from_bytes(&self.0)
+            .is_ok_and(|key| key.verify_strict(message, &signature).is_ok())
+    }
+}
+
+/// The secret half of a node's identity, with which it signs what it says of itself.
+///
+/// Wiped from memory when dropped; `Debug` shows the public half only. What is signed starts with
+/// a context of its own each time, so that one kind of statement is never taken for another.
+#[derive(Clone)]
+pub struct PeerKey(SigningKey);
+
+impl PeerKey {
+    /// Takes the 32 secret bytes of an ed25519 key, which the caller wipes.
+    pub fn from_seed(seed: [u8; 32]) -> PeerKey {
+        PeerKey(SigningKey::from_bytes(&Zeroizing::new(seed)))
+    }
+
+    pub fn peer_id(&self) -> PeerId {
+        PeerId(self.0.verifying_key().to_bytes())
+    }
+
+    pub fn sign(&self, message: &[u8]) -> [u8; 64] {
+        self.0.sign(message).to_bytes()
+    }
+}
+
+impl fmt::Debug for PeerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PeerKey(of {})", self.peer_id())
     }
 }
 

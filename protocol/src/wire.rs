@@ -8,12 +8,15 @@
 
 use prost::Message as _;
 
+use crate::announcement::{Delta, Head, SetDigest, SignedHead};
 use crate::availability::{Cursor, HashPrefix, Operation};
 use crate::certificate::{CERTIFICATE_BYTES_MAX, CertificateError, SignedCertificate};
+use crate::contact::{ContactError, SignedContact};
 use crate::message::{
-    ANSWERS_BYTES_MAX, Answer, DELTA_OPERATIONS_MAX, LOOKUP_HASHES_MAX, Message,
-    SNAPSHOT_PREFIXES_MAX,
+    ANSWERS_BYTES_MAX, Answer, CURSORS_MAX, DELTA_OPERATIONS_MAX, LOOKUP_HASHES_MAX, Message,
+    SNAPSHOT_PREFIXES_MAX, Summary, Wish, WriterCursor,
 };
+use crate::peer::PeerId;
 use crate::store_path::{StoreDir, StorePathHash};
 
 /// First byte of every frame's body. A change that old readers would misread gets a new number.
@@ -49,6 +52,8 @@ pub enum WireError {
     },
     #[error("hello carries a bad certificate: {0}")]
     Certificate(#[from] CertificateError),
+    #[error("message carries a bad contact: {0}")]
+    Contact(#[from] ContactError),
 }
 
 /// Encodes a message as the body of a frame (the length before it is the link's).
@@ -82,7 +87,7 @@ pub fn decode(body: &[u8]) -> Result<Message, WireError> {
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Frame {
-    #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10")]
+    #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
     kind: Option<Kind>,
 }
 
@@ -95,9 +100,9 @@ enum Kind {
     #[prost(message, tag = "3")]
     Goodbye(Goodbye),
     #[prost(message, tag = "4")]
-    Head(Position),
+    Neighbour(Neighbour),
     #[prost(message, tag = "5")]
-    Delta(Delta),
+    Delta(OneDelta),
     #[prost(message, tag = "6")]
     Pull(Pull),
     #[prost(message, tag = "7")]
@@ -108,6 +113,14 @@ enum Kind {
     Lookup(Lookup),
     #[prost(message, tag = "10")]
     Answers(Answers),
+    #[prost(bytes = "vec", tag = "11")]
+    Summary(Vec<u8>),
+    #[prost(message, tag = "12")]
+    Cursors(Cursors),
+    #[prost(bytes = "vec", tag = "13")]
+    Contact(Vec<u8>),
+    #[prost(bytes = "vec", tag = "14")]
+    NothingNewer(Vec<u8>),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -122,11 +135,20 @@ struct Hello {
 struct About {
     #[prost(string, tag = "1")]
     store_dir: String,
-    /// 0 for a node that offers no transfers.
-    #[prost(uint32, tag = "2")]
-    transfer_port: u32,
+    #[prost(bytes = "vec", tag = "2")]
+    contact: Vec<u8>,
     #[prost(message, optional, tag = "3")]
-    head: Option<Position>,
+    cursor: Option<Position>,
+    #[prost(bytes = "vec", tag = "4")]
+    summary: Vec<u8>,
+    #[prost(uint32, tag = "5")]
+    wish: u32,
+}
+
+#[derive(Clone, Copy, PartialEq, prost::Message)]
+struct Neighbour {
+    #[prost(uint32, tag = "1")]
+    wish: u32,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -141,9 +163,27 @@ struct Position {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct Delta {
+struct Statement {
+    #[prost(bytes = "vec", tag = "1")]
+    writer: Vec<u8>,
+    #[prost(message, optional, tag = "2")]
+    cursor: Option<Position>,
+    #[prost(uint64, tag = "3")]
+    count: u64,
+    #[prost(bytes = "vec", tag = "4")]
+    set: Vec<u8>,
+    #[prost(uint64, tag = "5")]
+    after: u64,
+    #[prost(bytes = "vec", tag = "6")]
+    operations: Vec<u8>,
+    #[prost(bytes = "vec", tag = "7")]
+    signature: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct OneDelta {
     #[prost(message, optional, tag = "1")]
-    after: Option<Position>,
+    head: Option<Statement>,
     #[prost(fixed64, repeated, tag = "2")]
     prefixes: Vec<u64>,
     /// Which of `prefixes` are removals, ascending.
@@ -152,23 +192,47 @@ struct Delta {
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
+struct Cursors {
+    #[prost(message, repeated, tag = "1")]
+    cursors: Vec<OneCursor>,
+    #[prost(bool, tag = "2")]
+    is_complete: bool,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct OneCursor {
+    #[prost(bytes = "vec", tag = "1")]
+    writer: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    contact: u64,
+    #[prost(message, optional, tag = "3")]
+    cursor: Option<Position>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
 struct Pull {
-    #[prost(message, optional, tag = "1")]
+    #[prost(bytes = "vec", tag = "1")]
+    writer: Vec<u8>,
+    #[prost(uint64, tag = "2")]
+    contact: u64,
+    #[prost(message, optional, tag = "3")]
     after: Option<Position>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct PullPage {
-    #[prost(fixed64, tag = "1")]
-    epoch: u64,
-    #[prost(fixed64, tag = "2")]
+    #[prost(bytes = "vec", tag = "1")]
+    writer: Vec<u8>,
+    #[prost(message, optional, tag = "2")]
+    cursor: Option<Position>,
+    #[prost(fixed64, tag = "3")]
     after: u64,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Snapshot {
     #[prost(message, optional, tag = "1")]
-    head: Option<Position>,
+    head: Option<Statement>,
     #[prost(fixed64, optional, tag = "2")]
     after: Option<u64>,
     /// Each prefix less the one before it; the first less `after` (or 0).
@@ -233,21 +297,44 @@ impl From<&Message> for Kind {
             }),
             Message::About {
                 store_dir,
-                transfer_port,
-                head,
+                contact,
+                cursor,
+                summary,
+                wish,
             } => Kind::About(About {
                 store_dir: store_dir.as_str().to_owned(),
-                transfer_port: transfer_port.map_or(0, u32::from),
-                head: Some((*head).into()),
+                contact: contact.to_bytes(),
+                cursor: Some((*cursor).into()),
+                summary: summary.0.to_vec(),
+                wish: wish_number(*wish),
             }),
             Message::Goodbye => Kind::Goodbye(Goodbye {}),
-            Message::Head { head } => Kind::Head((*head).into()),
-            Message::Delta { after, operations } => {
+            Message::Neighbour { wish } => Kind::Neighbour(Neighbour {
+                wish: wish_number(*wish),
+            }),
+            Message::Summary { summary } => Kind::Summary(summary.0.to_vec()),
+            Message::Cursors {
+                cursors,
+                is_complete,
+            } => {
+                let one = |known: &WriterCursor| OneCursor {
+                    writer: known.writer.as_public_key().to_vec(),
+                    contact: known.contact,
+                    cursor: known.cursor.map(Position::from),
+                };
+                Kind::Cursors(Cursors {
+                    cursors: cursors.iter().map(one).collect(),
+                    is_complete: *is_complete,
+                })
+            }
+            Message::Contact(contact) => Kind::Contact(contact.to_bytes()),
+            Message::Delta(delta) => {
+                let operations = delta.operations();
                 let removed = |(index, operation): (usize, &Operation)| {
                     matches!(operation, Operation::Remove(_)).then_some(index as u32)
                 };
-                Kind::Delta(Delta {
-                    after: Some((*after).into()),
+                Kind::Delta(OneDelta {
+                    head: Some(delta.head().into()),
                     prefixes: operations
                         .iter()
                         .map(|operation| operation.prefix().0)
@@ -255,11 +342,22 @@ impl From<&Message> for Kind {
                     removed: operations.iter().enumerate().filter_map(removed).collect(),
                 })
             }
-            Message::Pull { after } => Kind::Pull(Pull {
+            Message::Pull {
+                writer,
+                contact,
+                after,
+            } => Kind::Pull(Pull {
+                writer: writer.as_public_key().to_vec(),
+                contact: *contact,
                 after: after.map(Position::from),
             }),
-            Message::PullPage { epoch, after } => Kind::PullPage(PullPage {
-                epoch: *epoch,
+            Message::PullPage {
+                writer,
+                cursor,
+                after,
+            } => Kind::PullPage(PullPage {
+                writer: writer.as_public_key().to_vec(),
+                cursor: Some((*cursor).into()),
                 after: after.0,
             }),
             Message::Snapshot {
@@ -275,12 +373,13 @@ impl From<&Message> for Kind {
                     step
                 };
                 Kind::Snapshot(Snapshot {
-                    head: Some((*head).into()),
+                    head: Some(head.into()),
                     after: after.map(|after| after.0),
                     steps: prefixes.iter().map(&mut step).collect(),
                     is_last: *is_last,
                 })
             }
+            Message::NothingNewer { writer } => Kind::NothingNewer(writer.as_public_key().to_vec()),
             Message::Lookup { request, hashes } => Kind::Lookup(Lookup {
                 request: *request,
                 hashes: hashes.iter().flat_map(|hash| *hash.as_bytes()).collect(),
@@ -321,29 +420,35 @@ impl TryFrom<Kind> for Message {
                     message: "about",
                     field: "store_dir",
                 })?,
-                transfer_port: match u16::try_from(about.transfer_port) {
-                    Ok(0) => None,
-                    Ok(port) => Some(port),
-                    Err(_) => {
-                        return Err(WireError::Field {
-                            message: "about",
-                            field: "transfer_port",
-                        });
-                    }
-                },
-                head: position("about", about.head)?,
+                contact: SignedContact::from_bytes(&about.contact)?,
+                cursor: position("about", about.cursor)?,
+                summary: Summary(digest("about", "summary", &about.summary)?),
+                wish: wish("about", about.wish)?,
             },
             Kind::Goodbye(Goodbye {}) => Message::Goodbye,
-            Kind::Head(head) => Message::Head { head: head.into() },
+            Kind::Neighbour(neighbour) => Message::Neighbour {
+                wish: wish("neighbour", neighbour.wish)?,
+            },
+            Kind::Summary(summary) => Message::Summary {
+                summary: Summary(digest("summary", "summary", &summary)?),
+            },
+            Kind::Cursors(cursors) => cursors_message(cursors)?,
+            Kind::Contact(contact) => Message::Contact(SignedContact::from_bytes(&contact)?),
             Kind::Delta(delta) => delta_message(delta)?,
             Kind::Pull(pull) => Message::Pull {
+                writer: writer("pull", &pull.writer)?,
+                contact: pull.contact,
                 after: pull.after.map(Cursor::from),
             },
             Kind::PullPage(pull) => Message::PullPage {
-                epoch: pull.epoch,
+                writer: writer("pull page", &pull.writer)?,
+                cursor: position("pull page", pull.cursor)?,
                 after: HashPrefix(pull.after),
             },
             Kind::Snapshot(snapshot) => snapshot_message(snapshot)?,
+            Kind::NothingNewer(bytes) => Message::NothingNewer {
+                writer: writer("nothing newer", &bytes)?,
+            },
             Kind::Lookup(lookup) => {
                 let (hashes, rest) = lookup.hashes.as_chunks::<20>();
                 if !rest.is_empty() {
@@ -367,7 +472,32 @@ impl TryFrom<Kind> for Message {
     }
 }
 
-fn delta_message(delta: Delta) -> Result<Message, WireError> {
+fn cursors_message(cursors: Cursors) -> Result<Message, WireError> {
+    at_most("cursors", "writers", cursors.cursors.len(), CURSORS_MAX)?;
+    let is_complete = cursors.is_complete;
+    let one = |known: OneCursor| {
+        Ok(WriterCursor {
+            writer: writer("cursors", &known.writer)?,
+            contact: known.contact,
+            cursor: known.cursor.map(Cursor::from),
+        })
+    };
+    let cursors = cursors.cursors.into_iter().map(one);
+    let cursors = cursors.collect::<Result<Vec<_>, WireError>>()?;
+    // Ascending, so that each stands once and both sides can be walked together.
+    if !cursors.is_sorted_by(|one, next| one.writer < next.writer) {
+        return Err(WireError::Field {
+            message: "cursors",
+            field: "writer",
+        });
+    }
+    Ok(Message::Cursors {
+        cursors,
+        is_complete,
+    })
+}
+
+fn delta_message(delta: OneDelta) -> Result<Message, WireError> {
     at_most(
         "delta",
         "operations",
@@ -400,10 +530,8 @@ fn delta_message(delta: Delta) -> Result<Message, WireError> {
             })?;
         *operation = Operation::Remove(operation.prefix());
     }
-    Ok(Message::Delta {
-        after: position("delta", delta.after)?,
-        operations,
-    })
+    let head = signed_head("delta", delta.head)?;
+    Ok(Message::Delta(Delta::from_parts(head, operations)))
 }
 
 fn snapshot_message(snapshot: Snapshot) -> Result<Message, WireError> {
@@ -427,7 +555,7 @@ fn snapshot_message(snapshot: Snapshot) -> Result<Message, WireError> {
         previous = Some(prefix);
     }
     Ok(Message::Snapshot {
-        head: position("snapshot", snapshot.head)?,
+        head: signed_head("snapshot", snapshot.head)?,
         after: snapshot.after.map(HashPrefix),
         prefixes,
         is_last: snapshot.is_last,
@@ -469,6 +597,96 @@ fn answers_message(answers: Answers) -> Result<Message, WireError> {
             .map(answer)
             .collect::<Result<_, WireError>>()?,
     })
+}
+
+impl From<&SignedHead> for Statement {
+    fn from(signed: &SignedHead) -> Statement {
+        let head = signed.head();
+        Statement {
+            writer: head.writer.as_public_key().to_vec(),
+            cursor: Some(head.cursor.into()),
+            count: head.count,
+            set: head.set.0.to_vec(),
+            after: head.after,
+            operations: head.operations.to_vec(),
+            signature: signed.signature().to_vec(),
+        }
+    }
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Evidence {
+    #[prost(bytes = "vec", tag = "1")]
+    contact: Vec<u8>,
+    #[prost(message, optional, tag = "2")]
+    head: Option<Statement>,
+}
+
+/// Encodes what proves a writer and its set, for an index to keep over a restart.
+pub fn encode_proof(contact: &SignedContact, head: &SignedHead) -> Vec<u8> {
+    Evidence {
+        contact: contact.to_bytes(),
+        head: Some(head.into()),
+    }
+    .encode_to_vec()
+}
+
+/// Decodes what [`encode_proof`] wrote; nothing is proved by that.
+pub fn decode_proof(bytes: &[u8]) -> Result<(SignedContact, SignedHead), WireError> {
+    let evidence = Evidence::decode(bytes)?;
+    Ok((
+        SignedContact::from_bytes(&evidence.contact)?,
+        signed_head("proof", evidence.head)?,
+    ))
+}
+
+fn signed_head(
+    message: &'static str,
+    statement: Option<Statement>,
+) -> Result<SignedHead, WireError> {
+    let malformed = |field| WireError::Field { message, field };
+    let statement = statement.ok_or(malformed("head"))?;
+    let signature = <[u8; 64]>::try_from(statement.signature.as_slice());
+    let head = Head {
+        writer: writer(message, &statement.writer)?,
+        cursor: position(message, statement.cursor)?,
+        count: statement.count,
+        set: SetDigest(digest(message, "set", &statement.set)?),
+        after: statement.after,
+        operations: digest(message, "operations", &statement.operations)?,
+    };
+    Ok(SignedHead::from_parts(
+        head,
+        signature.map_err(|_| malformed("signature"))?,
+    ))
+}
+
+fn writer(message: &'static str, bytes: &[u8]) -> Result<PeerId, WireError> {
+    digest(message, "writer", bytes).map(PeerId::from_public_key)
+}
+
+fn digest(message: &'static str, field: &'static str, bytes: &[u8]) -> Result<[u8; 32], WireError> {
+    <[u8; 32]>::try_from(bytes).map_err(|_| WireError::Field { message, field })
+}
+
+fn wish_number(wish: Wish) -> u32 {
+    match wish {
+        Wish::No => 0,
+        Wish::Yes => 1,
+        Wish::Urgent => 2,
+    }
+}
+
+fn wish(message: &'static str, number: u32) -> Result<Wish, WireError> {
+    match number {
+        0 => Ok(Wish::No),
+        1 => Ok(Wish::Yes),
+        2 => Ok(Wish::Urgent),
+        _ => Err(WireError::Field {
+            message,
+            field: "wish",
+        }),
+    }
 }
 
 fn position(message: &'static str, position: Option<Position>) -> Result<Cursor, WireError> {

@@ -6,15 +6,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use granary_protocol::announcement::{Delta, SetDigest, SignedHead};
 use granary_protocol::availability::{Cursor, HashPrefix, MemoryIndex, Operation};
 use granary_protocol::certificate::{Certificate, SignedCertificate, UnixTime};
+use granary_protocol::contact::{Contact, SignedContact};
 use granary_protocol::hash::NarHash;
 use granary_protocol::mesh::{
     Blame, Config, FetchId, Input, LookupId, LookupOutcome, Mesh, Output,
 };
-use granary_protocol::message::{Answer, Message, PROTOCOL_VERSION};
+use granary_protocol::message::{Answer, Message, PROTOCOL_VERSION, Summary, Wish, WriterCursor};
 use granary_protocol::narinfo::{NarInfo, VerifiedNarInfo};
-use granary_protocol::peer::PeerId;
+use granary_protocol::peer::{PeerId, PeerKey};
 use granary_protocol::signature::{SecretKey, TrustedKeys};
 use granary_protocol::store_path::{StoreDir, StorePathHash};
 use proptest::prelude::*;
@@ -29,12 +31,24 @@ fn key(name: &str, seed: u8) -> SecretKey {
     SecretKey::from_seed(name.parse().unwrap(), [seed; 32])
 }
 
-fn peer(number: u8) -> PeerId {
-    PeerId::from_public_key([number; 32])
+fn peer_key(number: u8) -> PeerKey {
+    PeerKey::from_seed([number; 32])
 }
 
-/// The mind under test is number 3, so that there are lesser and greater ids.
-const ME: u8 = 3;
+fn peer(number: u8) -> PeerId {
+    peer_key(number).peer_id()
+}
+
+/// The mind under test is number 4, whose id lies among those of the others.
+const ME: u8 = 4;
+
+#[test]
+fn there_are_lesser_and_greater_ids_than_ours() {
+    assert!(OTHERS.iter().any(|number| peer(*number) < peer(ME)));
+    assert!(OTHERS.iter().any(|number| peer(*number) > peer(ME)));
+}
+
+const OTHERS: [u8; 4] = [1, 2, 3, 5];
 
 fn certificate(number: u8, mesh: &SecretKey, lifetime: u64) -> SignedCertificate {
     Certificate {
@@ -74,7 +88,7 @@ fn verified(number: u8) -> Arc<VerifiedNarInfo> {
 }
 
 fn any_peer() -> impl Strategy<Value = PeerId> {
-    select(vec![1u8, 2, 4, 5]).prop_map(peer)
+    select(OTHERS.to_vec()).prop_map(peer)
 }
 
 fn any_address() -> impl Strategy<Value = SocketAddr> {
@@ -122,7 +136,7 @@ fn any_answer() -> impl Strategy<Value = Answer> {
 }
 
 fn any_hello() -> impl Strategy<Value = Message> {
-    let number = select(vec![1u8, 2, 4, 5]);
+    let number = select(OTHERS.to_vec());
     let mesh = prop_oneof![9 => Just("home"), 1 => Just("office")];
     let lifetime = select(vec![60, 86_400, u64::MAX]);
     (number, mesh, lifetime, 0..10u8).prop_map(|(number, mesh, lifetime, version)| Message::Hello {
@@ -131,21 +145,115 @@ fn any_hello() -> impl Strategy<Value = Message> {
     })
 }
 
+/// A member, or this node itself.
+fn any_writer() -> impl Strategy<Value = u8> {
+    prop_oneof![9 => select(OTHERS.to_vec()), 1 => Just(ME)]
+}
+
+fn contact_of(number: u8, rising: u64, port: Option<u16>, mesh: &str) -> SignedContact {
+    Contact {
+        certificate: certificate(number, &key(mesh, 1), 86_400),
+        number: rising,
+        addresses: vec![SocketAddr::from(([10, 0, 0, number], 4727))],
+        transfer_port: port,
+    }
+    .sign(&peer_key(number))
+    .unwrap()
+}
+
+fn any_contact() -> impl Strategy<Value = SignedContact> {
+    let mesh = prop_oneof![9 => Just("home"), 1 => Just("office")];
+    (any_writer(), any_number(), any::<bool>(), mesh).prop_map(|(number, rising, port, mesh)| {
+        contact_of(number, rising, port.then_some(4728), mesh)
+    })
+}
+
+/// Now and then signed by another than it names.
+fn any_signed_head() -> impl Strategy<Value = SignedHead> {
+    let set = prop::collection::btree_set(any_prefix(), 0..5);
+    (any_writer(), any_cursor(), set, 0..10u8).prop_map(|(number, cursor, set, forged)| {
+        let signed = SignedHead::of_set(&peer_key(number), cursor, &set);
+        let mut head = signed.head().clone();
+        if forged == 0 {
+            head.cursor.sequence = head.cursor.sequence.wrapping_add(1);
+        }
+        SignedHead::from_parts(head, *signed.signature())
+    })
+}
+
+fn any_delta() -> impl Strategy<Value = Delta> {
+    let operations = prop::collection::vec(any_operation(), 0..4);
+    (any_writer(), any_cursor(), operations, 0..10u8).prop_map(
+        |(number, after, operations, forged)| {
+            let cursor = Cursor {
+                sequence: after.sequence.saturating_add(operations.len() as u64),
+                ..after
+            };
+            let count = operations.len() as u64;
+            let signed = Delta::sign(
+                &peer_key(number),
+                cursor,
+                count,
+                SetDigest([0; 32]),
+                operations.clone(),
+            );
+            let mut operations = operations;
+            if forged == 0 {
+                operations.push(Operation::Add(HashPrefix(1)));
+            }
+            Delta::from_parts(signed.head().clone(), operations)
+        },
+    )
+}
+
+fn any_cursors() -> impl Strategy<Value = Message> {
+    let one = (any_writer(), any_number(), prop::option::of(any_cursor()));
+    (prop::collection::vec(one, 0..5), any::<bool>()).prop_map(|(known, is_complete)| {
+        let known: BTreeMap<PeerId, WriterCursor> = known
+            .into_iter()
+            .map(|(number, contact, cursor)| {
+                let writer = peer(number);
+                let known = WriterCursor {
+                    writer,
+                    contact,
+                    cursor,
+                };
+                (writer, known)
+            })
+            .collect();
+        Message::Cursors {
+            cursors: known.into_values().collect(),
+            is_complete,
+        }
+    })
+}
+
+fn any_wish() -> impl Strategy<Value = Wish> {
+    select(vec![Wish::No, Wish::Yes, Wish::Urgent])
+}
+
 fn any_message() -> impl Strategy<Value = Message> {
     prop_oneof![
         1 => any_hello(),
-        3 => (any::<bool>(), any::<bool>(), any_cursor()).prop_map(|(other, port, head)| Message::About {
-            store_dir: StoreDir::new(if other && port { "/gnu/store" } else { "/nix/store" }).unwrap(),
-            transfer_port: (other || port).then_some(4728),
-            head,
+        3 => (any::<bool>(), any_contact(), any_cursor(), any_wish()).prop_map(|(other, contact, cursor, wish)| Message::About {
+            store_dir: StoreDir::new(if other { "/gnu/store" } else { "/nix/store" }).unwrap(),
+            contact,
+            cursor,
+            summary: Summary([1; 32]),
+            wish,
         }),
         1 => Just(Message::Goodbye),
-        1 => any_cursor().prop_map(|head| Message::Head { head }),
-        3 => (any_cursor(), prop::collection::vec(any_operation(), 0..4))
-            .prop_map(|(after, operations)| Message::Delta { after, operations }),
-        1 => prop::option::of(any_cursor()).prop_map(|after| Message::Pull { after }),
-        1 => (0u64..3, any_prefix()).prop_map(|(epoch, after)| Message::PullPage { epoch, after }),
-        3 => (any_cursor(), prop::option::of(any_prefix()), prop::collection::btree_set(any_prefix(), 0..5), any::<bool>())
+        1 => any_wish().prop_map(|wish| Message::Neighbour { wish }),
+        1 => Just(Message::Summary { summary: Summary([1; 32]) }),
+        2 => any_cursors(),
+        2 => any_contact().prop_map(Message::Contact),
+        3 => any_delta().prop_map(Message::Delta),
+        1 => (any_writer(), any_number(), prop::option::of(any_cursor()))
+            .prop_map(|(writer, contact, after)| Message::Pull { writer: peer(writer), contact, after }),
+        1 => (any_writer(), any_cursor(), any_prefix())
+            .prop_map(|(writer, cursor, after)| Message::PullPage { writer: peer(writer), cursor, after }),
+        1 => any_writer().prop_map(|writer| Message::NothingNewer { writer: peer(writer) }),
+        3 => (any_signed_head(), prop::option::of(any_prefix()), prop::collection::btree_set(any_prefix(), 0..5), any::<bool>())
             .prop_map(|(head, after, prefixes, is_last)| Message::Snapshot {
                 head,
                 after,
@@ -185,6 +293,7 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => (0u64..200_000).prop_map(|after| Input::ClockRead { unix: UnixTime(START + after) }),
         1 => Just(Input::Woke),
         1 => Just(Input::NetworkChanged),
+        1 => prop::collection::vec(any_address(), 0..4).prop_map(|addresses| Input::OwnAddresses { addresses }),
         1 => Just(Input::Shutdown),
         3 => (any_peer(), prop::collection::vec(any_address(), 0..12))
             .prop_map(|(peer, addresses)| Input::Discovered { peer, addresses }),
@@ -212,7 +321,7 @@ fn any_step() -> impl Strategy<Value = Step> {
     prop_oneof![
         3 => select(vec![1u64, 20, 500, 5_000, 60_000]).prop_map(|ms| Step::Wait(Duration::from_millis(ms))),
         12 => any_input().prop_map(Step::Input),
-        3 => (select(vec![1u8, 2, 4, 5]), any::<bool>(), any::<bool>(), prop::collection::btree_set(any_prefix(), 0..5))
+        3 => (select(OTHERS.to_vec()), any::<bool>(), any::<bool>(), prop::collection::btree_set(any_prefix(), 0..5))
             .prop_map(|(peer, outbound, port, shares)| Step::Admit {
                 peer,
                 outbound,
@@ -244,6 +353,7 @@ struct Hands {
 impl Hands {
     fn new(start: Instant) -> Hands {
         let config = Config {
+            key: peer_key(ME),
             mesh_key: key("home", 1).public_key(),
             certificate: certificate(ME, &key("home", 1), 86_400),
             trust: TrustedKeys::from_iter([key("builder-1", 2).public_key()]),
@@ -393,7 +503,7 @@ impl Hands {
                     epoch: 1,
                     sequence: 1,
                 };
-                let transfer_port = port.then_some(4728);
+                let set = shares.iter().copied().collect();
                 for message in [
                     Message::Hello {
                         version: PROTOCOL_VERSION,
@@ -401,11 +511,13 @@ impl Hands {
                     },
                     Message::About {
                         store_dir: StoreDir::default(),
-                        transfer_port,
-                        head,
+                        contact: contact_of(number, 1, port.then_some(4728), "home"),
+                        cursor: head,
+                        summary: Summary([0; 32]),
+                        wish: Wish::Yes,
                     },
                     Message::Snapshot {
-                        head,
+                        head: SignedHead::of_set(&peer_key(number), head, &set),
                         after: None,
                         prefixes: shares,
                         is_last: true,

@@ -118,7 +118,14 @@ async fn a_stranger_hears_no_word_on_the_control_plane() {
     let refused = [
         ("no_hello", vec![]),
         ("out_of_turn", vec![lookup.clone()]),
-        ("out_of_turn", vec![Message::Pull { after: None }]),
+        (
+            "out_of_turn",
+            vec![Message::Pull {
+                writer: someone,
+                contact: 0,
+                after: None,
+            }],
+        ),
         (
             "other_mesh",
             vec![hello(key("another-mesh"), me, u64::MAX), lookup.clone()],

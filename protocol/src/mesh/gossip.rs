@@ -1,294 +1,376 @@
 //! Gossip: every node keeps one numbered log of what it shares, and a copy of everybody else's set.
 //!
 //! Each set has one writer, so a position ([`Cursor`]) says exactly what a reader lacks. Changes are
-//! batched for [`BATCH_WINDOW`] and pushed to all linked members; a reader that sees a gap pulls,
-//! and gets either the missing operations or, when the log does not reach back that far, the
-//! whole set in pages. A writer only ever speaks for itself here: the sender of a message is its
-//! writer, proved by the connection.
+//! batched and told to the neighbours; in a mesh where not everybody is linked to everybody, who
+//! hears a change for the first time passes it on, once. A reader that sees a gap pulls, from
+//! whoever offers more: the missing operations or, where nobody's log reaches back that far, the
+//! whole set in pages. Whatever is said of a writer carries its signature ([`announcement`]), so it
+//! does not matter who says it.
 //!
-//! The pages of a snapshot need no state at the writer. The reader keeps the head of the first
-//! page; operations after it are idempotent and applied in order, so what changed while it was
-//! turning pages comes out right.
+//! Repair finds what got lost: neighbours compare a digest of everything they know (on connecting,
+//! after sleep, and now and then at random), and where it differs they exchange cursors.
+//!
+//! [`announcement`]: crate::announcement
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::Chance;
+use crate::announcement::{Delta, SetDigest, SignedHead};
 use crate::availability::{AvailabilityIndex, Cursor, HashPrefix, Operation};
-use crate::message::{DELTA_OPERATIONS_MAX, Message, SNAPSHOT_PREFIXES_MAX};
-use crate::peer::PeerId;
+use crate::certificate::UnixTime;
+use crate::message::{Message, SNAPSHOT_PREFIXES_MAX, WriterCursor};
+use crate::peer::{PeerId, PeerKey};
 use crate::store_path::StorePathHash;
 
-/// How long changes are collected before they are sent: an install of 1,000 paths becomes a few
-/// messages, and 50 ms are invisible next to the second in which a path must be known.
-const BATCH_WINDOW: Duration = Duration::from_millis(50);
+mod own_log;
+mod pulls;
+mod relay;
 
-/// Operations kept to answer pulls; 1 MiB of memory. A reader further behind gets a snapshot,
-/// which is smaller than the log by then.
-const LOG_OPERATIONS_MAX: usize = 65_536;
+use own_log::OwnLog;
+use pulls::{Collected, Offer, Pulls};
+use relay::Relay;
 
 /// Largest set accepted from one writer: 32 MiB while a snapshot is collected. Deltas may exceed it
-/// by [`LOG_OPERATIONS_MAX`], since counting a set costs a scan of it and is done that rarely.
-const SET_PREFIXES_MAX: usize = 4_194_304;
+/// by [`RECOUNT_OPERATIONS`], since counting a set costs a scan of it and is done that rarely.
+const SET_PREFIXES_MAX: u64 = 4_194_304;
+const RECOUNT_OPERATIONS: u64 = 65_536;
 
-/// A pull that was not answered by then may be repeated.
-const PULL_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How often the head is told to one random peer, so that a lost message is noticed.
-const REPAIR_INTERVAL: Duration = Duration::from_secs(30);
+/// How often the digest of everything is compared with one random neighbour: so often that even the
+/// longest pause (20 % more) and the pull that follows end within 35 s.
+const REPAIR_INTERVAL: Duration = Duration::from_secs(27);
 const REPAIR_JITTER_PERCENT: u32 = 20;
 
-/// A message that no honest peer sends.
-pub(super) struct Nonsense;
+/// What a step in gossip means for the rest of the mind.
+pub(super) enum Event {
+    Send {
+        to: PeerId,
+        message: Message,
+    },
+    /// A writer's set changed here: told by `from`, and now known up to `head`.
+    Changed {
+        from: PeerId,
+        head: SignedHead,
+        /// What the neighbours are told.
+        news: Message,
+        /// What the writer holds that it did not before, as far as this step tells.
+        added: Vec<HashPrefix>,
+    },
+    /// `from` said what no honest member says.
+    Nonsense {
+        from: PeerId,
+    },
+    /// We heard of our own future and began to count anew; everybody must hear of it.
+    BeganEpoch,
+}
 
 pub(super) struct Gossip {
     me: PeerId,
-    /// Position after the last operation of our log; `None` before the index was first seen.
-    head: Option<Cursor>,
-    /// Whether the epoch began in this process, which then cannot have lost a part of it.
-    began_epoch: bool,
-    /// The last operations up to `head`, oldest first.
-    log: VecDeque<Operation>,
-    pending: Vec<Operation>,
-    flush_at: Option<Instant>,
-    /// What is being pulled from linked peers.
-    pulls: BTreeMap<PeerId, Pull>,
+    own: OwnLog,
+    pulls: Pulls,
+    relay: Relay,
     repair_at: Instant,
 }
 
-struct Pull {
-    since: Instant,
-    snapshot: Option<Collected>,
-}
-
-struct Collected {
-    head: Cursor,
-    prefixes: Vec<HashPrefix>,
-}
-
 impl Gossip {
-    pub(super) fn new(me: PeerId, chance: &mut Chance, now: Instant) -> Gossip {
+    pub(super) fn new(key: PeerKey, chance: &mut Chance, now: Instant) -> Gossip {
         Gossip {
-            me,
-            head: None,
-            began_epoch: false,
-            log: VecDeque::new(),
-            pending: Vec::new(),
-            flush_at: None,
-            pulls: BTreeMap::new(),
+            me: key.peer_id(),
+            own: OwnLog::new(key),
+            pulls: Pulls::default(),
+            relay: Relay::default(),
             repair_at: now + chance.jitter(REPAIR_INTERVAL, REPAIR_JITTER_PERCENT),
         }
     }
 
-    /// Continues the log where the index left it, or starts a new epoch when it left nothing.
-    pub(super) fn start(&mut self, index: &mut dyn AvailabilityIndex, chance: &mut Chance) {
-        if self.head.is_none() {
-            match index.cursor(&self.me) {
-                Some(head) => self.head = Some(head),
-                None => self.new_epoch(index, chance),
-            }
-        }
+    /// Continues the log where the index left it.
+    pub(super) fn start(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        unix: UnixTime,
+        chance: &mut Chance,
+    ) {
+        self.own.start(index, unix, chance);
+    }
+
+    /// Keeps the proof of a set that the index kept over a restart.
+    pub(super) fn remember(&mut self, head: &SignedHead) {
+        self.relay.keep_head(head);
     }
 
     /// Position of the own log.
-    pub(super) fn head(&self) -> Cursor {
-        self.head.unwrap_or(Cursor {
-            epoch: 0,
-            sequence: 0,
-        })
+    pub(super) fn cursor(&self) -> Cursor {
+        self.own.cursor()
     }
 
-    /// Takes in the complete set of shared paths: whatever differs from the index becomes operations.
-    pub(super) fn local_paths(
-        &mut self,
-        index: &mut dyn AvailabilityIndex,
-        all: &[StorePathHash],
-        now: Instant,
-    ) {
-        // What waits to be told is in the set, or is not true any more.
-        self.pending.clear();
-        let wanted: BTreeSet<HashPrefix> = all.iter().map(HashPrefix::from).collect();
-        let mut known = BTreeSet::new();
-        loop {
-            let page = index.prefixes(&self.me, known.last().copied(), SNAPSHOT_PREFIXES_MAX);
-            if page.is_empty() {
-                break;
-            }
-            known.extend(page);
-        }
-        let removed = known
-            .difference(&wanted)
-            .map(|prefix| Operation::Remove(*prefix));
-        let added = wanted
-            .difference(&known)
-            .map(|prefix| Operation::Add(*prefix));
-        self.pending.extend(removed.chain(added));
-        self.schedule(now);
+    pub(super) fn local_paths(&mut self, all: &[StorePathHash], now: Instant) {
+        self.own.local_paths(all, now);
     }
 
-    /// Takes in changes of the set of shared paths.
-    ///
-    /// A removal of what was never announced is kept to ourselves: it would tell that it was here.
     pub(super) fn local_changed(
         &mut self,
-        index: &dyn AvailabilityIndex,
         added: &[StorePathHash],
         removed: &[StorePathHash],
         now: Instant,
     ) {
-        let announced_next: BTreeSet<HashPrefix> =
-            self.pending.iter().map(Operation::prefix).collect();
-        let was_announced = |prefix: &HashPrefix| {
-            announced_next.contains(prefix) || index.providers(*prefix).contains(&self.me)
-        };
-        let removed = removed.iter().map(HashPrefix::from).filter(was_announced);
-        let mut operations: Vec<Operation> = removed.map(Operation::Remove).collect();
-        operations.extend(added.iter().map(|hash| Operation::Add(hash.into())));
-        self.pending.append(&mut operations);
-        self.schedule(now);
+        self.own.local_changed(added, removed, now);
     }
 
     /// Returns the deltas for everyone, once the batch window has passed.
-    pub(super) fn flush(
-        &mut self,
-        index: &mut dyn AvailabilityIndex,
-        now: Instant,
-    ) -> Vec<Message> {
-        if self.flush_at.is_none_or(|at| at > now) {
-            return Vec::new();
-        }
-        self.commit(index)
+    pub(super) fn flush(&mut self, index: &mut dyn AvailabilityIndex, now: Instant) -> Vec<Delta> {
+        self.own.flush(index, now)
     }
 
-    /// Returns whom to tell our head, when it is time to.
-    pub(super) fn tick(
-        &mut self,
-        linked: &[PeerId],
-        chance: &mut Chance,
-        now: Instant,
-    ) -> Option<(PeerId, Message)> {
+    /// Gives up what takes too long; returns whether it is time to compare with a neighbour.
+    pub(super) fn tick(&mut self, chance: &mut Chance, now: Instant) -> bool {
+        self.pulls.tick(now);
+        self.relay.tick(now);
         if self.repair_at > now {
-            return None;
+            return false;
         }
         self.repair_at = now + chance.jitter(REPAIR_INTERVAL, REPAIR_JITTER_PERCENT);
-        let peer = chance.pick(linked)?;
-        Some((*peer, Message::Head { head: self.head() }))
+        true
     }
 
-    pub(super) fn woke(&mut self, now: Instant) {
-        self.repair_at = now;
+    pub(super) fn woke(&mut self) {
         self.pulls.clear();
     }
 
     pub(super) fn departed(&mut self, peer: PeerId) {
-        self.pulls.remove(&peer);
+        self.pulls.departed(peer);
     }
 
-    /// Reads where a writer's log stands, and pulls when our copy differs.
-    pub(super) fn head_told(
+    /// The writer is no member any more.
+    pub(super) fn forget(&mut self, writer: &PeerId) {
+        self.pulls.forget(writer);
+        self.relay.forget(writer);
+    }
+
+    /// Begins the pulls for which there is room: whom to ask, for which writer.
+    pub(super) fn begin_pulls(&mut self, now: Instant) -> Vec<(PeerId, PeerId)> {
+        self.pulls.begin(now)
+    }
+
+    /// A linked writer says where its own log stands.
+    pub(super) fn cursor_told(
         &mut self,
         index: &dyn AvailabilityIndex,
         writer: PeerId,
-        head: Cursor,
-        now: Instant,
-    ) -> Vec<Message> {
-        if index.cursor(&writer) == Some(head) {
-            Vec::new()
-        } else {
-            self.ask(index, writer, now)
+        cursor: Cursor,
+    ) {
+        if index.cursor(&writer) != Some(cursor) {
+            self.pulls.offer(writer, writer, log_offer(cursor));
         }
     }
 
-    /// Applies what continues our copy of the sender's set; a gap is pulled.
+    /// We know `writer` this far by now.
+    pub(super) fn learned(&mut self, writer: &PeerId, contact: u64, cursor: Option<Cursor>) {
+        self.pulls.learned(writer, contact, cursor);
+    }
+
+    /// Compares what `from` knows with what we know (both ascending by writer): notes what it offers,
+    /// and returns what it lacks.
+    pub(super) fn compare(
+        &mut self,
+        from: PeerId,
+        ours: &[WriterCursor],
+        theirs: &[WriterCursor],
+        is_complete: bool,
+    ) -> Vec<WriterCursor> {
+        let mut lacks = Vec::new();
+        let mut known = ours.iter().peekable();
+        for their in theirs {
+            while let Some(our) = known.next_if(|our| our.writer < their.writer) {
+                if is_complete {
+                    lacks.push(*our);
+                }
+            }
+            let our = known.next_if(|our| our.writer == their.writer);
+            let (contact, cursor) = our.map_or((None, None), |our| (Some(our.contact), our.cursor));
+            if contact.is_none_or(|contact| contact < their.contact)
+                || is_newer(their.cursor, cursor)
+            {
+                let offer = Offer {
+                    contact: their.contact,
+                    cursor: their.cursor,
+                };
+                self.pulls.offer(their.writer, from, offer);
+            }
+            if let Some(our) = our
+                && (our.contact > their.contact || is_newer(our.cursor, their.cursor))
+            {
+                lacks.push(*our);
+            }
+        }
+        if is_complete {
+            lacks.extend(known);
+        }
+        lacks
+    }
+
+    /// Applies what continues our copy of a writer's set; a gap is pulled from whoever showed it.
+    ///
+    /// `is_member` says whether the writer proved to be one: of others nothing is kept.
     pub(super) fn delta(
         &mut self,
         index: &mut dyn AvailabilityIndex,
-        writer: PeerId,
-        after: Cursor,
-        operations: &[Operation],
-        now: Instant,
-    ) -> Result<Vec<Message>, Nonsense> {
-        let is_collecting = self
-            .pulls
-            .get(&writer)
-            .is_some_and(|pull| pull.snapshot.is_some());
-        if is_collecting {
-            // The pull that follows the last page brings these operations.
-            return Ok(Vec::new());
+        from: PeerId,
+        delta: Delta,
+        is_member: bool,
+    ) -> Vec<Event> {
+        let writer = delta.writer();
+        let head = delta.head().head().clone();
+        if !delta.is_proved() || head.count > SET_PREFIXES_MAX {
+            return vec![Event::Nonsense { from }];
         }
-        let Some(cursor) = index.cursor(&writer) else {
-            return Ok(self.ask(index, writer, now));
-        };
-        if cursor.epoch != after.epoch || after.sequence > cursor.sequence {
-            return Ok(self.ask(index, writer, now));
+        if writer == self.me {
+            return Vec::new();
         }
-        let known = usize::try_from(cursor.sequence - after.sequence).unwrap_or(usize::MAX);
-        if let Some(news) = operations.get(known..)
-            && !news.is_empty()
-        {
-            let Some(sequence) = cursor.sequence.checked_add(news.len() as u64) else {
-                return Err(Nonsense);
-            };
-            let counted = |sequence: u64| sequence / LOG_OPERATIONS_MAX as u64;
-            if counted(sequence) != counted(cursor.sequence)
-                && index.count(&writer) > SET_PREFIXES_MAX as u64
-            {
-                return Err(Nonsense);
+        if let Some(pull) = self.pulls.collecting(&writer) {
+            // What follows the last page is asked for then.
+            pull.outrun = Some((from, log_offer(head.cursor)));
+            return Vec::new();
+        }
+        let cursor = index.cursor(&writer);
+        let follows =
+            |cursor: &Cursor| cursor.epoch == head.cursor.epoch && cursor.sequence >= head.after;
+        let Some(cursor) = cursor.filter(follows).filter(|_| is_member) else {
+            // Of an older epoch only the writer itself may convince us.
+            if from == writer || !is_member || is_newer(Some(head.cursor), cursor) {
+                let offer = Offer {
+                    // Any contact will do, if it is that which is missing.
+                    contact: u64::from(!is_member),
+                    cursor: Some(head.cursor),
+                };
+                self.pulls.offer(writer, from, offer);
             }
-            index.apply(
-                &writer,
-                Cursor {
-                    epoch: cursor.epoch,
-                    sequence,
-                },
-                news,
-            );
+            return Vec::new();
+        };
+        self.pulls.end(&writer, from);
+        let known = usize::try_from(cursor.sequence - head.after).unwrap_or(usize::MAX);
+        let news = delta.operations().get(known..).unwrap_or_default();
+        if news.is_empty() {
+            return Vec::new();
         }
-        self.pulls.remove(&writer);
-        Ok(Vec::new())
+        let counted = |sequence: u64| sequence / RECOUNT_OPERATIONS;
+        if counted(head.cursor.sequence) != counted(cursor.sequence)
+            && index.count(&writer) > SET_PREFIXES_MAX
+        {
+            return vec![Event::Nonsense { from }];
+        }
+        index.apply(&writer, head.cursor, news);
+        self.relay.keep_delta(&delta);
+        let added = |operation: &Operation| match operation {
+            Operation::Add(prefix) => Some(*prefix),
+            Operation::Remove(_) => None,
+        };
+        vec![Event::Changed {
+            from,
+            head: delta.head().clone(),
+            added: news.iter().filter_map(added).collect(),
+            news: Message::Delta(delta),
+        }]
     }
 
-    /// Answers a reader of our log. Also returns whether a new epoch began.
+    /// Answers a reader of a writer's log.
     ///
-    /// A reader that is ahead of us shows that we lost part of our log (a crash, a restored
+    /// A reader that is ahead of our own log shows that we lost part of it (a crash, a restored
     /// backup): numbers would be used twice, so a new epoch begins. Of an epoch that began in this
     /// process nothing can be lost, so a reader that lies has the set sent anew once at most.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "the message, the index, and what a new epoch needs"
+    )]
     pub(super) fn pull(
         &mut self,
         index: &mut dyn AvailabilityIndex,
+        from: PeerId,
+        writer: PeerId,
         after: Option<Cursor>,
+        unix: UnixTime,
         chance: &mut Chance,
-    ) -> (Vec<Message>, bool) {
-        let head = self.head();
-        let Some(after) = after else {
-            return (vec![self.page(index, None)], false);
+        now: Instant,
+    ) -> Vec<Event> {
+        let mut events = Vec::new();
+        if writer == self.me
+            && let Some(after) = after
+            && after.epoch == self.own.cursor().epoch
+            && after.sequence > self.own.cursor().sequence
+            && !self.own.began_epoch()
+        {
+            self.own.new_epoch(index, after.epoch, unix, chance);
+            events.push(Event::BeganEpoch);
+        }
+        let send = |message| Event::Send { to: from, message };
+        let current = if writer == self.me {
+            Some(self.own.cursor())
+        } else {
+            index.cursor(&writer)
         };
-        if after.epoch == head.epoch && after.sequence > head.sequence && !self.began_epoch {
-            self.new_epoch(index, chance);
-            return (vec![self.page(index, None)], true);
+        // To a reader of our own log that holds another epoch of it, ours is what counts.
+        let has_news = current.is_some_and(|current| {
+            is_newer(Some(current), after)
+                || writer == self.me && after.is_none_or(|after| after.epoch != current.epoch)
+        });
+        if !has_news {
+            events.push(send(Message::NothingNewer { writer }));
+            return events;
         }
-        let missing = head.sequence.wrapping_sub(after.sequence);
-        let reaches_back = after.epoch == head.epoch && missing <= self.log.len() as u64;
-        if !reaches_back {
-            return (vec![self.page(index, None)], false);
+        let same_epoch =
+            after.filter(|after| current.is_some_and(|current| current.epoch == after.epoch));
+        let deltas = same_epoch.and_then(|after| {
+            if writer == self.me {
+                self.own.deltas_after(after.sequence)
+            } else {
+                self.relay.deltas_after(&writer, after)
+            }
+        });
+        match deltas {
+            Some(deltas) => events.extend(deltas.into_iter().map(Message::Delta).map(send)),
+            None => events.push(send(self.first_page(index, writer, now))),
         }
-        let start = self.log.len() - missing as usize;
-        let operations: Vec<Operation> = self.log.range(start..).copied().collect();
-        if operations.is_empty() {
-            return (vec![Message::Delta { after, operations }], false);
-        }
-        (deltas(after, &operations), false)
+        events
     }
 
-    /// Answers the request for a later page of our set.
+    /// Answers the request for a later page of a set; one that is not held any more begins anew.
     pub(super) fn pull_page(
-        &self,
+        &mut self,
         index: &dyn AvailabilityIndex,
-        epoch: u64,
+        writer: PeerId,
+        cursor: Cursor,
         after: HashPrefix,
-    ) -> Vec<Message> {
-        let after = (epoch == self.head().epoch).then_some(after);
-        vec![self.page(index, after)]
+        now: Instant,
+    ) -> Message {
+        match self.relay.next_page(&writer, cursor, after, now) {
+            Some(page) => page,
+            None => self.first_page(index, writer, now),
+        }
+    }
+
+    fn first_page(
+        &mut self,
+        index: &dyn AvailabilityIndex,
+        writer: PeerId,
+        now: Instant,
+    ) -> Message {
+        if writer == self.me {
+            let prefixes = self.own.set().iter().copied().collect();
+            return self.relay.first_page(self.own.head(), prefixes, now);
+        }
+        let cursor = index.cursor(&writer);
+        let Some(head) = cursor.and_then(|cursor| self.relay.head(&writer, cursor)) else {
+            return Message::NothingNewer { writer };
+        };
+        let head = head.clone();
+        let mut prefixes: Vec<HashPrefix> = Vec::new();
+        loop {
+            let after = prefixes.last().copied();
+            let page = index.prefixes(&writer, after, SNAPSHOT_PREFIXES_MAX);
+            if page.is_empty() {
+                break;
+            }
+            prefixes.extend(page);
+        }
+        self.relay.first_page(head, prefixes, now)
     }
 
     /// Collects one page of a writer's set, and asks for the next.
@@ -299,149 +381,127 @@ impl Gossip {
     pub(super) fn snapshot(
         &mut self,
         index: &mut dyn AvailabilityIndex,
-        writer: PeerId,
-        head: Cursor,
+        from: PeerId,
+        head: SignedHead,
         after: Option<HashPrefix>,
         prefixes: Vec<HashPrefix>,
         is_last: bool,
+        is_member: bool,
         now: Instant,
-    ) -> Result<Vec<Message>, Nonsense> {
+    ) -> Vec<Event> {
+        let writer = head.head().writer;
         // A page that nobody asked for, or that arrives after the pull was given up.
-        let Some(pull) = self.pulls.get_mut(&writer) else {
-            return Ok(Vec::new());
+        let Some(pull) = self.pulls.progressed(&writer, from, now) else {
+            return Vec::new();
         };
-        pull.since = now;
-        let collected = match after {
-            None => pull.snapshot.insert(Collected {
-                head,
-                prefixes: Vec::new(),
-            }),
-            Some(after) => match &mut pull.snapshot {
-                Some(collected)
-                    if collected.prefixes.last() == Some(&after)
-                        && collected.head.epoch == head.epoch =>
-                {
-                    collected
+        let collected = match (after, &mut pull.collected) {
+            (None, collected) => {
+                if !head.is_proved() || head.head().count > SET_PREFIXES_MAX {
+                    return vec![Event::Nonsense { from }];
                 }
-                _ => return Ok(Vec::new()),
-            },
+                collected.insert(Collected {
+                    head: head.clone(),
+                    prefixes: Vec::new(),
+                })
+            }
+            (Some(after), Some(collected))
+                if collected.head == head && collected.prefixes.last() == Some(&after) =>
+            {
+                collected
+            }
+            _ => return Vec::new(),
         };
-        if !is_last && prefixes.is_empty()
-            || collected.prefixes.len() + prefixes.len() > SET_PREFIXES_MAX
-        {
-            return Err(Nonsense);
+        let is_too_long = (collected.prefixes.len() + prefixes.len()) as u64 > head.head().count;
+        if is_too_long || !is_last && prefixes.is_empty() {
+            return vec![Event::Nonsense { from }];
         }
         collected.prefixes.extend(prefixes);
-        if !is_last {
-            let after = *collected.prefixes.last().expect("the page was not empty");
-            return Ok(vec![Message::PullPage {
-                epoch: head.epoch,
+        if !is_last && let Some(after) = collected.prefixes.last().copied() {
+            let message = Message::PullPage {
+                writer,
+                cursor: head.head().cursor,
                 after,
-            }]);
+            };
+            return vec![Event::Send { to: from, message }];
         }
-        let first = collected.head;
-        index.replace(&writer, first, &collected.prefixes);
-        self.pulls.remove(&writer);
-        // What changed while the pages were turned, and the deltas that were ignored meanwhile.
-        Ok(if after.is_some() {
-            self.ask(index, writer, now)
-        } else {
-            Vec::new()
-        })
-    }
-
-    pub(super) fn deadline(&self) -> Option<(Instant, &'static str)> {
-        let repair = (self.repair_at, "tell head");
-        Some(
-            self.flush_at
-                .map_or(repair, |at| repair.min((at, "flush announcements"))),
-        )
-    }
-
-    fn ask(&mut self, index: &dyn AvailabilityIndex, writer: PeerId, now: Instant) -> Vec<Message> {
-        let is_waiting = |pull: &Pull| now < pull.since + PULL_TIMEOUT;
-        if self.pulls.get(&writer).is_some_and(is_waiting) {
+        let outrun = pull.outrun;
+        let prefixes = std::mem::take(&mut collected.prefixes);
+        self.pulls.end(&writer, from);
+        let is_whole = prefixes.len() as u64 == head.head().count
+            && SetDigest::of(&prefixes) == head.head().set;
+        if !is_whole {
+            return vec![Event::Nonsense { from }];
+        }
+        let cursor = head.head().cursor;
+        let is_news = from == writer || is_newer(Some(cursor), index.cursor(&writer));
+        if !is_member || !is_news || writer == self.me {
             return Vec::new();
         }
-        self.pulls.insert(
+        index.replace(&writer, cursor, &prefixes);
+        self.relay.drop_tail(&writer);
+        self.relay.keep_head(&head);
+        if let Some((teller, offer)) = outrun {
+            self.pulls.offer(writer, teller, offer);
+        }
+        let news = WriterCursor {
             writer,
-            Pull {
-                since: now,
-                snapshot: None,
+            contact: 0,
+            cursor: Some(cursor),
+        };
+        vec![Event::Changed {
+            from,
+            head,
+            news: Message::Cursors {
+                cursors: vec![news],
+                is_complete: false,
             },
-        );
-        vec![Message::Pull {
-            after: index.cursor(&writer),
+            added: prefixes,
         }]
     }
 
-    fn page(&self, index: &dyn AvailabilityIndex, after: Option<HashPrefix>) -> Message {
-        // One more than fits tells whether this is the last page.
-        let mut prefixes = index.prefixes(&self.me, after, SNAPSHOT_PREFIXES_MAX + 1);
-        let is_last = prefixes.len() <= SNAPSHOT_PREFIXES_MAX;
-        prefixes.truncate(SNAPSHOT_PREFIXES_MAX);
-        Message::Snapshot {
-            head: self.head(),
-            after,
-            prefixes,
-            is_last,
+    /// Hears our own signature at a position that we have not reached: we lost part of our log.
+    ///
+    /// Returns whether a new epoch began.
+    pub(super) fn own_future(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        head: &SignedHead,
+        unix: UnixTime,
+        chance: &mut Chance,
+    ) -> bool {
+        let told = head.head().cursor;
+        if !is_newer(Some(told), Some(self.own.cursor())) || !head.is_proved() {
+            return false;
         }
+        self.own.new_epoch(index, told.epoch, unix, chance);
+        true
     }
 
-    fn schedule(&mut self, now: Instant) {
-        if !self.pending.is_empty() && self.flush_at.is_none() {
-            self.flush_at = Some(now + BATCH_WINDOW);
-        }
+    /// The peer has nothing newer of that writer.
+    pub(super) fn nothing_newer(&mut self, from: PeerId, writer: &PeerId) {
+        self.pulls.end(writer, from);
     }
 
-    /// Writes pending operations to the index and the log, and returns them as deltas.
-    fn commit(&mut self, index: &mut dyn AvailabilityIndex) -> Vec<Message> {
-        self.flush_at = None;
-        let operations = std::mem::take(&mut self.pending);
-        if operations.is_empty() {
-            return Vec::new();
-        }
-        let after = self.head();
-        let head = Cursor {
-            sequence: after.sequence + operations.len() as u64,
-            ..after
-        };
-        index.apply(&self.me, head, &operations);
-        self.head = Some(head);
-        self.log.extend(&operations);
-        let excess = self.log.len().saturating_sub(LOG_OPERATIONS_MAX);
-        self.log.drain(..excess);
-        deltas(after, &operations)
-    }
-
-    fn new_epoch(&mut self, index: &mut dyn AvailabilityIndex, chance: &mut Chance) {
-        let head = Cursor {
-            epoch: chance.number(),
-            sequence: 0,
-        };
-        index.apply(&self.me, head, &[]);
-        self.head = Some(head);
-        self.began_epoch = true;
-        self.log.clear();
+    pub(super) fn deadline(&self) -> Option<(Instant, &'static str)> {
+        let deadlines = [
+            Some((self.repair_at, "compare with a neighbour")),
+            self.own.flush_at().map(|at| (at, "flush announcements")),
+            self.pulls.deadline().map(|at| (at, "pull overdue")),
+            self.relay.deadline().map(|at| (at, "drop an unread set")),
+        ];
+        deadlines.into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 }
 
-/// Cuts operations that follow `after` into messages of bounded size.
-fn deltas(after: Cursor, operations: &[Operation]) -> Vec<Message> {
-    let mut sequence = after.sequence;
-    let message = |operations: &[Operation]| {
-        let after = Cursor {
-            epoch: after.epoch,
-            sequence,
-        };
-        sequence += operations.len() as u64;
-        Message::Delta {
-            after,
-            operations: operations.to_vec(),
-        }
-    };
-    operations
-        .chunks(DELTA_OPERATIONS_MAX)
-        .map(message)
-        .collect()
+fn log_offer(cursor: Cursor) -> Offer {
+    Offer {
+        contact: 0,
+        cursor: Some(cursor),
+    }
+}
+
+/// Whether a writer that stood at `one` stood at `other` before. Later epochs have greater numbers.
+fn is_newer(one: Option<Cursor>, other: Option<Cursor>) -> bool {
+    let order = |cursor: Option<Cursor>| cursor.map(|cursor| (cursor.epoch, cursor.sequence));
+    order(one) > order(other)
 }

@@ -3,22 +3,52 @@
 //! A peer is one peer however many addresses and connections it has. Presence is a connection, not
 //! an mDNS record: discovery only supplies addresses to dial. The dialler says Hello first, the
 //! other side answers only a Hello that verifies, so whoever merely connects learns nothing.
+//!
+//! Up to [`FULL_MESH_MEMBERS_MAX`] members everyone is linked to everyone. In a larger mesh a node
+//! keeps a few neighbours for the exchange of records ([`neighbours`]), knows the others by their
+//! contacts, and links them when it wants something of them.
 
-use std::collections::BTreeMap;
-use std::fmt;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{Chance, Config, Output, PeerView};
+use super::{Chance, Config, PeerView};
 use crate::availability::AvailabilityIndex;
-use crate::certificate::{Certificate, NotAMember, SignedCertificate, UnixTime};
-use crate::message::PROTOCOL_VERSION;
-use crate::peer::PeerId;
+use crate::certificate::{Certificate, SignedCertificate, UnixTime};
+use crate::contact::{Contact, NotAContact, SignedContact};
+use crate::message::{PROTOCOL_VERSION, Wish};
+use crate::peer::{PeerId, PeerKey};
 use crate::signature::PublicKey;
 use crate::store_path::StoreDir;
 
-/// Peers remembered at once. Discovery is unauthenticated, so this bounds what a flood can cost.
-const KNOWN_PEERS_MAX: usize = 1024;
+mod refusal;
+mod seeds;
+mod neighbours;
+
+pub use refusal::Refusal;
+use seeds::Seeds;
+
+/// Up to so many members, this node included, everyone is linked to everyone and nothing is relayed:
+/// 63 links and a message to each per batch are nothing to a machine, and there is no shorter way.
+const FULL_MESH_MEMBERS_MAX: usize = 64;
+
+/// A large mesh is taken as small again below this, so that one machine that comes and goes at the
+/// limit does not make everybody link and unlink.
+const FULL_MESH_AGAIN_MEMBERS: usize = 56;
+
+/// Peers remembered at once, members and others: four times the largest mesh that is promised. A
+/// peer takes about 1 KiB.
+const KNOWN_PEERS_MAX: usize = 4096;
+
+/// Of these, peers that proved nothing: discovery is unauthenticated, and this bounds what a flood
+/// can push out.
+const UNPROVED_PEERS_MAX: usize = 1024;
+
+/// Links at once. Beyond it, the guest that was quiet longest has to go.
+const LINKS_MAX: usize = 256;
+
+/// A link that was made to ask something, in a large mesh, is closed after this long without use.
+const GUEST_IDLE: Duration = Duration::from_secs(120);
 
 /// Addresses remembered per peer, latest first: interfaces × families of an ordinary machine.
 const ADDRESSES_MAX: usize = 8;
@@ -33,9 +63,11 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 /// time to dial, so that one connection comes to stand instead of two.
 const DIAL_DEFER: Duration = Duration::from_millis(500);
 
-/// First pause after a failed dial or a lost link; doubles up to [`RETRY_MAX`].
+/// First pause after a failed dial or a lost link; doubles up to [`RETRY_MAX`]. A packet per
+/// sleeping laptop every 20 s is little, and whoever comes back is found within 25 s even where
+/// nothing announces it.
 const RETRY_MIN: Duration = Duration::from_secs(1);
-const RETRY_MAX: Duration = Duration::from_secs(60);
+const RETRY_MAX: Duration = Duration::from_secs(20);
 const RETRY_JITTER_PERCENT: u32 = 25;
 
 /// Pause before a peer is dialled again that proved not to be a member. It may be admitted meanwhile.
@@ -50,68 +82,10 @@ const GOODBYE_RETRY: Duration = Duration::from_secs(5);
 const QUARANTINE_MIN: Duration = Duration::from_secs(30);
 const QUARANTINE_MAX: Duration = Duration::from_secs(3600);
 
-/// Why a connection was closed by us. Each is counted; the words are the labels of the counter.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Refusal {
-    OtherMesh,
-    BadSignature,
-    OtherPeer,
-    NotYetValid,
-    Expired,
-    MalformedCertificate,
-    MayNotShare,
-    NoHello,
-    OutOfTurn,
-    Garbage,
-    Version,
-    OtherStoreDir,
-    TooManyPeers,
-}
-
-impl Refusal {
-    pub fn word(self) -> &'static str {
-        match self {
-            Refusal::OtherMesh => "other_mesh",
-            Refusal::BadSignature => "bad_signature",
-            Refusal::OtherPeer => "other_peer",
-            Refusal::NotYetValid => "not_yet_valid",
-            Refusal::Expired => "expired",
-            Refusal::MalformedCertificate => "malformed_certificate",
-            Refusal::MayNotShare => "may_not_share",
-            Refusal::NoHello => "no_hello",
-            Refusal::OutOfTurn => "out_of_turn",
-            Refusal::Garbage => "garbage",
-            Refusal::Version => "version",
-            Refusal::OtherStoreDir => "other_store_dir",
-            Refusal::TooManyPeers => "too_many_peers",
-        }
-    }
-}
-
-impl fmt::Display for Refusal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
-    }
-}
-
-impl From<&NotAMember> for Refusal {
-    fn from(reason: &NotAMember) -> Refusal {
-        match reason {
-            NotAMember::OtherMesh { .. } => Refusal::OtherMesh,
-            NotAMember::BadSignature => Refusal::BadSignature,
-            NotAMember::OtherPeer { .. } => Refusal::OtherPeer,
-            NotAMember::NotYetValid { .. } => Refusal::NotYetValid,
-            NotAMember::Expired { .. } => Refusal::Expired,
-            NotAMember::Malformed(_) => Refusal::MalformedCertificate,
-            NotAMember::MayNotShare { .. } => Refusal::MayNotShare,
-        }
-    }
-}
-
 /// How far the acquaintance with a peer has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PeerState {
-    /// Known by address only; dialled again later.
+    /// Known by address or contact only; dialled later, or when something is wanted of it.
     Away,
     Dialling,
     /// Connected, membership not proved yet.
@@ -133,7 +107,13 @@ impl PeerState {
 
 /// What a step in membership means for the rest of the mind.
 pub(super) enum Event {
-    Nothing,
+    Dial {
+        peer: PeerId,
+        addresses: Vec<SocketAddr>,
+    },
+    DialSeed {
+        seed: usize,
+    },
     SayHello(PeerId),
     Admitted {
         peer: PeerId,
@@ -145,18 +125,44 @@ pub(super) enum Event {
         refusal: Refusal,
         was_linked: bool,
     },
+    /// The link is gone.
     Departed(PeerId),
+    /// The link is not needed any more, and is closed.
+    Released(PeerId),
+    /// The peer could not be reached.
+    Unreachable(PeerId),
+    /// Tell a linked peer whether we want it among our neighbours.
+    Tell {
+        peer: PeerId,
+        wish: Wish,
+    },
+    /// A member reached us by a newer contact than we knew.
+    NewContact(SignedContact),
+    /// The peer is no member any more.
+    Forgotten(PeerId),
 }
 
 pub(super) struct Membership {
     me: PeerId,
+    key: PeerKey,
     mesh_key: PublicKey,
     store_dir: StoreDir,
+    /// What this node says of itself; signed when the clock has been read.
+    own: Contact,
+    own_signed: Option<SignedContact>,
     /// The wall clock when it was last read, to date certificates.
     clock: Option<(UnixTime, Instant)>,
     peers: BTreeMap<PeerId, Peer>,
-    seeds: Vec<Seed>,
+    /// Keys of `peers` whose state is [`State::Linked`].
+    linked: BTreeSet<PeerId>,
+    /// Whether there are too many members to link them all.
+    is_large: bool,
+    neighbours_checked_at: Option<Instant>,
+    seeds: Seeds,
     refusals: BTreeMap<Refusal, u64>,
+    /// Nothing has to be done before this, unless something changed since.
+    due: Option<(Instant, &'static str)>,
+    is_changed: bool,
 }
 
 struct Peer {
@@ -165,8 +171,21 @@ struct Peer {
     state: State,
     /// Failures in a row, for the back-off.
     failures: u32,
+    /// Not dialled before; in a small mesh, dialled then.
     retry_at: Option<Instant>,
+    /// Something is wanted of it: dialled even in a large mesh.
+    is_wanted: bool,
     quarantine: Option<Quarantine>,
+    /// Proves that it is a member, linked or not.
+    contact: Option<Box<Proved>>,
+    neighbour: neighbours::Wishes,
+    /// When something was last asked of it, or by it.
+    used_at: Option<Instant>,
+}
+
+struct Proved {
+    signed: SignedContact,
+    certificate: Certificate,
 }
 
 enum State {
@@ -177,10 +196,12 @@ enum State {
     Greeting {
         address: SocketAddr,
         since: Instant,
+        outbound: bool,
         said_hello: bool,
     },
     Linked {
         address: SocketAddr,
+        outbound: bool,
         certificate: Box<Certificate>,
         transfer_port: Option<u16>,
     },
@@ -193,36 +214,139 @@ struct Quarantine {
     offence: &'static str,
 }
 
-/// An address of an unknown peer.
-struct Seed {
-    peer: Option<PeerId>,
-    failures: u32,
-    /// `None` while a dial is under way.
-    retry_at: Option<Instant>,
-    dialled_at: Option<Instant>,
-}
-
 impl Membership {
-    pub(super) fn new(me: PeerId, config: &Config, now: Instant) -> Membership {
-        let seed = || Seed {
-            peer: None,
-            failures: 0,
-            retry_at: Some(now),
-            dialled_at: None,
-        };
+    pub(super) fn new(config: &Config, now: Instant) -> Membership {
         Membership {
-            me,
+            me: config.key.peer_id(),
+            key: config.key.clone(),
             mesh_key: config.mesh_key.clone(),
             store_dir: config.store_dir.clone(),
+            own: Contact {
+                certificate: config.certificate.clone(),
+                number: 0,
+                addresses: Vec::new(),
+                transfer_port: config.transfer_port,
+            },
+            own_signed: None,
             clock: None,
             peers: BTreeMap::new(),
-            seeds: std::iter::repeat_with(seed).take(config.seeds).collect(),
+            linked: BTreeSet::new(),
+            is_large: false,
+            neighbours_checked_at: None,
+            seeds: Seeds::new(config.seeds, now),
             refusals: BTreeMap::new(),
+            due: None,
+            is_changed: true,
         }
     }
 
     pub(super) fn clock_read(&mut self, unix: UnixTime, now: Instant) {
+        self.is_changed = true;
         self.clock = Some((unix, now));
+        if self.own_signed.is_none() {
+            self.sign_own(now);
+        }
+    }
+
+    /// Where this node can be reached; returns whether that is news for others.
+    pub(super) fn own_addresses(&mut self, addresses: Vec<SocketAddr>, now: Instant) -> bool {
+        let is_news = self.own.addresses != addresses;
+        self.own.addresses = addresses;
+        if is_news && self.clock.is_some() {
+            self.sign_own(now);
+        }
+        is_news && self.own_signed.is_some()
+    }
+
+    /// What this node says of itself; `None` before the clock was read.
+    pub(super) fn own_contact(&self) -> Option<&SignedContact> {
+        self.own_signed.as_ref()
+    }
+
+    fn sign_own(&mut self, now: Instant) {
+        self.own.number = self.unix(now).0.max(self.own.number.saturating_add(1));
+        // A certificate that does not decode admits us nowhere, and needs no contact.
+        self.own_signed = self.own.clone().sign(&self.key).ok();
+    }
+
+    /// Takes in what a member says of itself, whoever passes it on; returns whether it is news.
+    ///
+    /// # Errors
+    /// What is wrong with it. An expired one is no lie of whoever kept it a little longer.
+    pub(super) fn contact_told(
+        &mut self,
+        signed: SignedContact,
+        now: Instant,
+    ) -> Result<bool, NotAContact> {
+        let id = signed.peer();
+        let number = signed.contact().number;
+        if id == self.me {
+            if self.own_signed.is_some() && number > self.own.number {
+                // Said before our state was lost, or our clock set back.
+                signed.verify(&self.mesh_key, self.unix(now))?;
+                self.own.number = number;
+                self.sign_own(now);
+                return Ok(true);
+            }
+            return Ok(false);
+        }
+        let is_known = |known: &Proved| known.signed.contact().number >= number;
+        let known = self.peers.get(&id).and_then(|peer| peer.contact.as_deref());
+        if known.is_some_and(is_known) {
+            return Ok(false);
+        }
+        let certificate = signed.verify(&self.mesh_key, self.unix(now))?;
+        let Some(peer) = self.entry(id) else {
+            return Ok(false);
+        };
+        for address in &signed.contact().addresses {
+            let ip = address.ip();
+            // Whoever signs this must not make us dial ourselves, or everybody.
+            let is_place = !ip.is_loopback() && !ip.is_unspecified() && !ip.is_multicast();
+            if is_place
+                && address.port() > 0
+                && !peer.addresses.contains(address)
+                && peer.addresses.len() < ADDRESSES_MAX
+            {
+                peer.addresses.push(*address);
+            }
+        }
+        if let State::Linked { transfer_port, .. } = &mut peer.state {
+            *transfer_port = signed.contact().transfer_port;
+        } else if peer.contact.is_none() && peer.retry_at.is_none() {
+            peer.retry_at = Some(now);
+        }
+        peer.contact = Some(Box::new(Proved {
+            signed,
+            certificate,
+        }));
+        self.is_changed = true;
+        Ok(true)
+    }
+
+    /// Every member known by its contact, this node included: its number, ordered by PeerId.
+    pub(super) fn contacts(&self) -> impl Iterator<Item = (PeerId, u64)> + '_ {
+        let own = self.own_signed.as_ref().map(|_| (self.me, self.own.number));
+        let number = |(id, peer): (&PeerId, &Peer)| {
+            let known = peer.contact.as_ref()?;
+            Some((*id, known.signed.contact().number))
+        };
+        let lesser = self.peers.range(..self.me).filter_map(number);
+        lesser
+            .chain(own)
+            .chain(self.peers.range(self.me..).filter_map(number))
+    }
+
+    pub(super) fn contact(&self, id: &PeerId) -> Option<&SignedContact> {
+        if *id == self.me {
+            return self.own_signed.as_ref();
+        }
+        let known = self.peers.get(id)?.contact.as_ref()?;
+        Some(&known.signed)
+    }
+
+    pub(super) fn is_member(&self, id: &PeerId) -> bool {
+        self.contact(id).is_some()
     }
 
     pub(super) fn woke(&mut self, now: Instant) {
@@ -231,6 +355,7 @@ impl Membership {
 
     /// Forgets back-offs: what failed on the old network may work on this one.
     pub(super) fn network_changed(&mut self, now: Instant) {
+        self.is_changed = true;
         for peer in self
             .peers
             .values_mut()
@@ -239,10 +364,7 @@ impl Membership {
             peer.failures = 0;
             peer.retry_at = Some(now);
         }
-        for seed in self.seeds.iter_mut().filter(|seed| seed.retry_at.is_some()) {
-            seed.failures = 0;
-            seed.retry_at = Some(now);
-        }
+        self.seeds.forget_failures(now);
     }
 
     pub(super) fn discovered(&mut self, id: PeerId, addresses: Vec<SocketAddr>, now: Instant) {
@@ -260,17 +382,21 @@ impl Membership {
             let at = if defers { now + DIAL_DEFER } else { now };
             let keeps_away = peer
                 .retry_at
-                .is_some_and(|retry| retry > at + RETRY_MAX / 2);
+                .is_some_and(|retry| retry > at + REFUSED_RETRY / 2);
             if !keeps_away {
                 peer.retry_at = Some(peer.retry_at.map_or(at, |retry| retry.min(at)));
             }
         }
+        self.is_changed = true;
     }
 
     pub(super) fn lost(&mut self, id: PeerId) {
-        let is_away = |peer: &Peer| matches!(peer.state, State::Away) && peer.quarantine.is_none();
-        if self.peers.get(&id).is_some_and(is_away) {
+        let is_idle = |peer: &Peer| {
+            matches!(peer.state, State::Away) && peer.quarantine.is_none() && peer.contact.is_none()
+        };
+        if self.peers.get(&id).is_some_and(is_idle) {
             self.peers.remove(&id);
+            self.is_changed = true;
         }
     }
 
@@ -281,18 +407,21 @@ impl Membership {
         outbound: bool,
         seed: Option<usize>,
         now: Instant,
-    ) -> Event {
-        if let Some(seed) = seed.and_then(|seed| self.seeds.get_mut(seed)) {
-            seed.leads_to(id);
+    ) -> Option<Event> {
+        self.is_changed = true;
+        if let Some(seed) = seed {
+            self.seeds.leads_to(seed, id);
         }
-        let Some(peer) = self.entry(id) else {
+        if self.entry(id).is_none() {
             *self.refusals.entry(Refusal::TooManyPeers).or_default() += 1;
-            return Event::Refused {
+            return Some(Event::Refused {
                 peer: id,
                 refusal: Refusal::TooManyPeers,
                 was_linked: false,
-            };
-        };
+            });
+        }
+        self.linked.remove(&id);
+        let peer = self.peers.get_mut(&id)?;
         // Who dialled speaks first. After a simultaneous dial both did.
         let said_hello = outbound || matches!(peer.state, State::Dialling { .. });
         if outbound {
@@ -301,59 +430,62 @@ impl Membership {
         peer.state = State::Greeting {
             address,
             since: now,
+            outbound,
             said_hello,
         };
-        if said_hello {
-            Event::SayHello(id)
-        } else {
-            Event::Nothing
-        }
+        said_hello.then_some(Event::SayHello(id))
     }
 
-    pub(super) fn link_down(&mut self, id: PeerId, chance: &mut Chance, now: Instant) -> Event {
-        let was_linked = self.is_linked(&id);
+    pub(super) fn link_down(
+        &mut self,
+        id: PeerId,
+        chance: &mut Chance,
+        now: Instant,
+    ) -> Option<Event> {
+        self.is_changed = true;
+        let was_linked = self.linked.remove(&id);
         // Who was refused, or said goodbye, is left alone under either name.
         let not_before = self.peers.get(&id).and_then(|peer| peer.retry_at);
-        for seed in self.seeds.iter_mut().filter(|seed| seed.peer == Some(id)) {
-            if was_linked {
-                seed.failures = 0;
-            }
-            seed.back_off(chance, now);
-            seed.retry_at = seed.retry_at.max(not_before);
-        }
-        let Some(peer) = self.peers.get_mut(&id) else {
-            return Event::Nothing;
-        };
+        self.seeds
+            .link_down(id, was_linked, not_before, chance, now);
+        let peer = self.peers.get_mut(&id)?;
         peer.state = State::Away;
+        peer.neighbour = neighbours::Wishes::default();
         if was_linked {
             peer.failures = 0;
         }
         if peer.retry_at.is_none_or(|at| at <= now) {
             peer.back_off(chance, now);
         }
-        if peer.addresses.is_empty() && peer.quarantine.is_none() {
+        if peer.addresses.is_empty() && peer.quarantine.is_none() && peer.contact.is_none() {
             self.peers.remove(&id);
         }
-        if was_linked {
+        Some(if was_linked {
             Event::Departed(id)
         } else {
-            Event::Nothing
-        }
+            Event::Unreachable(id)
+        })
     }
 
-    pub(super) fn dial_failed(&mut self, id: PeerId, chance: &mut Chance, now: Instant) {
-        if let Some(peer) = self.peers.get_mut(&id)
-            && matches!(peer.state, State::Dialling { .. })
-        {
-            peer.state = State::Away;
-            peer.back_off(chance, now);
+    pub(super) fn dial_failed(
+        &mut self,
+        id: PeerId,
+        chance: &mut Chance,
+        now: Instant,
+    ) -> Option<Event> {
+        let peer = self.peers.get_mut(&id)?;
+        if !matches!(peer.state, State::Dialling { .. }) {
+            return None;
         }
+        peer.state = State::Away;
+        peer.back_off(chance, now);
+        self.is_changed = true;
+        Some(Event::Unreachable(id))
     }
 
     pub(super) fn seed_failed(&mut self, seed: usize, chance: &mut Chance, now: Instant) {
-        if let Some(seed) = self.seeds.get_mut(seed) {
-            seed.back_off(chance, now);
-        }
+        self.is_changed = true;
+        self.seeds.failed(seed, chance, now);
     }
 
     /// The seed is dialled again when the connection to that peer is lost, or soon when it was already.
@@ -364,12 +496,13 @@ impl Membership {
         chance: &mut Chance,
         now: Instant,
     ) {
+        self.is_changed = true;
         let is_connected =
             |peer: &Peer| matches!(peer.state, State::Greeting { .. } | State::Linked { .. });
-        if !self.peers.get(&id).is_some_and(is_connected) {
-            self.seed_failed(seed, chance, now);
-        } else if let Some(seed) = self.seeds.get_mut(seed) {
-            seed.leads_to(id);
+        if self.peers.get(&id).is_some_and(is_connected) {
+            self.seeds.leads_to(seed, id);
+        } else {
+            self.seeds.failed(seed, chance, now);
         }
     }
 
@@ -380,103 +513,156 @@ impl Membership {
         version: u32,
         certificate: &SignedCertificate,
         now: Instant,
-    ) -> Event {
+    ) -> Vec<Event> {
         let Some(peer) = self.peers.get(&id) else {
-            return Event::Nothing;
+            return Vec::new();
         };
-        let (said_hello, linked) = match &peer.state {
+        let (address, outbound, said_hello, was_linked) = match &peer.state {
             State::Greeting {
-                said_hello,
                 address,
+                outbound,
+                said_hello,
                 ..
-            } => (*said_hello, Err(*address)),
+            } => (*address, *outbound, *said_hello, None),
             // A member shows a renewed certificate.
             State::Linked {
                 address,
+                outbound,
                 transfer_port,
                 ..
-            } => (true, Ok((*address, *transfer_port))),
-            State::Away | State::Dialling { .. } => return Event::Nothing,
+            } => (*address, *outbound, true, Some(*transfer_port)),
+            State::Away | State::Dialling { .. } => return Vec::new(),
         };
         if version < PROTOCOL_VERSION {
             return self.refuse(id, Refusal::Version, now);
         }
-        let unix = self.unix(now);
-        match certificate.verify(&self.mesh_key, &id, unix) {
-            Err(reason) => self.refuse(id, Refusal::from(&reason), now),
-            Ok(certificate) => {
-                let certificate = Box::new(certificate);
-                let (address, transfer_port) = linked.unwrap_or_else(|address| (address, None));
-                let peer = self.peers.get_mut(&id).expect("looked up above");
-                peer.state = State::Linked {
-                    address,
-                    certificate: certificate.clone(),
-                    transfer_port,
-                };
-                peer.failures = 0;
-                peer.retry_at = None;
-                match linked {
-                    Ok(_) => Event::Nothing,
-                    Err(_) => Event::Admitted {
-                        peer: id,
-                        certificate,
-                        say_hello: !said_hello,
-                    },
-                }
-            }
+        let certificate = match certificate.verify(&self.mesh_key, &id, self.unix(now)) {
+            Ok(certificate) => Box::new(certificate),
+            Err(reason) => return self.refuse(id, Refusal::from(&reason), now),
+        };
+        self.is_changed = true;
+        let Some(peer) = self.peers.get_mut(&id) else {
+            return Vec::new();
+        };
+        let known_port = || peer.contact.as_ref()?.signed.contact().transfer_port;
+        peer.state = State::Linked {
+            address,
+            outbound,
+            transfer_port: was_linked.unwrap_or_else(known_port),
+            certificate: certificate.clone(),
+        };
+        peer.failures = 0;
+        peer.retry_at = None;
+        if was_linked.is_some() {
+            return Vec::new();
         }
+        peer.used_at = Some(now);
+        self.linked.insert(id);
+        self.first_wish(id, now);
+        if let Some(peer) = self.peers.get_mut(&id) {
+            peer.is_wanted = false;
+        }
+        let mut events = vec![Event::Admitted {
+            peer: id,
+            certificate,
+            say_hello: !said_hello,
+        }];
+        events.extend(self.make_room(&id));
+        events
     }
 
+    /// Ends the link to the guest that was quiet longest, if there are too many links.
+    fn make_room(&mut self, newest: &PeerId) -> Option<Event> {
+        if self.linked.len() <= LINKS_MAX {
+            return None;
+        }
+        let is_guest = |id: &&PeerId| {
+            *id != newest
+                && self
+                    .peers
+                    .get(id)
+                    .is_some_and(|peer| !peer.neighbour.is_mutual())
+        };
+        let used_at = |id: &&PeerId| self.peers.get(id).and_then(|peer| peer.used_at);
+        let guest = *self.linked.iter().filter(is_guest).min_by_key(used_at)?;
+        self.release(guest)
+    }
+
+    fn release(&mut self, id: PeerId) -> Option<Event> {
+        let peer = self.peers.get_mut(&id)?;
+        peer.state = State::Away;
+        peer.neighbour = neighbours::Wishes::default();
+        peer.retry_at = None;
+        self.linked.remove(&id);
+        self.is_changed = true;
+        Some(Event::Released(id))
+    }
+
+    /// Reads what an admitted peer says of itself.
     pub(super) fn about(
         &mut self,
         id: PeerId,
         store_dir: &StoreDir,
-        port: Option<u16>,
+        contact: SignedContact,
         now: Instant,
-    ) -> Event {
+    ) -> Vec<Event> {
         if *store_dir != self.store_dir {
             return self.refuse(id, Refusal::OtherStoreDir, now);
         }
-        if let Some(Peer {
-            state: State::Linked { transfer_port, .. },
-            ..
-        }) = self.peers.get_mut(&id)
-        {
-            *transfer_port = port;
+        if contact.peer() != id {
+            return self.refuse(id, Refusal::Garbage, now);
         }
-        Event::Nothing
+        match self.contact_told(contact.clone(), now) {
+            Ok(true) => vec![Event::NewContact(contact)],
+            Ok(false) => {
+                // We may have heard of it before it was linked.
+                if let Some(peer) = self.peers.get_mut(&id)
+                    && let Some(known) = &peer.contact
+                    && let State::Linked { transfer_port, .. } = &mut peer.state
+                {
+                    *transfer_port = known.signed.contact().transfer_port;
+                    self.is_changed = true;
+                }
+                Vec::new()
+            }
+            Err(NotAContact::NotAMember(reason)) => self.refuse(id, Refusal::from(&reason), now),
+            Err(NotAContact::BadSignature { .. }) => self.refuse(id, Refusal::Garbage, now),
+        }
     }
 
     /// The peer leaves on purpose, perhaps to be back at once.
     pub(super) fn goodbye(&mut self, id: PeerId, now: Instant) {
         if let Some(peer) = self.peers.get_mut(&id) {
             peer.retry_at = Some(now + GOODBYE_RETRY);
+            self.is_changed = true;
         }
     }
 
     /// Refuses a peer that said something else before Hello; ignores one that is gone already.
-    pub(super) fn spoke_out_of_turn(&mut self, id: PeerId, now: Instant) -> Event {
+    pub(super) fn spoke_out_of_turn(&mut self, id: PeerId, now: Instant) -> Vec<Event> {
         match self.peers.get(&id).map(|peer| &peer.state) {
             Some(State::Greeting { .. }) => self.refuse(id, Refusal::OutOfTurn, now),
-            _ => Event::Nothing,
+            _ => Vec::new(),
         }
     }
 
     /// Ends the acquaintance for now: counted, hung up, not dialled for [`REFUSED_RETRY`].
-    pub(super) fn refuse(&mut self, id: PeerId, refusal: Refusal, now: Instant) -> Event {
+    pub(super) fn refuse(&mut self, id: PeerId, refusal: Refusal, now: Instant) -> Vec<Event> {
         *self.refusals.entry(refusal).or_default() += 1;
+        self.is_changed = true;
         let Some(peer) = self.peers.get_mut(&id) else {
-            return Event::Nothing;
+            return Vec::new();
         };
-        let was_linked = matches!(peer.state, State::Linked { .. });
         peer.state = State::Away;
+        peer.neighbour = neighbours::Wishes::default();
         peer.failures = peer.failures.saturating_add(1);
         peer.retry_at = Some(now + REFUSED_RETRY);
-        Event::Refused {
+        peer.is_wanted = false;
+        vec![Event::Refused {
             peer: id,
             refusal,
-            was_linked,
-        }
+            was_linked: self.linked.remove(&id),
+        }]
     }
 
     /// Stops asking a peer that lied. It stays linked, since its announcements may be honest.
@@ -501,32 +687,52 @@ impl Membership {
     }
 
     pub(super) fn is_linked(&self, id: &PeerId) -> bool {
-        let is_linked = |peer: &Peer| matches!(peer.state, State::Linked { .. });
-        self.peers.get(id).is_some_and(is_linked)
+        self.linked.contains(id)
     }
 
-    /// Linked, offers transfers, and not in quarantine.
+    /// Offers transfers, is not in quarantine, and is linked or could be at once.
     pub(super) fn is_usable(&self, id: &PeerId, now: Instant) -> bool {
         self.peers.get(id).is_some_and(|peer| {
-            matches!(
-                peer.state,
-                State::Linked {
-                    transfer_port: Some(_),
-                    ..
-                }
-            ) && peer
+            let may_be_asked = peer
                 .quarantine
-                .is_none_or(|quarantine| quarantine.until <= now)
+                .is_none_or(|quarantine| quarantine.until <= now);
+            may_be_asked
+                && match &peer.state {
+                    State::Linked { transfer_port, .. } => transfer_port.is_some(),
+                    State::Greeting { .. } | State::Dialling { .. } | State::Away => {
+                        self.is_large
+                            && !peer.addresses.is_empty()
+                            && peer.retry_at.is_none_or(|at| at <= now)
+                            && peer
+                                .contact
+                                .as_ref()
+                                .is_some_and(|known| known.signed.contact().transfer_port.is_some())
+                    }
+                }
         })
     }
 
+    /// Whether a link to the peer is coming to stand.
+    pub(super) fn is_on_its_way(&self, id: &PeerId) -> bool {
+        let is_coming =
+            |peer: &Peer| matches!(peer.state, State::Dialling { .. } | State::Greeting { .. });
+        self.peers.get(id).is_some_and(is_coming)
+    }
+
+    /// Something is wanted of a peer: keeps its link, or dials it if there is an address.
+    pub(super) fn want(&mut self, id: &PeerId, now: Instant) -> Option<Event> {
+        let peer = self.peers.get_mut(id)?;
+        peer.used_at = Some(now);
+        if !matches!(peer.state, State::Away) || peer.addresses.is_empty() {
+            return None;
+        }
+        peer.is_wanted = true;
+        self.is_changed = true;
+        Some(peer.dial(*id, now))
+    }
+
     pub(super) fn linked(&self) -> Vec<PeerId> {
-        let is_linked = |(_, peer): &(&PeerId, &Peer)| matches!(peer.state, State::Linked { .. });
-        self.peers
-            .iter()
-            .filter(is_linked)
-            .map(|(id, _)| *id)
-            .collect()
+        self.linked.iter().copied().collect()
     }
 
     pub(super) fn transfer_address(&self, id: &PeerId) -> Option<SocketAddr> {
@@ -548,21 +754,16 @@ impl Membership {
 
     pub(super) fn views(&self, index: &dyn AvailabilityIndex, now: Instant) -> Vec<PeerView> {
         let view = |(id, peer): (&PeerId, &Peer)| {
-            let (state, address, name) = match &peer.state {
-                State::Away => (PeerState::Away, peer.addresses.first().copied(), None),
-                State::Dialling { .. } => {
-                    (PeerState::Dialling, peer.addresses.first().copied(), None)
-                }
-                State::Greeting { address, .. } => (PeerState::Greeting, Some(*address), None),
-                State::Linked {
-                    address,
-                    certificate,
-                    ..
-                } => (
-                    PeerState::Linked,
-                    Some(*address),
-                    Some(certificate.name.clone()),
-                ),
+            let (state, address) = match &peer.state {
+                State::Away => (PeerState::Away, peer.addresses.first().copied()),
+                State::Dialling { .. } => (PeerState::Dialling, peer.addresses.first().copied()),
+                State::Greeting { address, .. } => (PeerState::Greeting, Some(*address)),
+                State::Linked { address, .. } => (PeerState::Linked, Some(*address)),
+            };
+            let name = match (&peer.state, &peer.contact) {
+                (State::Linked { certificate, .. }, _) => Some(certificate.name.clone()),
+                (_, Some(known)) => Some(known.certificate.name.clone()),
+                _ => None,
             };
             let quarantine = peer.quarantine.filter(|quarantine| quarantine.until > now);
             PeerView {
@@ -578,11 +779,25 @@ impl Membership {
         self.peers.iter().map(view).collect()
     }
 
-    /// Does what time demands: overdue Hellos, expired certificates, due dials (into `dials`).
-    pub(super) fn tick(&mut self, dials: &mut Vec<Output>, now: Instant) -> Vec<Event> {
+    /// Does what time demands: overdue Hellos, expired certificates, due dials, neighbours.
+    pub(super) fn tick(&mut self, chance: &mut Chance, now: Instant) -> Vec<Event> {
+        let is_due = self.due.is_some_and(|(at, _)| at <= now);
+        if !self.is_changed && !is_due {
+            return Vec::new();
+        }
+        let mut events = self.check_neighbours(chance, now);
         let unix = self.unix(now);
         let mut refused = Vec::new();
+        let mut idle = Vec::new();
+        let mut expired = Vec::new();
         for (id, peer) in &mut self.peers {
+            if peer
+                .contact
+                .as_ref()
+                .is_some_and(|known| known.certificate.not_after <= unix)
+            {
+                expired.push(*id);
+            }
             match &peer.state {
                 State::Greeting { since, .. } if *since + HELLO_TIMEOUT <= now => {
                     refused.push((*id, Refusal::NoHello));
@@ -590,85 +805,112 @@ impl Membership {
                 State::Linked { certificate, .. } if certificate.not_after <= unix => {
                     refused.push((*id, Refusal::Expired));
                 }
+                State::Linked { .. }
+                    if self.is_large && peer.idle_at().is_some_and(|at| at <= now) =>
+                {
+                    idle.push(*id);
+                }
                 State::Dialling { since } if *since + DIAL_TIMEOUT <= now => {
                     peer.state = State::Away;
                     peer.failures = peer.failures.saturating_add(1);
                     peer.retry_at = Some(now + RETRY_MAX);
+                    peer.is_wanted = false;
+                    events.push(Event::Unreachable(*id));
                 }
                 State::Away
-                    if peer.retry_at.is_some_and(|at| at <= now) && !peer.addresses.is_empty() =>
+                    if !self.is_large
+                        && peer.retry_at.is_some_and(|at| at <= now)
+                        && !peer.addresses.is_empty() =>
                 {
-                    peer.state = State::Dialling { since: now };
-                    peer.retry_at = None;
-                    dials.push(Output::Dial {
-                        peer: *id,
-                        addresses: peer.addresses.clone(),
-                    });
+                    events.push(peer.dial(*id, now));
                 }
                 _ => {}
             }
         }
-        for (number, seed) in self.seeds.iter_mut().enumerate() {
-            if seed.retry_at.is_some_and(|at| at <= now) {
-                seed.retry_at = None;
-                seed.dialled_at = Some(now);
-                dials.push(Output::DialSeed { seed: number });
-            } else if seed.dialled_at.is_some_and(|at| at + DIAL_TIMEOUT <= now) {
-                seed.dialled_at = None;
-                seed.retry_at = Some(now + RETRY_MAX);
-            }
+        let seeds = self.seeds.tick(now);
+        events.extend(seeds.into_iter().map(|seed| Event::DialSeed { seed }));
+        for (id, refusal) in refused {
+            events.extend(self.refuse(id, refusal, now));
         }
-        refused
-            .into_iter()
-            .map(|(id, refusal)| self.refuse(id, refusal, now))
-            .collect()
+        for id in idle {
+            events.extend(self.release(id));
+        }
+        for id in expired {
+            if let Some(peer) = self.peers.get_mut(&id) {
+                peer.contact = None;
+            }
+            events.push(Event::Forgotten(id));
+        }
+        self.is_changed = false;
+        self.due = self.next_due(now);
+        events
     }
 
     pub(super) fn deadline(&self) -> Option<(Instant, &'static str)> {
-        let peers = self.peers.values().filter_map(|peer| match &peer.state {
-            State::Greeting { since, .. } => Some((*since + HELLO_TIMEOUT, "hello overdue")),
-            State::Dialling { since } => Some((*since + DIAL_TIMEOUT, "dial overdue")),
-            State::Linked { certificate, .. } => Some((
-                self.instant_of(certificate.not_after)?,
-                "certificate expires",
-            )),
-            State::Away if peer.addresses.is_empty() => None,
-            State::Away => peer.retry_at.map(|at| (at, "dial again")),
-        });
-        let seeds = self
-            .seeds
-            .iter()
-            .filter_map(|seed| match (seed.retry_at, seed.dialled_at) {
-                (Some(at), _) => Some((at, "dial seed")),
-                (None, Some(at)) => Some((at + DIAL_TIMEOUT, "seed overdue")),
-                (None, None) => None,
+        self.due
+    }
+
+    fn next_due(&self, now: Instant) -> Option<(Instant, &'static str)> {
+        let peers = self.peers.values().flat_map(|peer| {
+            let of_state = match &peer.state {
+                State::Greeting { since, .. } => Some((*since + HELLO_TIMEOUT, "hello overdue")),
+                State::Dialling { since } => Some((*since + DIAL_TIMEOUT, "dial overdue")),
+                State::Linked { certificate, .. } => self
+                    .instant_of(certificate.not_after)
+                    .map(|at| (at, "certificate expires")),
+                State::Away if peer.addresses.is_empty() || self.is_large => None,
+                State::Away => peer.retry_at.map(|at| (at, "dial again")),
+            };
+            let contact = peer.contact.as_ref().and_then(|known| {
+                let at = self.instant_of(known.certificate.not_after)?;
+                Some((at, "contact expires"))
             });
-        peers.chain(seeds).min_by_key(|(at, _)| *at)
+            let idle = peer.idle_at().filter(|_| self.is_large);
+            let idle = idle.map(|at| (at, "close an idle link"));
+            [of_state, contact, idle]
+        });
+        let others = [self.seeds.deadline(), self.neighbours_deadline(now)];
+        let all = peers.chain(others).flatten();
+        all.min_by_key(|(at, _)| *at)
     }
 
     /// Returns the peer's entry, made if there is room; the peer that failed most makes room.
     fn entry(&mut self, id: PeerId) -> Option<&mut Peer> {
-        if !self.peers.contains_key(&id) && self.peers.len() >= KNOWN_PEERS_MAX {
-            let is_idle = |(_, peer): &(&PeerId, &Peer)| {
-                matches!(peer.state, State::Away) && peer.failures > 0
-            };
-            let idle = self.peers.iter().filter(is_idle);
-            let idle = idle
-                .max_by_key(|(_, peer)| peer.failures)
-                .map(|(id, _)| *id)?;
-            self.peers.remove(&idle);
+        if !self.peers.contains_key(&id) {
+            let is_unproved =
+                |peer: &Peer| peer.contact.is_none() && !matches!(peer.state, State::Linked { .. });
+            // Counted only where it can matter: it costs a look at every peer.
+            let is_full = self.peers.len() >= KNOWN_PEERS_MAX
+                || self.peers.len() >= UNPROVED_PEERS_MAX
+                    && self.peers.values().filter(|peer| is_unproved(peer)).count()
+                        >= UNPROVED_PEERS_MAX;
+            if is_full {
+                let is_idle = |(_, peer): &(&PeerId, &Peer)| {
+                    matches!(peer.state, State::Away) && peer.failures > 0 && is_unproved(peer)
+                };
+                let idle = self.peers.iter().filter(is_idle);
+                let idle = idle
+                    .max_by_key(|(_, peer)| peer.failures)
+                    .map(|(id, _)| *id)?;
+                self.peers.remove(&idle);
+            }
         }
+        self.is_changed = true;
         Some(self.peers.entry(id).or_insert_with(|| Peer {
             addresses: Vec::new(),
             state: State::Away,
             failures: 0,
             retry_at: None,
+            is_wanted: false,
             quarantine: None,
+            contact: None,
+            neighbour: neighbours::Wishes::default(),
+            used_at: None,
         }))
     }
 
     /// The wall clock at `now`; before it was ever read, the start of 1970, when nothing is valid.
-    fn unix(&self, now: Instant) -> UnixTime {
+    pub(super) fn unix(&self, now: Instant) -> UnixTime {
         self.clock.map_or(UnixTime(0), |(unix, at)| {
             UnixTime(
                 unix.0
@@ -680,22 +922,6 @@ impl Membership {
     fn instant_of(&self, unix: UnixTime) -> Option<Instant> {
         let (read, at) = self.clock?;
         at.checked_add(Duration::from_secs(unix.0.saturating_sub(read.0)))
-    }
-}
-
-impl Seed {
-    /// Failures stay until the peer proves membership; what answers here may be a stranger.
-    fn leads_to(&mut self, id: PeerId) {
-        self.peer = Some(id);
-        self.retry_at = None;
-        self.dialled_at = None;
-    }
-
-    fn back_off(&mut self, chance: &mut Chance, now: Instant) {
-        self.peer = None;
-        self.failures = self.failures.saturating_add(1);
-        self.retry_at = Some(now + pause_after(self.failures, chance));
-        self.dialled_at = None;
     }
 }
 
@@ -711,9 +937,26 @@ impl Peer {
         known.is_none()
     }
 
+    fn dial(&mut self, id: PeerId, now: Instant) -> Event {
+        self.state = State::Dialling { since: now };
+        self.retry_at = None;
+        Event::Dial {
+            peer: id,
+            addresses: self.addresses.clone(),
+        }
+    }
+
     fn back_off(&mut self, chance: &mut Chance, now: Instant) {
         self.failures = self.failures.saturating_add(1);
         self.retry_at = Some(now + pause_after(self.failures, chance));
+        self.is_wanted = false;
+    }
+
+    /// When the link to a guest that we dialled is closed, in a large mesh.
+    fn idle_at(&self) -> Option<Instant> {
+        let is_ours = matches!(self.state, State::Linked { outbound: true, .. });
+        let is_guest = is_ours && !self.neighbour.ours && !self.neighbour.theirs;
+        self.used_at.filter(|_| is_guest).map(|at| at + GUEST_IDLE)
     }
 }
 

@@ -4,15 +4,23 @@ mod membership;
 mod gossip;
 mod lookup;
 mod fetch;
+mod large;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr};
+use std::sync::OnceLock;
 
 use super::*;
+use crate::announcement::SignedHead;
 use crate::availability::MemoryIndex;
+use crate::contact::Contact;
 use crate::message::PROTOCOL_VERSION;
+use crate::message::Wish;
 use crate::narinfo::NarInfo;
 use crate::signature::SecretKey;
+
+/// More nodes than any test has.
+const NODES_MAX: usize = 120;
 
 const LATENCY: Duration = Duration::from_millis(1);
 const START: UnixTime = UnixTime(1_700_000_000);
@@ -77,10 +85,60 @@ struct Lan {
     mail: BTreeMap<(Instant, u64), (usize, Input)>,
     posted: u64,
     links: BTreeSet<(usize, usize)>,
+    /// Nodes that nobody can dial.
+    is_gone: BTreeSet<usize>,
+}
+
+/// The keys of all nodes, so that greater numbers have greater names.
+fn keys() -> &'static [PeerKey] {
+    static KEYS: OnceLock<Vec<PeerKey>> = OnceLock::new();
+    KEYS.get_or_init(|| {
+        let mut keys: Vec<PeerKey> = (0..NODES_MAX)
+            .map(|number| PeerKey::from_seed([number as u8 + 1; 32]))
+            .collect();
+        keys.sort_by_key(PeerKey::peer_id);
+        keys
+    })
+}
+
+fn key(number: usize) -> PeerKey {
+    keys()[number].clone()
 }
 
 fn id(number: usize) -> PeerId {
-    PeerId::from_public_key([number as u8 + 1; 32])
+    keys()[number].peer_id()
+}
+
+/// The number of a node, from its name.
+fn number_of(peer: PeerId) -> usize {
+    let found = keys().binary_search_by_key(&peer, PeerKey::peer_id);
+    found.expect("a peer of these tests")
+}
+
+fn contact_of(number: usize) -> SignedContact {
+    Contact {
+        certificate: certificate(id(number), &mesh_key("home")),
+        number: 1,
+        addresses: vec![address(number)],
+        transfer_port: Some(4728),
+    }
+    .sign(&key(number))
+    .unwrap()
+}
+
+fn about(number: usize, cursor: Cursor) -> Message {
+    Message::About {
+        store_dir: StoreDir::default(),
+        contact: contact_of(number),
+        cursor,
+        summary: Summary([0; 32]),
+        wish: Wish::Yes,
+    }
+}
+
+/// What a node signs of its set.
+fn head_of(number: usize, cursor: Cursor, set: &[HashPrefix]) -> SignedHead {
+    SignedHead::of_set(&key(number), cursor, &set.iter().copied().collect())
 }
 
 fn address(number: usize) -> SocketAddr {
@@ -96,6 +154,7 @@ impl Lan {
         let now = Instant::now_for_tests();
         let node = |number: usize| {
             let config = Config {
+                key: key(number),
                 mesh_key: mesh_key("home").public_key(),
                 certificate: certificate(number),
                 trust: TrustedKeys::from_iter([builder().public_key()]),
@@ -123,6 +182,7 @@ impl Lan {
             mail: BTreeMap::new(),
             posted: 0,
             links: BTreeSet::new(),
+            is_gone: BTreeSet::new(),
         };
         for number in 0..count {
             lan.input(number, Input::ClockRead { unix: START });
@@ -143,6 +203,13 @@ impl Lan {
         self.run(Duration::from_secs(2));
     }
 
+    /// Lets one node find another.
+    fn meet(&mut self, one: usize, other: usize) {
+        let (peer, addresses) = (id(other), vec![address(other)]);
+        self.input(one, Input::Discovered { peer, addresses });
+        self.run(Duration::from_secs(2));
+    }
+
     fn input(&mut self, number: usize, input: Input) {
         let node = &mut self.nodes[number];
         node.mind.handle(&mut node.index, input, self.now);
@@ -158,11 +225,14 @@ impl Lan {
     }
 
     fn obey(&mut self, number: usize, output: Output) {
-        let to = |peer: PeerId| peer.as_public_key()[0] as usize - 1;
+        let to = number_of;
         let me = id(number);
         match output {
             Output::Dial { peer, .. } => {
                 let other = to(peer);
+                if self.is_gone.contains(&other) || self.is_gone.contains(&number) {
+                    return self.post(number, LATENCY, Input::DialFailed { peer });
+                }
                 if self.links.insert((number.min(other), number.max(other))) {
                     let link = |peer, address, outbound| Input::LinkUp {
                         peer,
@@ -360,6 +430,7 @@ impl Alone {
     fn new(seeds: usize) -> Alone {
         let now = Instant::now_for_tests();
         let config = Config {
+            key: key(0),
             mesh_key: mesh_key("home").public_key(),
             certificate: certificate(id(0), &mesh_key("home")),
             trust: TrustedKeys::from_iter([builder().public_key()]),
@@ -403,14 +474,9 @@ impl Alone {
             sequence: 1,
         };
         self.receive(number, hello(number, "home"));
-        let about = Message::About {
-            store_dir: StoreDir::default(),
-            transfer_port: Some(4728),
-            head,
-        };
-        self.receive(number, about);
+        self.receive(number, about(number, head));
         let snapshot = Message::Snapshot {
-            head,
+            head: head_of(number, head, &shares),
             after: None,
             prefixes: shares,
             is_last: true,

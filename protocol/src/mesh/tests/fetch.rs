@@ -119,7 +119,7 @@ fn a_provider_that_lost_the_path_is_not_asked_again() {
         },
     );
     assert_eq!(lan.nodes[2].transfers[1], (FETCH, 2, second(&lan), 0));
-    let number = gone.as_public_key()[0] as usize - 1;
+    let number = number_of(gone);
     assert!(!lan.knows(2, number, 7));
 }
 

@@ -1,6 +1,7 @@
 //! What each says it holds, and how the others keep up.
 
 use super::*;
+use crate::announcement::{Delta, SetDigest};
 
 #[test]
 fn a_new_path_is_known_everywhere_within_a_quarter_second() {
@@ -177,13 +178,18 @@ fn a_reader_cannot_make_a_writer_start_over_at_will() {
         sequence: head.sequence + 1,
         ..head
     };
-    let outputs = alone.receive(1, Message::Pull { after: Some(ahead) });
+    let pull = Message::Pull {
+        writer: id(0),
+        contact: u64::MAX,
+        after: Some(ahead),
+    };
+    let outputs = alone.receive(1, pull);
     assert_eq!(alone.mind.head(), head, "this process lost nothing");
     assert!(
         matches!(
             &outputs[..],
             [Output::Send {
-                message: Message::Snapshot { .. },
+                message: Message::NothingNewer { .. },
                 ..
             }]
         ),
@@ -202,7 +208,13 @@ fn a_set_does_not_grow_beyond_its_limit_by_deltas() {
     };
     alone.index.replace(&id(1), after, &all);
     let operations = vec![crate::availability::Operation::Add(HashPrefix(u64::MAX))];
-    alone.receive(1, Message::Delta { after, operations });
+    // The writer signs a count that hides how much it is.
+    let cursor = Cursor {
+        sequence: after.sequence + 1,
+        ..after
+    };
+    let delta = Delta::sign(&key(1), cursor, 1, SetDigest([0; 32]), operations);
+    alone.receive(1, Message::Delta(delta));
     assert_eq!(alone.index.cursor(&id(1)), Some(after));
     assert_eq!(
         alone.mind.refusals().collect::<Vec<_>>(),

@@ -271,6 +271,7 @@ fn a_peer_that_said_goodbye_and_restarts_is_linked_again_within_seconds() {
 #[test]
 fn changing_records_of_a_peer_do_not_put_off_its_dial() {
     let mut alone = Alone::new(0);
+    // One that we need not wait for, whoever we are.
     let lesser = PeerId::from_public_key([0; 32]);
     let mut outputs = Vec::new();
     for number in 0..10 {
