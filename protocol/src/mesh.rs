@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use rand_core::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
 
-use crate::availability::{AvailabilityIndex, Cursor, HashPrefix};
+use crate::availability::{AvailabilityIndex, Cursor, HashPrefix, Operation};
 use crate::certificate::{Certificate, SignedCertificate, UnixTime};
 use crate::message::{Answer, Message};
 use crate::narinfo::VerifiedNarInfo;
@@ -30,10 +30,16 @@ use crate::peer::PeerId;
 use crate::signature::{PublicKey, TrustedKeys};
 use crate::store_path::{StoreDir, StorePathHash};
 
+mod view;
+mod source;
 mod membership;
 mod gossip;
 mod lookup;
 mod fetch;
+
+pub use source::{CacheRole, Source};
+use source::{Candidate, Lots, SourceId};
+pub use view::{BreakerView, CacheView, PeerView, Size};
 
 pub use membership::{PeerState, Refusal};
 
@@ -55,6 +61,8 @@ pub struct Config {
     pub transfer_port: Option<u16>,
     /// How many addresses of unknown peers (`mesh.peers`) the hands can dial, numbered from 0.
     pub seeds: usize,
+    /// Binary caches outside the mesh that the hands can ask, numbered from 0 in order of preference.
+    pub caches: Vec<CacheRole>,
 }
 
 /// Chosen by the hands to recognise an outcome; never reused within a process.
@@ -158,11 +166,25 @@ pub enum Input {
         fetch: FetchId,
         narinfo: Arc<VerifiedNarInfo>,
     },
+    /// What a cache says about hashes of [`Output::AskCache`]; any part of them, in any number of pieces.
+    CacheAnswers {
+        cache: usize,
+        request: u64,
+        answers: Vec<Answer>,
+    },
+    /// What was not answered of this request will not be: the cache does not answer, or nonsense.
+    CacheFailed {
+        cache: usize,
+        request: u64,
+    },
     /// The transfer reached byte `at` of the NAR, or is held up by its reader, who is not to blame.
+    /// To be reported several times a second while either is so.
     TransferProgress {
         fetch: FetchId,
         attempt: u32,
         at: u64,
+        /// How long this transfer waited for its reader since it began.
+        held_up: Duration,
     },
     /// The transfer delivered everything that was missing, or broke off for this reason.
     TransferEnded {
@@ -218,12 +240,17 @@ pub enum Output {
         lookup: LookupId,
         outcome: LookupOutcome,
     },
+    /// Ask a cache for narinfos, and answer with [`Input::CacheAnswers`] or [`Input::CacheFailed`].
+    AskCache {
+        cache: usize,
+        request: u64,
+        hashes: Vec<StorePathHash>,
+    },
     /// Open a transfer from byte `from` of the NAR.
     Transfer {
         fetch: FetchId,
         attempt: u32,
-        peer: PeerId,
-        address: SocketAddr,
+        source: Source,
         from: u64,
     },
     /// Abort the running transfer of this fetch; another one or [`Output::FetchFailed`] follows.
@@ -231,7 +258,7 @@ pub enum Output {
         fetch: FetchId,
         attempt: u32,
     },
-    /// Every provider was tried. The fetch is over.
+    /// Every source was tried. The fetch is over.
     FetchFailed {
         fetch: FetchId,
     },
@@ -242,23 +269,12 @@ pub enum Output {
 pub enum LookupOutcome {
     Found {
         narinfo: Arc<VerifiedNarInfo>,
+        /// Peers that say they hold the path, best first.
         providers: Vec<PeerId>,
+        /// Caches that have this very NAR, in order of preference.
+        caches: Vec<usize>,
     },
     NotFound,
-}
-
-/// What is known of one peer, for status.
-#[derive(Clone, Debug)]
-pub struct PeerView {
-    pub peer: PeerId,
-    /// From its certificate, once admitted.
-    pub name: Option<String>,
-    pub state: PeerState,
-    pub address: Option<SocketAddr>,
-    /// How many paths it says it holds.
-    pub paths: u64,
-    /// Seconds until it is trusted with questions again, and what it did.
-    pub quarantine: Option<(Duration, &'static str)>,
 }
 
 /// The state machine. See the module's documentation for how to drive it.
@@ -279,12 +295,13 @@ impl Mesh {
     /// `seed` decides every random choice; a node draws it from the system, a simulation from its own seed.
     pub fn new(me: PeerId, config: Config, seed: u64, now: Instant) -> Mesh {
         let mut chance = Chance(Pcg64::seed_from_u64(seed));
+        let lots = Lots::new(chance.number());
         Mesh {
             me,
             membership: membership::Membership::new(me, &config, now),
             gossip: gossip::Gossip::new(me, &mut chance, now),
-            lookups: lookup::Lookups::new(),
-            fetches: fetch::Fetches::new(),
+            lookups: lookup::Lookups::new(config.caches.clone(), lots),
+            fetches: fetch::Fetches::new(lots),
             outputs: VecDeque::new(),
             reads: BTreeSet::new(),
             config,
@@ -303,9 +320,14 @@ impl Mesh {
             Input::Woke => {
                 self.membership.woke(now);
                 self.gossip.woke(now);
-                self.lookups.woke();
+                self.lookups.network_changed();
+                self.fetches.network_changed();
             }
-            Input::NetworkChanged => self.membership.network_changed(now),
+            Input::NetworkChanged => {
+                self.membership.network_changed(now);
+                self.lookups.network_changed();
+                self.fetches.network_changed();
+            }
             Input::Shutdown => {
                 for peer in self.membership.linked() {
                     self.send(peer, Message::Goodbye);
@@ -356,19 +378,40 @@ impl Mesh {
                 self.local_answers(peer, request, answers);
             }
             Input::Lookup { lookup, hash } => {
-                let providers = self.providers(index, &hash, now);
-                let events = self.lookups.start(lookup, hash, providers, now);
+                let candidates = self.candidates(index, &hash, now);
+                let events = self.lookups.start(lookup, hash, candidates, now);
                 self.lookup_events(index, events, now);
             }
             Input::CancelLookup { lookup, hash } => self.lookups.cancel(lookup, &hash),
             Input::Fetch { fetch, narinfo } => {
-                let hash = narinfo.narinfo().store_path.hash();
-                let providers = self.providers(index, &hash, now);
-                let events = self.fetches.start(fetch, hash, &providers, now);
-                self.fetch_events(index, events);
+                let narinfo = narinfo.narinfo();
+                let (hash, nar_hash) = (narinfo.store_path.hash(), narinfo.nar_hash);
+                let sources = self.sources(index, &hash, &nar_hash, now);
+                let events = self.fetches.start(fetch, hash, nar_hash, &sources, now);
+                self.fetch_events(index, events, now);
             }
-            Input::TransferProgress { fetch, attempt, at } => {
-                self.fetches.progress(fetch, attempt, at, now);
+            Input::CacheAnswers {
+                cache,
+                request,
+                answers,
+            } => self.answers(index, SourceId::Cache(cache), request, answers, now),
+            Input::CacheFailed { cache, request } => {
+                let chance = &mut self.chance;
+                let events = self.lookups.request_failed(cache, request, chance, now);
+                self.lookup_events(index, events, now);
+            }
+            Input::TransferProgress {
+                fetch,
+                attempt,
+                at,
+                held_up,
+            } => {
+                if self.fetches.progress(fetch, attempt, at, held_up, now)
+                    && let Some(sources) = self.sources_of(index, fetch, now)
+                {
+                    let events = self.fetches.replace(fetch, &sources, now);
+                    self.fetch_events(index, events, now);
+                }
             }
             Input::TransferEnded {
                 fetch,
@@ -377,12 +420,7 @@ impl Mesh {
             } => {
                 self.transfer_ended(index, fetch, attempt, outcome, now);
             }
-            Input::FetchMismatch { fetch } => {
-                for peer in self.fetches.finish(fetch) {
-                    self.membership
-                        .quarantine(peer, "sent a NAR with another hash", now);
-                }
-            }
+            Input::FetchMismatch { fetch } => self.mismatch(fetch, now),
             Input::FetchDone { fetch } => {
                 self.fetches.finish(fetch);
             }
@@ -408,7 +446,32 @@ impl Mesh {
 
     /// Returns every known peer, ordered by PeerId.
     pub fn peers(&self, index: &dyn AvailabilityIndex, now: Instant) -> Vec<PeerView> {
-        self.membership.views(index, now)
+        let mut views = self.membership.views(index, now);
+        for view in &mut views {
+            let source = SourceId::Peer(view.peer);
+            view.answers_within = self.lookups.usual(&source);
+            view.bytes_per_second = self.fetches.usual(&source);
+        }
+        views
+    }
+
+    /// Returns every cache of the configuration, in its order.
+    pub fn caches(&self, now: Instant) -> Vec<CacheView> {
+        let breakers = self.lookups.breakers(now).enumerate();
+        let view = |(cache, (role, breaker))| CacheView {
+            role,
+            breaker,
+            answers_within: self.lookups.usual(&SourceId::Cache(cache)),
+            bytes_per_second: self.fetches.usual(&SourceId::Cache(cache)),
+        };
+        breakers.map(view).collect()
+    }
+
+    /// Returns how much there is of what grows with what others do, to check that it stays bounded.
+    pub fn sizes(&self) -> Vec<Size> {
+        let mut sizes = self.lookups.sizes();
+        sizes.extend(self.fetches.sizes());
+        sizes
     }
 
     /// Returns how often connections were refused, by reason.
@@ -423,10 +486,13 @@ impl Mesh {
         hash: &StorePathHash,
         now: Instant,
     ) -> Vec<PeerId> {
-        let mut providers = index.providers(HashPrefix::from(hash));
-        providers.retain(|peer| *peer != self.me && self.membership.is_usable(peer, now));
-        self.lookups.order(&mut providers);
-        providers
+        let mut candidates = self.candidates(index, hash, now);
+        self.lookups.order(hash, &mut candidates);
+        let peer = |candidate: Candidate| match candidate.source {
+            SourceId::Peer(peer) => Some(peer),
+            SourceId::Cache(_) => None,
+        };
+        candidates.into_iter().filter_map(peer).collect()
     }
 
     /// Returns the position of this node's own log.
@@ -475,6 +541,11 @@ impl Mesh {
                 self.send_all(peer, sends);
             }
             Message::Delta { after, operations } => {
+                let added = operations.iter().filter_map(|operation| match operation {
+                    Operation::Add(prefix) => Some(*prefix),
+                    Operation::Remove(_) => None,
+                });
+                self.lookups.announced(added);
                 let sends = self.gossip.delta(index, peer, after, &operations, now);
                 self.replication(index, peer, sends, now);
             }
@@ -503,6 +574,7 @@ impl Mesh {
                 prefixes,
                 is_last,
             } => {
+                self.lookups.announced(prefixes.iter().copied());
                 let sends = self
                     .gossip
                     .snapshot(index, peer, head, after, prefixes, is_last, now);
@@ -519,17 +591,29 @@ impl Mesh {
                 }
             }
             Message::Answers { request, answers } => {
-                let events = self.lookups.answers(
-                    peer,
-                    request,
-                    answers,
-                    &self.config.trust,
-                    &self.config.store_dir,
-                    now,
-                );
-                self.lookup_events(index, events, now);
+                self.answers(index, SourceId::Peer(peer), request, answers, now);
             }
         }
+    }
+
+    fn answers(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        source: SourceId,
+        request: u64,
+        answers: Vec<Answer>,
+        now: Instant,
+    ) {
+        let events = self.lookups.answers(
+            source,
+            request,
+            answers,
+            &self.config.trust,
+            &self.config.store_dir,
+            &mut self.chance,
+            now,
+        );
+        self.lookup_events(index, events, now);
     }
 
     fn replication(
@@ -629,12 +713,17 @@ impl Mesh {
         for event in events {
             match event {
                 lookup::Event::Ask {
-                    peer,
+                    source,
                     request,
                     hashes,
-                } => {
-                    self.send(peer, Message::Lookup { request, hashes });
-                }
+                } => match source {
+                    SourceId::Peer(peer) => self.send(peer, Message::Lookup { request, hashes }),
+                    SourceId::Cache(cache) => self.outputs.push_back(Output::AskCache {
+                        cache,
+                        request,
+                        hashes,
+                    }),
+                },
                 lookup::Event::HaveNot { peer, hash } => {
                     index.withdraw(&peer, HashPrefix::from(&hash));
                 }
@@ -644,7 +733,12 @@ impl Mesh {
                 lookup::Event::Found { lookup, narinfo } => {
                     let hash = narinfo.narinfo().store_path.hash();
                     let providers = self.providers(index, &hash, now);
-                    let outcome = LookupOutcome::Found { narinfo, providers };
+                    let caches = self.lookups.caches(&hash, &narinfo.narinfo().nar_hash);
+                    let outcome = LookupOutcome::Found {
+                        narinfo,
+                        providers,
+                        caches: caches.into_iter().map(|(cache, _)| cache).collect(),
+                    };
                     self.outputs
                         .push_back(Output::LookupDone { lookup, outcome });
                 }
@@ -652,6 +746,12 @@ impl Mesh {
                     let outcome = LookupOutcome::NotFound;
                     self.outputs
                         .push_back(Output::LookupDone { lookup, outcome });
+                }
+                lookup::Event::CachesAsked { fetch } => {
+                    if let Some(sources) = self.sources_of(index, fetch, now) {
+                        let events = self.fetches.resume(fetch, &sources, now);
+                        self.fetch_events(index, events, now);
+                    }
                 }
             }
         }
@@ -665,45 +765,97 @@ impl Mesh {
         outcome: Result<(), Blame>,
         now: Instant,
     ) {
-        let Some((hash, peer)) = self.fetches.running(fetch, attempt) else {
+        let Some(running) = self.fetches.running(fetch, attempt) else {
             return;
         };
-        if outcome == Err(Blame::Absent) {
-            index.withdraw(&peer, HashPrefix::from(&hash));
+        let fetch::Running {
+            hash,
+            nar_hash,
+            source,
+        } = running;
+        let is_lost =
+            outcome == Err(Blame::Absent) && self.lookups.lost(hash, &nar_hash, source, now);
+        let mut released = Vec::new();
+        match source {
+            // One that never told of this NAR may hold another build of the path, which a lookup is
+            // to find: its hint stays.
+            SourceId::Peer(peer) if is_lost => index.withdraw(&peer, HashPrefix::from(&hash)),
+            SourceId::Peer(_) => {}
+            SourceId::Cache(cache) => match outcome {
+                Err(Blame::Peer) => {
+                    released = self.lookups.cache_failed(cache, &mut self.chance, now);
+                }
+                Ok(()) | Err(Blame::Absent) => self.lookups.cache_answered(cache),
+                Err(Blame::Local) => {}
+            },
         }
-        let providers = self.providers(index, &hash, now);
-        let events = self.fetches.ended(fetch, outcome, &providers, now);
-        self.fetch_events(index, events);
+        let sources = self.sources(index, &hash, &nar_hash, now);
+        let events = self.fetches.ended(fetch, outcome, &sources, now);
+        self.fetch_events(index, events, now);
+        self.lookup_events(index, released, now);
     }
 
-    fn fetch_events(&mut self, _index: &dyn AvailabilityIndex, events: Vec<fetch::Event>) {
+    /// Everyone who contributed to a wrong NAR is held responsible; nobody can tell who lied.
+    fn mismatch(&mut self, fetch: FetchId, now: Instant) {
+        let Some(finished) = self.fetches.finish(fetch) else {
+            return;
+        };
+        for source in finished.contributors {
+            match source {
+                SourceId::Peer(peer) => {
+                    self.membership
+                        .quarantine(peer, "sent a NAR with another hash", now);
+                }
+                SourceId::Cache(_) => {
+                    self.lookups
+                        .lost(finished.hash, &finished.nar_hash, source, now);
+                }
+            }
+        }
+    }
+
+    fn fetch_events(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        events: Vec<fetch::Event>,
+        now: Instant,
+    ) {
         for event in events {
-            let output = match event {
+            match event {
                 fetch::Event::Open {
                     fetch,
                     attempt,
-                    peer,
+                    source,
                     from,
-                } => {
-                    match self.membership.transfer_address(&peer) {
-                        Some(address) => Output::Transfer {
-                            fetch,
-                            attempt,
-                            peer,
-                            address,
-                            from,
-                        },
-                        None => {
-                            // Usable providers have one; it may have departed in this very step.
-                            self.fetches.finish(fetch);
-                            Output::FetchFailed { fetch }
-                        }
+                } => match self.source(fetch, source) {
+                    Some(source) => self.outputs.push_back(Output::Transfer {
+                        fetch,
+                        attempt,
+                        source,
+                        from,
+                    }),
+                    // It may have departed in this very step.
+                    None => self.transfer_ended(index, fetch, attempt, Err(Blame::Peer), now),
+                },
+                fetch::Event::Stop { fetch, attempt } => self
+                    .outputs
+                    .push_back(Output::StopTransfer { fetch, attempt }),
+                fetch::Event::AskCaches {
+                    fetch,
+                    hash,
+                    nar_hash,
+                } => match self.lookups.ask_caches(fetch, hash, nar_hash, now) {
+                    Some(asks) => self.lookup_events(index, asks, now),
+                    None => {
+                        let sources = self.sources(index, &hash, &nar_hash, now);
+                        let events = self.fetches.resume(fetch, &sources, now);
+                        self.fetch_events(index, events, now);
                     }
+                },
+                fetch::Event::Failed { fetch } => {
+                    self.outputs.push_back(Output::FetchFailed { fetch });
                 }
-                fetch::Event::Stop { fetch, attempt } => Output::StopTransfer { fetch, attempt },
-                fetch::Event::Failed { fetch } => Output::FetchFailed { fetch },
-            };
-            self.outputs.push_back(output);
+            }
         }
     }
 
@@ -724,13 +876,33 @@ impl Mesh {
             self.send(peer, message);
         }
 
-        let events = self.lookups.tick(now);
-        self.lookup_events(index, events, now);
+        for fetch in self.fetches.stalled(now) {
+            if let Some(SourceId::Cache(cache)) = self.fetches.source_of(fetch) {
+                let events = self.lookups.cache_failed(cache, &mut self.chance, now);
+                self.lookup_events(index, events, now);
+            }
+            if let Some(sources) = self.sources_of(index, fetch, now) {
+                let events = self.fetches.switch(fetch, &sources, now);
+                self.fetch_events(index, events, now);
+            }
+        }
 
-        for (fetch, hash) in self.fetches.stalled(now) {
-            let providers = self.providers(index, &hash, now);
-            let events = self.fetches.switch(fetch, &providers, now);
-            self.fetch_events(index, events);
+        // Last, because stalled fetches ask the caches.
+        let events = self.lookups.tick(&mut self.chance, now);
+        self.lookup_events(index, events, now);
+        self.look_ahead(index, now);
+    }
+
+    /// Asks for what Nix will ask for next, unless this machine has it.
+    fn look_ahead(&mut self, index: &mut dyn AvailabilityIndex, now: Instant) {
+        let mut step = 0;
+        while let Some(hash) = self.lookups.next_ahead(&mut step, now) {
+            let is_here = index.providers(HashPrefix::from(&hash)).contains(&self.me);
+            if !is_here {
+                let candidates = self.candidates(index, &hash, now);
+                let events = self.lookups.start_ahead(hash, candidates, now);
+                self.lookup_events(index, events, now);
+            }
         }
     }
 

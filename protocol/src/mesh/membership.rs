@@ -573,6 +573,8 @@ impl Membership {
                 paths: index.count(id),
                 quarantine: quarantine
                     .map(|quarantine| (quarantine.until - now, quarantine.offence)),
+                answers_within: None,
+                bytes_per_second: None,
             }
         };
         self.peers.iter().map(view).collect()
