@@ -295,6 +295,7 @@ impl Start {
                 store_dir: self.config.store.dir.clone(),
                 transfer_port,
                 seeds: self.config.mesh.peers.len(),
+                caches: Vec::new(),
             },
             listen: mesh_ports,
             seeds: self.config.mesh.peers.clone(),

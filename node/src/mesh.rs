@@ -16,7 +16,7 @@ use bytes::Bytes;
 use granary_protocol::availability::{AvailabilityIndex, Cursor};
 use granary_protocol::mesh::{
     Blame, Config as MindConfig, FetchId, Input, LookupId, LookupOutcome, Mesh, Output, PeerView,
-    Refusal,
+    Refusal, Source,
 };
 use granary_protocol::message::{Answer, Message, PROTOCOL_VERSION};
 use granary_protocol::narinfo::VerifiedNarInfo;
@@ -101,15 +101,11 @@ pub struct MeshHandle {
 /// What the mind wants done about one fetch.
 #[derive(Debug)]
 pub enum Order {
-    /// Transfer from this peer, continuing where the last one ended.
-    Open {
-        attempt: u32,
-        peer: PeerId,
-        address: SocketAddr,
-    },
+    /// Transfer from this source, continuing where the last one ended.
+    Open { attempt: u32, source: Source },
     /// Stop that attempt; another order follows.
     Stop { attempt: u32 },
-    /// Every provider was tried.
+    /// Every source was tried.
     Fail,
 }
 
@@ -309,12 +305,14 @@ impl Fetch {
         }
     }
 
-    /// Reports that the transfer reached byte `at`, or is held up by the reader.
-    pub async fn progress(&self, attempt: u32, at: u64) {
+    /// Reports that the transfer reached byte `at`, or is held up by the reader, and for how long it
+    /// was in all.
+    pub async fn progress(&self, attempt: u32, at: u64, held_up: Duration) {
         self.report(Input::TransferProgress {
             fetch: self.id,
             attempt,
             at,
+            held_up,
         })
         .await;
     }
@@ -531,22 +529,16 @@ impl Loop {
                     let _ = answer.send(outcome);
                 }
             }
+            // The mind was told of no caches.
+            Output::AskCache { cache, request, .. } => {
+                self.think(Input::CacheFailed { cache, request });
+            }
             Output::Transfer {
                 fetch,
                 attempt,
-                peer,
-                address,
+                source,
                 ..
-            } => {
-                self.order(
-                    fetch,
-                    Order::Open {
-                        attempt,
-                        peer,
-                        address,
-                    },
-                );
-            }
+            } => self.order(fetch, Order::Open { attempt, source }),
             Output::StopTransfer { fetch, attempt } => self.order(fetch, Order::Stop { attempt }),
             Output::FetchFailed { fetch } => {
                 self.order(fetch, Order::Fail);

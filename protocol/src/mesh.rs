@@ -15,27 +15,30 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
-use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rand_core::{Rng, SeedableRng};
 use rand_pcg::Pcg64;
 
 use crate::availability::{AvailabilityIndex, Cursor, HashPrefix};
-use crate::certificate::{Certificate, SignedCertificate, UnixTime};
-use crate::contact::SignedContact;
-use crate::hash::sha256;
-use crate::message::{Answer, Message, Summary, WriterCursor};
-use crate::narinfo::VerifiedNarInfo;
-use crate::peer::{PeerId, PeerKey};
-use crate::signature::{PublicKey, TrustedKeys};
-use crate::store_path::{StoreDir, StorePathHash};
+use crate::certificate::Certificate;
+use crate::message::{Answer, Message};
+use crate::peer::PeerId;
+use crate::store_path::StorePathHash;
 
+mod face;
+mod view;
+mod source;
+mod records;
 mod membership;
 mod gossip;
 mod lookup;
 mod fetch;
+
+pub use face::{Blame, Config, FetchId, Input, LookupId, LookupOutcome, Output};
+pub use source::{CacheRole, Source};
+use source::{Candidate, Lots, SourceId};
+pub use view::{BreakerView, CacheView, PeerView, Size};
 
 pub use membership::{PeerState, Refusal};
 
@@ -46,232 +49,6 @@ const READS_PER_PEER_MAX: usize = 64;
 /// Messages for one peer that wait until it is linked: a few batches of lookups. One that does not
 /// fit goes unsaid, and the lookup turns to another peer.
 const WAITING_MESSAGES_MAX: usize = 16;
-
-/// What a node is told once, at start.
-#[derive(Clone, Debug)]
-pub struct Config {
-    /// This node's own key, with which it signs what it announces.
-    pub key: PeerKey,
-    /// Public half of the key that admits members.
-    pub mesh_key: PublicKey,
-    /// This node's own certificate, shown to others.
-    pub certificate: SignedCertificate,
-    /// Keys whose signatures make a narinfo true.
-    pub trust: TrustedKeys,
-    pub store_dir: StoreDir,
-    /// Where this node serves NARs to members.
-    pub transfer_port: Option<u16>,
-    /// How many addresses of unknown peers (`mesh.peers`) the hands can dial, numbered from 0.
-    pub seeds: usize,
-}
-
-/// Chosen by the hands to recognise an outcome; never reused within a process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct LookupId(pub u64);
-
-/// Chosen by the hands to recognise an outcome; never reused within a process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct FetchId(pub u64);
-
-/// Whose fault a failure is; decides about retry, penalty and what Nix is told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Blame {
-    /// The provider does not have it (any more). Its hint is dropped, nobody is penalised.
-    Absent,
-    /// The provider broke off, stalled or answered nonsense. Another one continues.
-    Peer,
-    /// This node cannot go on, whoever provides.
-    Local,
-}
-
-/// Everything that can happen to a node.
-#[derive(Clone, Debug)]
-pub enum Input {
-    /// The deadline passed.
-    Tick,
-    /// The wall clock reads this; given at start, after sleep and when the clock is set.
-    ClockRead {
-        unix: UnixTime,
-    },
-    /// The machine was suspended: whatever was believed about others may be hours old.
-    Woke,
-    /// An address or route came or went: back-offs are worth forgetting.
-    NetworkChanged,
-    /// Where others can reach this node's control plane, best first.
-    OwnAddresses {
-        addresses: Vec<SocketAddr>,
-    },
-    /// The node is about to stop.
-    Shutdown,
-    /// mDNS (or a person) says that a peer may be found at these addresses.
-    Discovered {
-        peer: PeerId,
-        addresses: Vec<SocketAddr>,
-    },
-    /// mDNS says that a peer left. Connections decide about presence, not this.
-    Lost {
-        peer: PeerId,
-    },
-    /// A connection stands and the other end proved to hold this identity; nothing more.
-    LinkUp {
-        peer: PeerId,
-        address: SocketAddr,
-        outbound: bool,
-        seed: Option<usize>,
-    },
-    LinkDown {
-        peer: PeerId,
-    },
-    DialFailed {
-        peer: PeerId,
-    },
-    SeedFailed {
-        seed: usize,
-    },
-    /// The address of a seed leads to a peer that is linked already.
-    SeedFound {
-        seed: usize,
-        peer: PeerId,
-    },
-    Received {
-        peer: PeerId,
-        message: Message,
-    },
-    /// Bytes arrived that are no message.
-    Garbage {
-        peer: PeerId,
-    },
-    /// All paths that this machine shares, given once at start and after every full scan.
-    LocalPaths {
-        all: Vec<StorePathHash>,
-    },
-    /// Changes since then.
-    LocalChanged {
-        added: Vec<StorePathHash>,
-        removed: Vec<StorePathHash>,
-    },
-    /// The answer to [`Output::ReadLocal`].
-    LocalAnswers {
-        peer: PeerId,
-        request: u64,
-        answers: Vec<Answer>,
-    },
-    Lookup {
-        lookup: LookupId,
-        hash: StorePathHash,
-    },
-    /// Nobody waits for this lookup any more.
-    CancelLookup {
-        lookup: LookupId,
-        hash: StorePathHash,
-    },
-    /// Bring the NAR of this narinfo, from its first byte.
-    Fetch {
-        fetch: FetchId,
-        narinfo: Arc<VerifiedNarInfo>,
-    },
-    /// The transfer reached byte `at` of the NAR, or is held up by its reader, who is not to blame.
-    TransferProgress {
-        fetch: FetchId,
-        attempt: u32,
-        at: u64,
-    },
-    /// The transfer delivered everything that was missing, or broke off for this reason.
-    TransferEnded {
-        fetch: FetchId,
-        attempt: u32,
-        outcome: Result<(), Blame>,
-    },
-    /// The assembled NAR does not have the promised NarHash; the fetch is over.
-    FetchMismatch {
-        fetch: FetchId,
-    },
-    /// The fetch is over: complete and proved, or not wanted any more.
-    FetchDone {
-        fetch: FetchId,
-    },
-}
-
-/// Everything a mind can ask of its hands.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Output {
-    Dial {
-        peer: PeerId,
-        addresses: Vec<SocketAddr>,
-    },
-    DialSeed {
-        seed: usize,
-    },
-    /// Close every connection to the peer, on both planes.
-    Hangup {
-        peer: PeerId,
-        refusal: Option<Refusal>,
-    },
-    Send {
-        peer: PeerId,
-        message: Message,
-    },
-    /// The peer proved membership: the data plane may serve it.
-    Admitted {
-        peer: PeerId,
-        certificate: Box<Certificate>,
-    },
-    /// The peer is not linked any more: the data plane closes.
-    Departed {
-        peer: PeerId,
-    },
-    /// Read the narinfos of what this machine shares and answer with [`Input::LocalAnswers`].
-    ReadLocal {
-        peer: PeerId,
-        request: u64,
-        hashes: Vec<StorePathHash>,
-    },
-    LookupDone {
-        lookup: LookupId,
-        outcome: LookupOutcome,
-    },
-    /// Open a transfer from byte `from` of the NAR.
-    Transfer {
-        fetch: FetchId,
-        attempt: u32,
-        peer: PeerId,
-        address: SocketAddr,
-        from: u64,
-    },
-    /// Abort the running transfer of this fetch; another one or [`Output::FetchFailed`] follows.
-    StopTransfer {
-        fetch: FetchId,
-        attempt: u32,
-    },
-    /// Every provider was tried. The fetch is over.
-    FetchFailed {
-        fetch: FetchId,
-    },
-}
-
-/// What a lookup found out.
-#[derive(Clone, Debug, PartialEq)]
-pub enum LookupOutcome {
-    Found {
-        narinfo: Arc<VerifiedNarInfo>,
-        providers: Vec<PeerId>,
-    },
-    NotFound,
-}
-
-/// What is known of one peer, for status.
-#[derive(Clone, Debug)]
-pub struct PeerView {
-    pub peer: PeerId,
-    /// From its certificate, once admitted.
-    pub name: Option<String>,
-    pub state: PeerState,
-    pub address: Option<SocketAddr>,
-    /// How many paths it says it holds.
-    pub paths: u64,
-    /// Seconds until it is trusted with questions again, and what it did.
-    pub quarantine: Option<(Duration, &'static str)>,
-}
 
 /// The state machine. See the module's documentation for how to drive it.
 pub struct Mesh {
@@ -305,12 +82,13 @@ impl Mesh {
     pub fn new(me: PeerId, config: Config, seed: u64, now: Instant) -> Mesh {
         assert_eq!(me, config.key.peer_id(), "a node signs with its own key");
         let mut chance = Chance(Pcg64::seed_from_u64(seed));
+        let lots = Lots::new(chance.number());
         Mesh {
             me,
             membership: membership::Membership::new(&config, now),
             gossip: gossip::Gossip::new(config.key.clone(), &mut chance, now),
-            lookups: lookup::Lookups::new(),
-            fetches: fetch::Fetches::new(),
+            lookups: lookup::Lookups::new(config.caches.clone(), lots),
+            fetches: fetch::Fetches::new(lots),
             outputs: VecDeque::new(),
             reads: BTreeSet::new(),
             waiting: BTreeMap::new(),
@@ -335,14 +113,19 @@ impl Mesh {
             Input::Woke => {
                 self.membership.woke(now);
                 self.gossip.woke();
-                self.lookups.woke();
+                self.lookups.network_changed();
+                self.fetches.network_changed();
                 // Whoever is still there knows what was missed.
                 let message = Message::Summary {
                     summary: self.summary(index),
                 };
                 self.tell_neighbours(&message, &[]);
             }
-            Input::NetworkChanged => self.membership.network_changed(now),
+            Input::NetworkChanged => {
+                self.membership.network_changed(now);
+                self.lookups.network_changed();
+                self.fetches.network_changed();
+            }
             Input::OwnAddresses { addresses } => {
                 if self.membership.own_addresses(addresses, now) {
                     self.tell_own_contact();
@@ -401,19 +184,40 @@ impl Mesh {
                 self.local_answers(peer, request, answers);
             }
             Input::Lookup { lookup, hash } => {
-                let providers = self.providers(index, &hash, now);
-                let events = self.lookups.start(lookup, hash, providers, now);
+                let candidates = self.candidates(index, &hash, now);
+                let events = self.lookups.start(lookup, hash, candidates, now);
                 self.lookup_events(index, events, now);
             }
             Input::CancelLookup { lookup, hash } => self.lookups.cancel(lookup, &hash),
             Input::Fetch { fetch, narinfo } => {
-                let hash = narinfo.narinfo().store_path.hash();
-                let providers = self.providers(index, &hash, now);
-                let events = self.fetches.start(fetch, hash, &providers, now);
+                let narinfo = narinfo.narinfo();
+                let (hash, nar_hash) = (narinfo.store_path.hash(), narinfo.nar_hash);
+                let sources = self.sources(index, &hash, &nar_hash, now);
+                let events = self.fetches.start(fetch, hash, nar_hash, &sources, now);
                 self.fetch_events(index, events, now);
             }
-            Input::TransferProgress { fetch, attempt, at } => {
-                self.fetches.progress(fetch, attempt, at, now);
+            Input::CacheAnswers {
+                cache,
+                request,
+                answers,
+            } => self.answers(index, SourceId::Cache(cache), request, answers, now),
+            Input::CacheFailed { cache, request } => {
+                let chance = &mut self.chance;
+                let events = self.lookups.request_failed(cache, request, chance, now);
+                self.lookup_events(index, events, now);
+            }
+            Input::TransferProgress {
+                fetch,
+                attempt,
+                at,
+                held_up,
+            } => {
+                if self.fetches.progress(fetch, attempt, at, held_up, now)
+                    && let Some(sources) = self.sources_of(index, fetch, now)
+                {
+                    let events = self.fetches.replace(fetch, &sources, now);
+                    self.fetch_events(index, events, now);
+                }
             }
             Input::TransferEnded {
                 fetch,
@@ -422,12 +226,7 @@ impl Mesh {
             } => {
                 self.transfer_ended(index, fetch, attempt, outcome, now);
             }
-            Input::FetchMismatch { fetch } => {
-                for peer in self.fetches.finish(fetch) {
-                    self.membership
-                        .quarantine(peer, "sent a NAR with another hash", now);
-                }
-            }
+            Input::FetchMismatch { fetch } => self.mismatch(fetch, now),
             Input::FetchDone { fetch } => {
                 self.fetches.finish(fetch);
             }
@@ -453,7 +252,39 @@ impl Mesh {
 
     /// Returns every known peer, ordered by PeerId.
     pub fn peers(&self, index: &dyn AvailabilityIndex, now: Instant) -> Vec<PeerView> {
-        self.membership.views(index, now)
+        let mut views = self.membership.views(index, now);
+        for view in &mut views {
+            let source = SourceId::Peer(view.peer);
+            view.answers_within = self.lookups.usual(&source);
+            view.bytes_per_second = self.fetches.usual(&source);
+        }
+        views
+    }
+
+    /// Returns every cache of the configuration, in its order.
+    pub fn caches(&self, now: Instant) -> Vec<CacheView> {
+        let breakers = self.lookups.breakers(now).enumerate();
+        let view = |(cache, (role, breaker))| CacheView {
+            role,
+            breaker,
+            answers_within: self.lookups.usual(&SourceId::Cache(cache)),
+            bytes_per_second: self.fetches.usual(&SourceId::Cache(cache)),
+        };
+        breakers.map(view).collect()
+    }
+
+    /// Returns how much there is of what grows with what others do, to check that it stays bounded.
+    pub fn sizes(&self) -> Vec<Size> {
+        let mut sizes = self.lookups.sizes();
+        sizes.extend(self.fetches.sizes());
+        sizes.extend(self.membership.sizes());
+        sizes.extend(self.gossip.sizes());
+        sizes.push(Size {
+            what: "peers that something waits for",
+            count: self.waiting.len(),
+            limit: membership::KNOWN_PEERS_MAX,
+        });
+        sizes
     }
 
     /// Returns how often connections were refused, by reason.
@@ -469,11 +300,13 @@ impl Mesh {
         hash: &StorePathHash,
         now: Instant,
     ) -> Vec<PeerId> {
-        let mut providers = index.providers(HashPrefix::from(hash));
-        providers.retain(|peer| *peer != self.me && self.membership.is_usable(peer, now));
-        self.lookups.order(&mut providers);
-        providers.sort_by_key(|peer| !self.membership.is_linked(peer));
-        providers
+        let mut candidates = self.candidates(index, hash, now);
+        self.lookups.order(hash, &mut candidates);
+        let peer = |candidate: Candidate| match candidate.source {
+            SourceId::Peer(peer) => Some(peer),
+            SourceId::Cache(_) => None,
+        };
+        candidates.into_iter().filter_map(peer).collect()
     }
 
     /// Returns the position of this node's own log.
@@ -607,218 +440,29 @@ impl Mesh {
                 }
             }
             Message::Answers { request, answers } => {
-                let events = self.lookups.answers(
-                    peer,
-                    request,
-                    answers,
-                    &self.config.trust,
-                    &self.config.store_dir,
-                    now,
-                );
-                self.lookup_events(index, events, now);
+                self.answers(index, SourceId::Peer(peer), request, answers, now);
             }
         }
     }
 
-    /// Everything that is said about writers, and is not of this node's own log.
-    fn gossip_events(
+    fn answers(
         &mut self,
         index: &mut dyn AvailabilityIndex,
-        events: Vec<gossip::Event>,
+        source: SourceId,
+        request: u64,
+        answers: Vec<Answer>,
         now: Instant,
     ) {
-        for event in events {
-            match event {
-                gossip::Event::Send { to, message } => self.send(to, message),
-                gossip::Event::Nonsense { from } => {
-                    let events = self.membership.refuse(from, Refusal::Garbage, now);
-                    self.member_events(index, events, now);
-                }
-                gossip::Event::BeganEpoch => self.tell_own_cursor(),
-                gossip::Event::Changed {
-                    from,
-                    head,
-                    mut news,
-                    added,
-                } => {
-                    let (writer, cursor) = (head.head().writer, head.head().cursor);
-                    let Some(contact) = self.membership.contact(&writer) else {
-                        continue;
-                    };
-                    drop(added);
-                    let number = contact.contact().number;
-                    index.keep_proof(&writer, &crate::wire::encode_proof(contact, &head));
-                    self.gossip.learned(&writer, number, Some(cursor));
-                    if let Message::Cursors { cursors, .. } = &mut news {
-                        for known in cursors {
-                            known.contact = number;
-                        }
-                    }
-                    if self.membership.relays() {
-                        self.tell_neighbours(&news, &[from, writer]);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Reads what a member says of itself, passed on by `from`.
-    fn contact_told(
-        &mut self,
-        index: &mut dyn AvailabilityIndex,
-        from: PeerId,
-        contact: SignedContact,
-        now: Instant,
-    ) {
-        match self.membership.contact_told(contact.clone(), now) {
-            Ok(true) => self.contact_news(index, from, contact),
-            Ok(false) => {}
-            Err(crate::contact::NotAContact::BadSignature { .. }) => {
-                let events = self.membership.refuse(from, Refusal::Garbage, now);
-                self.member_events(index, events, now);
-            }
-            // Its certificate may have ended, or our clock be wrong.
-            Err(crate::contact::NotAContact::NotAMember(_)) => {}
-        }
-    }
-
-    fn contact_news(
-        &mut self,
-        index: &mut dyn AvailabilityIndex,
-        from: PeerId,
-        contact: SignedContact,
-    ) {
-        let peer = contact.peer();
-        if peer == self.me {
-            return self.tell_own_contact();
-        }
-        let number = contact.contact().number;
-        self.gossip.learned(&peer, number, index.cursor(&peer));
-        if self.membership.relays() {
-            self.tell_neighbours(&Message::Contact(contact), &[from, peer]);
-        }
-    }
-
-    /// Whether a record of our own log is from a future that we lost; then a new epoch began.
-    fn own_future(
-        &mut self,
-        index: &mut dyn AvailabilityIndex,
-        head: &crate::announcement::SignedHead,
-        now: Instant,
-    ) -> bool {
-        if head.head().writer != self.me {
-            return false;
-        }
-        let unix = self.membership.unix(now);
-        let began = self.gossip.own_future(index, head, unix, &mut self.chance);
-        if began {
-            self.tell_own_cursor();
-        }
-        began
-    }
-
-    /// What this node knows of everybody, ascending.
-    fn known(&self, index: &dyn AvailabilityIndex) -> Vec<WriterCursor> {
-        let mut cursors = index.writers().into_iter().peekable();
-        let known = |(writer, contact): (PeerId, u64)| {
-            while cursors.next_if(|(other, _)| *other < writer).is_some() {}
-            let cursor = cursors.next_if(|(other, _)| *other == writer);
-            WriterCursor {
-                writer,
-                contact,
-                cursor: cursor.map(|(_, cursor)| cursor),
-            }
-        };
-        let mut all: Vec<WriterCursor> = self.membership.contacts().map(known).collect();
-        all.truncate(crate::message::CURSORS_MAX);
-        all
-    }
-
-    fn summary(&self, index: &dyn AvailabilityIndex) -> Summary {
-        let known = self.known(index);
-        let mut bytes = Vec::with_capacity(known.len() * 56);
-        for one in known {
-            bytes.extend(one.writer.as_public_key());
-            bytes.extend(one.contact.to_be_bytes());
-            // No log stands at the very end of numbers.
-            let cursor = one.cursor.unwrap_or(Cursor {
-                epoch: u64::MAX,
-                sequence: u64::MAX,
-            });
-            bytes.extend(cursor.epoch.to_be_bytes());
-            bytes.extend(cursor.sequence.to_be_bytes());
-        }
-        Summary(sha256(&bytes))
-    }
-
-    fn compare_summary(&mut self, index: &dyn AvailabilityIndex, peer: PeerId, theirs: Summary) {
-        if self.summary(index) != theirs {
-            let cursors = self.known(index);
-            let is_complete = true;
-            self.send(
-                peer,
-                Message::Cursors {
-                    cursors,
-                    is_complete,
-                },
-            );
-        }
-    }
-
-    /// Reads the proofs that the index kept over a restart: who the writers are, and that they said so.
-    fn restore(&mut self, index: &mut dyn AvailabilityIndex, now: Instant) {
-        if std::mem::replace(&mut self.is_restored, true) {
-            return;
-        }
-        for (writer, cursor) in index.writers() {
-            let proof = index.proof(&writer);
-            let Some(Ok((contact, head))) = proof.map(|proof| crate::wire::decode_proof(&proof))
-            else {
-                continue;
-            };
-            let is_of_writer = contact.peer() == writer && head.head().writer == writer;
-            if !is_of_writer || self.membership.contact_told(contact, now).is_err() {
-                continue;
-            }
-            if head.head().cursor == cursor && head.is_proved() {
-                self.gossip.remember(&head);
-            }
-        }
-    }
-
-    /// Tells everybody linked where our own log stands now, in a way that makes them pull.
-    fn tell_own_cursor(&mut self) {
-        let Some(contact) = self.membership.own_contact() else {
-            return;
-        };
-        let own = WriterCursor {
-            writer: self.me,
-            contact: contact.contact().number,
-            cursor: Some(self.gossip.cursor()),
-        };
-        let message = Message::Cursors {
-            cursors: vec![own],
-            is_complete: false,
-        };
-        for peer in self.membership.linked() {
-            self.send(peer, message.clone());
-        }
-    }
-
-    fn tell_own_contact(&mut self) {
-        if let Some(contact) = self.membership.own_contact().cloned() {
-            for peer in self.membership.linked() {
-                self.send(peer, Message::Contact(contact.clone()));
-            }
-        }
-    }
-
-    fn tell_neighbours(&mut self, message: &Message, except: &[PeerId]) {
-        for peer in self.membership.neighbours() {
-            if !except.contains(&peer) {
-                self.send(peer, message.clone());
-            }
-        }
+        let events = self.lookups.answers(
+            source,
+            request,
+            answers,
+            &self.config.trust,
+            &self.config.store_dir,
+            &mut self.chance,
+            now,
+        );
+        self.lookup_events(index, events, now);
     }
 
     fn member_events(
@@ -914,13 +558,12 @@ impl Mesh {
         }
         for (fetch, attempt, from) in waiting.transfers {
             if self.fetches.running(fetch, attempt).is_some()
-                && let Some(address) = self.membership.transfer_address(&peer)
+                && let Some(source) = self.source(fetch, SourceId::Peer(peer))
             {
                 self.outputs.push_back(Output::Transfer {
                     fetch,
                     attempt,
-                    peer,
-                    address,
+                    source,
                     from,
                 });
             }
@@ -974,12 +617,20 @@ impl Mesh {
         for event in events {
             match event {
                 lookup::Event::Ask {
-                    peer,
+                    source,
                     request,
                     hashes,
-                } => {
-                    self.send_when_linked(index, peer, Message::Lookup { request, hashes }, now);
-                }
+                } => match source {
+                    SourceId::Peer(peer) => {
+                        let message = Message::Lookup { request, hashes };
+                        self.send_when_linked(index, peer, message, now);
+                    }
+                    SourceId::Cache(cache) => self.outputs.push_back(Output::AskCache {
+                        cache,
+                        request,
+                        hashes,
+                    }),
+                },
                 lookup::Event::HaveNot { peer, hash } => {
                     index.withdraw(&peer, HashPrefix::from(&hash));
                 }
@@ -989,7 +640,12 @@ impl Mesh {
                 lookup::Event::Found { lookup, narinfo } => {
                     let hash = narinfo.narinfo().store_path.hash();
                     let providers = self.providers(index, &hash, now);
-                    let outcome = LookupOutcome::Found { narinfo, providers };
+                    let caches = self.lookups.caches(&hash, &narinfo.narinfo().nar_hash);
+                    let outcome = LookupOutcome::Found {
+                        narinfo,
+                        providers,
+                        caches: caches.into_iter().map(|(cache, _)| cache).collect(),
+                    };
                     self.outputs
                         .push_back(Output::LookupDone { lookup, outcome });
                 }
@@ -997,6 +653,12 @@ impl Mesh {
                     let outcome = LookupOutcome::NotFound;
                     self.outputs
                         .push_back(Output::LookupDone { lookup, outcome });
+                }
+                lookup::Event::CachesAsked { fetch } => {
+                    if let Some(sources) = self.sources_of(index, fetch, now) {
+                        let events = self.fetches.resume(fetch, &sources, now);
+                        self.fetch_events(index, events, now);
+                    }
                 }
             }
         }
@@ -1010,15 +672,53 @@ impl Mesh {
         outcome: Result<(), Blame>,
         now: Instant,
     ) {
-        let Some((hash, peer)) = self.fetches.running(fetch, attempt) else {
+        let Some(running) = self.fetches.running(fetch, attempt) else {
             return;
         };
-        if outcome == Err(Blame::Absent) {
-            index.withdraw(&peer, HashPrefix::from(&hash));
+        let fetch::Running {
+            hash,
+            nar_hash,
+            source,
+        } = running;
+        let is_lost =
+            outcome == Err(Blame::Absent) && self.lookups.lost(hash, &nar_hash, source, now);
+        let mut released = Vec::new();
+        match source {
+            // One that never told of this NAR may hold another build of the path, which a lookup is
+            // to find: its hint stays.
+            SourceId::Peer(peer) if is_lost => index.withdraw(&peer, HashPrefix::from(&hash)),
+            SourceId::Peer(_) => {}
+            SourceId::Cache(cache) => match outcome {
+                Err(Blame::Peer) => {
+                    released = self.lookups.cache_failed(cache, &mut self.chance, now);
+                }
+                Ok(()) | Err(Blame::Absent) => self.lookups.cache_answered(cache),
+                Err(Blame::Local) => {}
+            },
         }
-        let providers = self.providers(index, &hash, now);
-        let events = self.fetches.ended(fetch, outcome, &providers, now);
+        let sources = self.sources(index, &hash, &nar_hash, now);
+        let events = self.fetches.ended(fetch, outcome, &sources, now);
         self.fetch_events(index, events, now);
+        self.lookup_events(index, released, now);
+    }
+
+    /// Everyone who contributed to a wrong NAR is held responsible; nobody can tell who lied.
+    fn mismatch(&mut self, fetch: FetchId, now: Instant) {
+        let Some(finished) = self.fetches.finish(fetch) else {
+            return;
+        };
+        for source in finished.contributors {
+            match source {
+                SourceId::Peer(peer) => {
+                    self.membership
+                        .quarantine(peer, "sent a NAR with another hash", now);
+                }
+                SourceId::Cache(_) => {
+                    self.lookups
+                        .lost(finished.hash, &finished.nar_hash, source, now);
+                }
+            }
+        }
     }
 
     fn fetch_events(
@@ -1028,34 +728,61 @@ impl Mesh {
         now: Instant,
     ) {
         for event in events {
-            let output = match event {
+            match event {
                 fetch::Event::Open {
                     fetch,
                     attempt,
-                    peer,
+                    source,
                     from,
-                } => {
-                    match self.membership.transfer_address(&peer) {
-                        Some(address) => Output::Transfer {
-                            fetch,
-                            attempt,
-                            peer,
-                            address,
-                            from,
-                        },
-                        None => {
-                            // Usable providers are linked, or are dialled for this.
-                            let waiting = self.waiting.entry(peer).or_default();
-                            waiting.transfers.push((fetch, attempt, from));
-                            self.want(index, peer, now);
-                            continue;
-                        }
+                } => self.open(index, fetch, attempt, source, from, now),
+                fetch::Event::Stop { fetch, attempt } => self
+                    .outputs
+                    .push_back(Output::StopTransfer { fetch, attempt }),
+                fetch::Event::AskCaches {
+                    fetch,
+                    hash,
+                    nar_hash,
+                } => match self.lookups.ask_caches(fetch, hash, nar_hash, now) {
+                    Some(asks) => self.lookup_events(index, asks, now),
+                    None => {
+                        let sources = self.sources(index, &hash, &nar_hash, now);
+                        let events = self.fetches.resume(fetch, &sources, now);
+                        self.fetch_events(index, events, now);
                     }
+                },
+                fetch::Event::Failed { fetch } => {
+                    self.outputs.push_back(Output::FetchFailed { fetch });
                 }
-                fetch::Event::Stop { fetch, attempt } => Output::StopTransfer { fetch, attempt },
-                fetch::Event::Failed { fetch } => Output::FetchFailed { fetch },
-            };
-            self.outputs.push_back(output);
+            }
+        }
+    }
+
+    /// Opens a transfer; a peer that is not linked is dialled for it.
+    fn open(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        fetch: FetchId,
+        attempt: u32,
+        id: SourceId,
+        from: u64,
+        now: Instant,
+    ) {
+        match (self.source(fetch, id), id) {
+            (Some(source), _) => self.outputs.push_back(Output::Transfer {
+                fetch,
+                attempt,
+                source,
+                from,
+            }),
+            (None, SourceId::Peer(peer)) => {
+                let waiting = self.waiting.entry(peer).or_default();
+                waiting.transfers.push((fetch, attempt, from));
+                self.want(index, peer, now);
+            }
+            // It lost the NAR in this very step.
+            (None, SourceId::Cache(_)) => {
+                self.transfer_ended(index, fetch, attempt, Err(Blame::Peer), now);
+            }
         }
     }
 
@@ -1092,13 +819,33 @@ impl Mesh {
             );
         }
 
-        let events = self.lookups.tick(now);
-        self.lookup_events(index, events, now);
+        for fetch in self.fetches.stalled(now) {
+            if let Some(SourceId::Cache(cache)) = self.fetches.source_of(fetch) {
+                let events = self.lookups.cache_failed(cache, &mut self.chance, now);
+                self.lookup_events(index, events, now);
+            }
+            if let Some(sources) = self.sources_of(index, fetch, now) {
+                let events = self.fetches.switch(fetch, &sources, now);
+                self.fetch_events(index, events, now);
+            }
+        }
 
-        for (fetch, hash) in self.fetches.stalled(now) {
-            let providers = self.providers(index, &hash, now);
-            let events = self.fetches.switch(fetch, &providers, now);
-            self.fetch_events(index, events, now);
+        // Last, because stalled fetches ask the caches.
+        let events = self.lookups.tick(&mut self.chance, now);
+        self.lookup_events(index, events, now);
+        self.look_ahead(index, now);
+    }
+
+    /// Asks for what Nix will ask for next, unless this machine has it.
+    fn look_ahead(&mut self, index: &mut dyn AvailabilityIndex, now: Instant) {
+        let mut step = 0;
+        while let Some(hash) = self.lookups.next_ahead(&mut step, now) {
+            let is_here = index.providers(HashPrefix::from(&hash)).contains(&self.me);
+            if !is_here {
+                let candidates = self.candidates(index, &hash, now);
+                let events = self.lookups.start_ahead(hash, candidates, now);
+                self.lookup_events(index, events, now);
+            }
         }
     }
 

@@ -12,7 +12,7 @@ use granary_protocol::certificate::{Certificate, SignedCertificate, UnixTime};
 use granary_protocol::contact::{Contact, SignedContact};
 use granary_protocol::hash::NarHash;
 use granary_protocol::mesh::{
-    Blame, Config, FetchId, Input, LookupId, LookupOutcome, Mesh, Output,
+    Blame, CacheRole, Config, FetchId, Input, LookupId, LookupOutcome, Mesh, Output, Source,
 };
 use granary_protocol::message::{Answer, Message, PROTOCOL_VERSION, Summary, Wish, WriterCursor};
 use granary_protocol::narinfo::{NarInfo, VerifiedNarInfo};
@@ -282,6 +282,8 @@ enum Step {
     Lookup(u8),
     Cancel(usize),
     Fetch(u8),
+    /// A cache answers what it was last asked, with another build if asked to.
+    Answer(bool),
     /// Says something about the latest transfer.
     Report(Option<Result<(), Blame>>),
 }
@@ -310,6 +312,9 @@ fn any_input() -> impl Strategy<Value = Input> {
         1 => (hashes(), hashes()).prop_map(|(added, removed)| Input::LocalChanged { added, removed }),
         1 => (any_peer(), 0u64..4, prop::collection::vec(any_answer(), 0..3))
             .prop_map(|(peer, request, answers)| Input::LocalAnswers { peer, request, answers }),
+        4 => (0usize..3, 0u64..8, prop::collection::vec(any_answer(), 0..3))
+            .prop_map(|(cache, request, answers)| Input::CacheAnswers { cache, request, answers }),
+        2 => (0usize..3, 0u64..8).prop_map(|(cache, request)| Input::CacheFailed { cache, request }),
     ]
 }
 
@@ -331,6 +336,7 @@ fn any_step() -> impl Strategy<Value = Step> {
         4 => (1u8..5).prop_map(Step::Lookup),
         1 => (0usize..8).prop_map(Step::Cancel),
         2 => (1u8..5).prop_map(Step::Fetch),
+        3 => any::<bool>().prop_map(Step::Answer),
         2 => prop::option::of(outcome).prop_map(Step::Report),
     ]
 }
@@ -345,6 +351,7 @@ struct Hands {
     open_lookups: BTreeMap<LookupId, StorePathHash>,
     open_fetches: BTreeSet<FetchId>,
     transfer: Option<(FetchId, u32)>,
+    question: Option<(usize, u64, Vec<StorePathHash>)>,
     next_id: u64,
     /// Everything the mind wanted, to compare two runs.
     trace: Vec<String>,
@@ -360,6 +367,7 @@ impl Hands {
             store_dir: StoreDir::default(),
             transfer_port: Some(4728),
             seeds: 2,
+            caches: vec![CacheRole::Anchor, CacheRole::Upstream],
         };
         let mut hands = Hands {
             mind: Mesh::new(peer(ME), config, 7, start),
@@ -370,6 +378,7 @@ impl Hands {
             open_lookups: BTreeMap::new(),
             open_fetches: BTreeSet::new(),
             transfer: None,
+            question: None,
             next_id: 0,
             trace: Vec::new(),
         };
@@ -400,6 +409,9 @@ impl Hands {
                 due.is_none_or(|(at, _)| at > self.now),
                 "a tick left {due:?} due"
             );
+        }
+        for size in self.mind.sizes() {
+            assert!(size.count <= size.limit, "{size:?}");
         }
         let linked = self
             .mind
@@ -442,18 +454,35 @@ impl Hands {
             Output::ReadLocal { peer, .. } => assert!(self.admitted.contains(&peer)),
             Output::LookupDone { lookup, outcome } => {
                 let hash = self.open_lookups.remove(&lookup).expect("an open lookup");
-                if let LookupOutcome::Found { narinfo, providers } = outcome {
+                if let LookupOutcome::Found {
+                    narinfo,
+                    providers,
+                    caches,
+                } = outcome
+                {
                     assert_eq!(narinfo.narinfo().store_path.hash(), hash);
                     assert!(providers.iter().all(|peer| self.admitted.contains(peer)));
+                    assert!(caches.iter().all(|cache| *cache < 2));
                 }
+            }
+            Output::AskCache {
+                cache,
+                request,
+                hashes,
+            } => {
+                assert!(cache < 2 && (1..=256).contains(&hashes.len()));
+                self.question = Some((cache, request, hashes));
             }
             Output::Transfer {
                 fetch,
                 attempt,
-                peer,
+                source,
                 ..
             } => {
-                assert!(self.admitted.contains(&peer));
+                match source {
+                    Source::Peer { peer, .. } => assert!(self.admitted.contains(&peer)),
+                    Source::Cache { cache, .. } => assert!(cache < 2),
+                }
                 assert!(self.open_fetches.contains(&fetch));
                 self.transfer = Some((fetch, attempt));
             }
@@ -546,6 +575,32 @@ impl Hands {
                     narinfo: verified(number),
                 });
             }
+            Step::Answer(is_other_build) => {
+                let Some((cache, request, hashes)) = self.question.take() else {
+                    return;
+                };
+                let answer = |hash: StorePathHash| {
+                    let number = hash.as_bytes()[0];
+                    let text = narinfo(number, &key("builder-1", 2));
+                    let other = NarHash::from_bytes([number + 1; 32]);
+                    let own = NarHash::from_bytes([number; 32]);
+                    let narinfo = match is_other_build {
+                        // The signature does not cover it, so this one is not believed.
+                        true => text.replace(&own.to_string(), &other.to_string()),
+                        false => text,
+                    };
+                    Answer {
+                        hash,
+                        narinfo: Some(narinfo),
+                    }
+                };
+                let answers = hashes.into_iter().map(answer).collect();
+                self.input(Input::CacheAnswers {
+                    cache,
+                    request,
+                    answers,
+                });
+            }
             Step::Report(outcome) => {
                 let Some((fetch, attempt)) = self.transfer else {
                     return;
@@ -560,6 +615,7 @@ impl Hands {
                         fetch,
                         attempt,
                         at: 10,
+                        held_up: Duration::ZERO,
                     },
                 });
                 if outcome == Some(Ok(())) {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::Either;
+use granary_protocol::mesh::{Blame, Source};
 use granary_protocol::narinfo::VerifiedNarInfo;
 use granary_protocol::store_path::StorePathHash;
 use tokio::sync::mpsc;
@@ -138,9 +139,16 @@ impl Assembly {
             let (attempt, peer, address) = match order {
                 Order::Open {
                     attempt,
-                    peer,
-                    address,
+                    source: Source::Peer { peer, address },
                 } => (attempt, peer, address),
+                Order::Open {
+                    attempt,
+                    source: Source::Cache { .. },
+                } => {
+                    fetch.ended(attempt, Err(Blame::Absent)).await;
+                    order = fetch.order().await;
+                    continue;
+                }
                 Order::Stop { .. } => {
                     order = fetch.order().await;
                     continue;
@@ -150,6 +158,7 @@ impl Assembly {
                     return Err(if is_busy { Cut::Busy } else { Cut::NoSource });
                 }
             };
+            let mut held_up = Duration::ZERO;
             let opened = {
                 let open = self.peers.nar(peer, address, self.wanted(), held.at());
                 let open = std::pin::pin!(open);
@@ -159,20 +168,23 @@ impl Assembly {
                 }
             };
             let outcome = match opened {
-                Ok(Ok(transfer)) => self.pump(&mut fetch, attempt, transfer, held).await,
+                Ok(Ok(transfer)) => {
+                    self.pump(&mut fetch, attempt, transfer, held, &mut held_up)
+                        .await
+                }
                 Ok(Err(error)) => Attempt::Failed(error),
                 Err(ordered) => Attempt::Ordered(ordered),
             };
             match outcome {
                 Attempt::Complete => {
-                    fetch.progress(attempt, held.at()).await;
+                    fetch.progress(attempt, held.at(), held_up).await;
                     fetch.ended(attempt, Ok(())).await;
                     break;
                 }
                 Attempt::Failed(error) => {
                     is_busy |= matches!(error, TransferError::Busy { .. });
                     info!(%hash, %peer, at = held.at(), %error, "transfer failed");
-                    fetch.progress(attempt, held.at()).await;
+                    fetch.progress(attempt, held.at(), held_up).await;
                     fetch.ended(attempt, Err(error.blame())).await;
                     order = fetch.order().await;
                 }
@@ -182,19 +194,19 @@ impl Assembly {
                 }
                 Attempt::Unwanted => return Ok(()),
                 Attempt::Wrong(wrong) => {
-                    fetch.progress(attempt, held.at()).await;
+                    fetch.progress(attempt, held.at(), held_up).await;
                     return Err(self.blame(fetch, wrong).await);
                 }
             }
         }
-        let mut position = held.released();
+        let (mut position, mut held_up) = (held.released(), Duration::ZERO);
         let rest = match held.finish() {
             Ok(rest) => rest,
             Err(wrong) => return Err(self.blame(fetch, wrong).await),
         };
         for bytes in rest {
             let length = bytes.len() as u64;
-            if !self.pass_on(None, position, bytes).await {
+            if !self.pass_on(None, position, bytes, &mut held_up).await {
                 return Ok(());
             }
             position += length;
@@ -212,6 +224,7 @@ impl Assembly {
         attempt: u32,
         mut transfer: Transfer<'_>,
         held: &mut HeldBack,
+        held_up: &mut Duration,
     ) -> Attempt {
         let mut reported = None::<Instant>;
         loop {
@@ -234,14 +247,14 @@ impl Assembly {
                 return Attempt::Wrong(wrong);
             }
             if reported.is_none_or(|reported| reported.elapsed() >= PROGRESS_INTERVAL) {
-                fetch.progress(attempt, held.at()).await;
+                fetch.progress(attempt, held.at(), *held_up).await;
                 reported = Some(Instant::now());
             }
             loop {
                 let position = held.released();
                 let Some(bytes) = held.release() else { break };
                 if !self
-                    .pass_on(Some((fetch, attempt, held.at())), position, bytes)
+                    .pass_on(Some((fetch, attempt, held.at())), position, bytes, held_up)
                     .await
                 {
                     return Attempt::Unwanted;
@@ -256,13 +269,14 @@ impl Assembly {
 
     /// Sends what `from..to` covers of `bytes`, which begin at `position`. False when nobody reads.
     ///
-    /// While Nix does not read, the mind is told how far the `running` transfer is, so that it does
-    /// not take the provider for stalled.
+    /// While Nix does not read, the mind is told how far the `running` transfer is and how long it was
+    /// `held_up`, so that it does not take the provider for stalled or slow.
     async fn pass_on(
         &self,
         running: Option<(&Fetch, u32, u64)>,
         position: u64,
         bytes: Bytes,
+        held_up: &mut Duration,
     ) -> bool {
         let end = position + bytes.len() as u64;
         let first = self.from.clamp(position, end);
@@ -272,8 +286,15 @@ impl Assembly {
         if bytes.is_empty() {
             return !self.sender.is_closed();
         }
+        if let Ok(permit) = self.sender.try_reserve() {
+            permit.send(Ok(bytes));
+            return true;
+        }
         loop {
-            match tokio::time::timeout(PROGRESS_INTERVAL, self.sender.reserve()).await {
+            let since = Instant::now();
+            let reserved = tokio::time::timeout(PROGRESS_INTERVAL, self.sender.reserve()).await;
+            *held_up += since.elapsed();
+            match reserved {
                 Ok(Ok(permit)) => {
                     permit.send(Ok(bytes));
                     return true;
@@ -281,7 +302,7 @@ impl Assembly {
                 Ok(Err(_)) => return false,
                 Err(_) => {
                     if let Some((fetch, attempt, at)) = running {
-                        fetch.progress(attempt, at).await;
+                        fetch.progress(attempt, at, *held_up).await;
                     }
                 }
             }

@@ -14,7 +14,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Chance;
+use super::{Chance, Size};
 use crate::announcement::{Delta, SetDigest, SignedHead};
 use crate::availability::{AvailabilityIndex, Cursor, HashPrefix, Operation};
 use crate::certificate::UnixTime;
@@ -480,6 +480,17 @@ impl Gossip {
     /// The peer has nothing newer of that writer.
     pub(super) fn nothing_newer(&mut self, from: PeerId, writer: &PeerId) {
         self.pulls.end(writer, from);
+    }
+
+    pub(super) fn sizes(&self) -> [Size; 5] {
+        let size = |what, (count, limit)| Size { what, count, limit };
+        [
+            size("operations of our log", self.own.size()),
+            size("pulls", self.pulls.size()),
+            size("writers offered", self.pulls.offered()),
+            size("operations to pass on", self.relay.operations()),
+            size("sets being read", self.relay.versions()),
+        ]
     }
 
     pub(super) fn deadline(&self) -> Option<(Instant, &'static str)> {

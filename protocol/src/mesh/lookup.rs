@@ -1,52 +1,55 @@
-//! Lookup: from a store path hash to a verified narinfo, by asking as few peers as possible.
+//! Lookup: from a store path hash to a verified narinfo, by asking as few sources as possible.
 //!
-//! The index says whom to ask, so a path that nobody holds costs no packet. The fastest provider
-//! is asked first; when it takes longer than it usually does, the next one is asked as well, and
-//! the first verified answer wins. One query serves everyone who waits for the same hash, and
-//! queries to one peer travel together.
+//! The index says which peers to ask, so a path that nobody holds costs no packet, unless an anchor
+//! or an upstream must be asked. The best source is asked first; when it takes longer than it usually does,
+//! the next one is asked as well. One query serves everyone who waits for the same hash,
+//! and questions to one source travel together. A query always ends by its deadline; what is
+//! answered later still fills the memory.
+//!
+//! Order: peers on the local network, other peers, anchors, upstreams; within each by how fast they
+//! answer, then by how much they have to answer, then by lot. An answer from afar waits out its
+//! own hedge window for a peer nearby that was asked before.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::LookupId;
+use super::{BreakerView, CacheRole, Candidate, Chance, FetchId, LookupId, Lots, Size, SourceId};
+use crate::availability::HashPrefix;
+use crate::hash::NarHash;
 use crate::message::{ANSWERS_BYTES_MAX, Answer, LOOKUP_HASHES_MAX};
 use crate::narinfo::{NarInfo, VerifiedNarInfo};
 use crate::peer::PeerId;
 use crate::signature::TrustedKeys;
 use crate::store_path::{StoreDir, StorePathHash};
 
-/// How long queries to one peer are collected. Nix sends its narinfo requests in bursts of up to
-/// 25 connections; together they cost one message and one database visit.
-const BATCH_WINDOW: Duration = Duration::from_millis(2);
+mod questions;
+mod latency;
+mod breaker;
+mod memory;
+mod ahead;
+
+use ahead::Ahead;
+use breaker::Breaker;
+use latency::Latencies;
+use memory::{Misses, Remembered};
+use questions::{BATCH_WINDOW, Questions};
 
 /// Nix asks for narinfos while its scheduler waits, so an answer later than this is worth less
 /// than a 404 (NIX.md §5.5: hard cap about 1 s).
 const LOOKUP_DEADLINE: Duration = Duration::from_millis(900);
 
-/// The shortest wait before a second peer is asked; below it, a hedge would only race the first answer.
-const HEDGE_MIN: Duration = Duration::from_millis(20);
-
-/// The wait for a peer that was never asked.
-const HEDGE_UNKNOWN: Duration = Duration::from_millis(50);
-
-/// Answer times remembered per peer, to take the 90th percentile of.
-const LATENCIES_KEPT: usize = 32;
-
-/// Peers whose answer times are remembered.
-const LATENCIES_MAX: usize = 1024;
-
-/// Verified narinfos remembered. What was proved once stays true; only who holds the path changes.
-/// About 1 KiB each.
-const REMEMBERED_MAX: usize = 8192;
-
 /// Queries under way at once; Nix keeps at most a few hundred open. Beyond it, the answer is 404.
 const QUERIES_MAX: usize = 16_384;
+
+/// Paths looked at for asking ahead per input, so that none holds up what comes next: each costs
+/// two visits of the index.
+const AHEAD_PER_STEP: usize = 16;
 
 /// What a step in looking up means for the rest of the mind.
 pub(super) enum Event {
     Ask {
-        peer: PeerId,
+        source: SourceId,
         request: u64,
         hashes: Vec<StorePathHash>,
     },
@@ -65,214 +68,385 @@ pub(super) enum Event {
     NotFound {
         lookup: LookupId,
     },
+    /// The caches were asked on behalf of a fetch; what they said is in the memory.
+    CachesAsked {
+        fetch: FetchId,
+    },
 }
 
 pub(super) struct Lookups {
-    queries: BTreeMap<StorePathHash, Query>,
-    batches: BTreeMap<PeerId, Batch>,
-    /// Requests on the wire.
-    requests: BTreeMap<(PeerId, u64), Request>,
-    next_request: u64,
-    latencies: BTreeMap<PeerId, Latency>,
-    remembered: BTreeMap<StorePathHash, Arc<VerifiedNarInfo>>,
-    /// Keys of `remembered`, oldest first.
-    remembered_order: VecDeque<StorePathHash>,
+    lots: Lots,
+    roles: Vec<CacheRole>,
+    queries: BTreeMap<Wanted, Query>,
+    questions: Questions,
+    latencies: Latencies,
+    breakers: Vec<Breaker>,
+    remembered: Remembered,
+    misses: Misses,
+    ahead: Ahead,
     /// Nothing has to be done before this, so that an input costs no look at every open query.
     due: Option<(Instant, &'static str)>,
 }
 
-struct Latency {
-    /// The last [`LATENCIES_KEPT`] answer times.
-    recent: VecDeque<Duration>,
-    /// Their 90th percentile, at least [`HEDGE_MIN`].
-    hedge_delay: Duration,
-}
+/// What a query is for: any narinfo of a path, or, for a fetch that has lost its peers, exactly this
+/// NAR from a cache.
+type Wanted = (StorePathHash, Option<NarHash>);
 
 struct Query {
-    waiting: Vec<LookupId>,
+    waiting: Vec<Waiting>,
     /// Not asked yet, best first.
-    candidates: VecDeque<PeerId>,
-    /// Asked, not answered.
-    asked: BTreeSet<PeerId>,
+    candidates: VecDeque<Candidate>,
+    /// Asked, not answered; and whether an answer from afar waits for it.
+    asked: BTreeMap<SourceId, bool>,
+    /// An answer from afar, until `hedge_at`.
+    held: Option<Arc<VerifiedNarInfo>>,
     hedge_at: Instant,
     deadline: Instant,
+    is_ahead: bool,
 }
 
-struct Batch {
-    hashes: Vec<StorePathHash>,
-    send_at: Instant,
+struct Waiting {
+    waiter: Waiter,
+    until: Instant,
 }
 
-struct Request {
-    sent_at: Instant,
-    hashes: BTreeSet<StorePathHash>,
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Waiter {
+    Client(LookupId),
+    Fetch(FetchId),
 }
 
 impl Lookups {
-    pub(super) fn new() -> Lookups {
+    pub(super) fn new(roles: Vec<CacheRole>, lots: Lots) -> Lookups {
         Lookups {
+            lots,
+            breakers: roles.iter().map(|_| Breaker::default()).collect(),
+            roles,
             queries: BTreeMap::new(),
-            batches: BTreeMap::new(),
-            requests: BTreeMap::new(),
-            next_request: 0,
-            latencies: BTreeMap::new(),
-            remembered: BTreeMap::new(),
-            remembered_order: VecDeque::new(),
+            questions: Questions::default(),
+            latencies: Latencies::default(),
+            remembered: Remembered::default(),
+            misses: Misses::default(),
+            ahead: Ahead::new(),
             due: None,
         }
     }
 
-    /// Starts or joins the query for `hash` among `providers` (best first).
+    /// Starts or joins the query for `hash`; `peers` are those that may be asked.
     pub(super) fn start(
         &mut self,
         lookup: LookupId,
         hash: StorePathHash,
-        providers: Vec<PeerId>,
+        peers: Vec<Candidate>,
         now: Instant,
     ) -> Vec<Event> {
-        if let Some(query) = self.queries.get_mut(&hash) {
-            query.waiting.push(lookup);
+        let until = now + LOOKUP_DEADLINE;
+        let waiter = Waiter::Client(lookup);
+        if let Some(query) = self.queries.get_mut(&(hash, None)) {
+            query.waiting.push(Waiting { waiter, until });
+            query.deadline = until;
+            query.is_ahead = false;
+            let hedge_at = query.hedge_at;
+            self.wake_at(hedge_at, "hedge a lookup");
             return Vec::new();
         }
-        if providers.is_empty() || self.queries.len() >= QUERIES_MAX {
+        let breakers = &self.breakers;
+        let is_believed = |source: &SourceId| match source {
+            SourceId::Peer(_) => peers.iter().any(|peer| peer.source == *source),
+            SourceId::Cache(cache) => breakers.get(*cache).is_some_and(Breaker::is_closed),
+        };
+        if let Some(narinfo) = self.remembered.recall(&hash, is_believed) {
+            self.look_ahead(&narinfo, true, now);
+            return vec![Event::Found { lookup, narinfo }];
+        }
+        self.want(&hash);
+        let candidates = self.candidates(&hash, peers, now);
+        if candidates.is_empty() || self.queries.len() >= QUERIES_MAX {
             return vec![Event::NotFound { lookup }];
         }
-        if let Some(narinfo) = self.remembered.get(&hash) {
-            return vec![Event::Found {
-                lookup,
-                narinfo: narinfo.clone(),
-            }];
-        }
-        let query = Query {
-            waiting: vec![lookup],
-            candidates: providers.into(),
-            asked: BTreeSet::new(),
-            hedge_at: now,
-            deadline: now + LOOKUP_DEADLINE,
+        let waiting = vec![Waiting { waiter, until }];
+        self.ask_about((hash, None), waiting, candidates, now)
+    }
+
+    /// Asks the caches for exactly this NAR on behalf of a fetch, which is told by
+    /// [`Event::CachesAsked`]. Returns `None` when there is none to ask.
+    pub(super) fn ask_caches(
+        &mut self,
+        fetch: FetchId,
+        hash: StorePathHash,
+        nar_hash: NarHash,
+        now: Instant,
+    ) -> Option<Vec<Event>> {
+        let waiting = Waiting {
+            waiter: Waiter::Fetch(fetch),
+            until: now + LOOKUP_DEADLINE,
         };
-        self.queries.insert(hash, query);
-        self.ask_next(&hash, now)
+        let wanted = (hash, Some(nar_hash));
+        if let Some(query) = self.queries.get_mut(&wanted) {
+            query.deadline = waiting.until;
+            query.waiting.push(waiting);
+            return Some(Vec::new());
+        }
+        self.want(&hash);
+        let mut candidates = self.candidates(&hash, Vec::new(), now);
+        let remembered = &self.remembered;
+        let is_known = |source: &SourceId| remembered.was_told_by(&hash, &nar_hash, source);
+        candidates.retain(|candidate| !is_known(&candidate.source));
+        if candidates.is_empty() || self.queries.len() >= QUERIES_MAX {
+            return None;
+        }
+        Some(self.ask_about(wanted, vec![waiting], candidates, now))
+    }
+
+    /// Returns a path whose narinfo somebody will want soon, for [`Lookups::start_ahead`]. At most
+    /// [`AHEAD_PER_STEP`] times between two inputs; `step` counts them.
+    pub(super) fn next_ahead(&mut self, step: &mut usize, now: Instant) -> Option<StorePathHash> {
+        if !self.ahead.has_more() || self.is_looking_ahead_enough() {
+            // The end of one of them is an input that asks again.
+            return None;
+        }
+        if *step >= AHEAD_PER_STEP {
+            self.wake_at(now + BATCH_WINDOW, "look ahead");
+            return None;
+        }
+        *step += 1;
+        self.ahead.next()
+    }
+
+    /// Asks for a path that nobody waits for.
+    pub(super) fn start_ahead(
+        &mut self,
+        hash: StorePathHash,
+        peers: Vec<Candidate>,
+        now: Instant,
+    ) -> Vec<Event> {
+        if self.queries.contains_key(&(hash, None)) || self.remembered.contains(&hash) {
+            return Vec::new();
+        }
+        let mut candidates = self.candidates(&hash, peers, now);
+        // What nobody wants yet is no reason to wait for who did not answer.
+        candidates.retain(|candidate| !self.latencies.is_silent(&candidate.source));
+        if candidates.is_empty() {
+            return Vec::new();
+        }
+        self.ahead.spend();
+        self.ask_about((hash, None), Vec::new(), candidates, now)
     }
 
     /// Stops waiting; the query goes on for the others and for the memory.
     pub(super) fn cancel(&mut self, lookup: LookupId, hash: &StorePathHash) {
-        if let Some(query) = self.queries.get_mut(hash) {
-            query.waiting.retain(|one| *one != lookup);
+        if let Some(query) = self.queries.get_mut(&(*hash, None)) {
+            let waiter = Waiter::Client(lookup);
+            query.waiting.retain(|waiting| waiting.waiter != waiter);
         }
     }
 
-    /// Reads the answers of a peer.
+    /// Reads the answers of a source.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "what was said, and what it is judged by"
+    )]
     pub(super) fn answers(
         &mut self,
-        peer: PeerId,
+        source: SourceId,
         request: u64,
         answers: Vec<Answer>,
         trust: &TrustedKeys,
         store_dir: &StoreDir,
+        chance: &mut Chance,
         now: Instant,
     ) -> Vec<Event> {
-        let key = (peer, request);
-        // Late, after the deadline or a lost link; not worth a word.
-        let Some(asked) = self.requests.get_mut(&key) else {
+        // Too late to know what it was about, or about a lost link: not worth a word.
+        let Some(heard) = self.questions.answered(source, request, answers, now) else {
             return Vec::new();
         };
-        let took = now.saturating_duration_since(asked.sent_at);
-        let is_asked = |answer: &Answer| asked.hashes.remove(&answer.hash);
-        let (answers, unasked): (Vec<Answer>, Vec<Answer>) =
-            answers.into_iter().partition(is_asked);
-        if asked.hashes.is_empty() {
-            self.requests.remove(&key);
-        }
-        self.learn_latency(peer, took);
-
         let mut events = Vec::new();
-        if !unasked.is_empty() {
-            events.push(Event::Lied {
-                peer,
-                offence: "answered what was not asked",
-            });
+        if let (SourceId::Peer(peer), true) = (source, heard.has_unasked) {
+            let offence = "answered what was not asked";
+            events.push(Event::Lied { peer, offence });
         }
-        for Answer { hash, narinfo } in answers {
+        if heard.answers.is_empty() {
+            return events;
+        }
+        self.latencies.answered(source, heard.took);
+
+        let mut nonsense = None;
+        for Answer { hash, narinfo } in heard.answers {
             let Some(text) = narinfo else {
-                events.push(Event::HaveNot { peer, hash });
-                events.extend(self.failed(&hash, peer, now));
+                events.extend(self.has_not(hash, source, now));
                 continue;
             };
             let parsed = match NarInfo::parse(&text, store_dir) {
                 Ok(narinfo) if narinfo.store_path.hash() == hash => narinfo,
                 Ok(_) => {
-                    events.push(Event::Lied {
-                        peer,
-                        offence: "sent a narinfo of another path",
-                    });
-                    events.extend(self.failed(&hash, peer, now));
+                    nonsense = Some("sent a narinfo of another path");
+                    events.extend(self.failed(&hash, source, now));
                     continue;
                 }
                 Err(_) => {
-                    events.push(Event::Lied {
-                        peer,
-                        offence: "sent a malformed narinfo",
-                    });
-                    events.extend(self.failed(&hash, peer, now));
+                    nonsense = Some("sent a malformed narinfo");
+                    events.extend(self.failed(&hash, source, now));
                     continue;
                 }
             };
             match VerifiedNarInfo::verify(parsed, trust, store_dir) {
-                Ok(narinfo) => events.extend(self.found(hash, Arc::new(narinfo))),
-                // Not a lie: the peer may trust keys that we do not.
-                Err(_) => events.extend(self.failed(&hash, peer, now)),
+                Ok(narinfo) => events.extend(self.told(hash, source, Arc::new(narinfo), now)),
+                // Not a lie: the source may trust keys that we do not.
+                Err(_) => {
+                    if let SourceId::Cache(cache) = source {
+                        self.learn_miss(hash, cache, now);
+                    }
+                    events.extend(self.failed(&hash, source, now));
+                }
             }
+        }
+        match (source, nonsense) {
+            (SourceId::Peer(peer), Some(offence)) => events.push(Event::Lied { peer, offence }),
+            (SourceId::Cache(cache), Some(_)) => {
+                events.extend(self.cache_failed(cache, chance, now));
+            }
+            (SourceId::Cache(cache), None) => self.cache_answered(cache),
+            (SourceId::Peer(_), None) => {}
         }
         events
     }
 
+    /// A cache will not answer the rest of a request.
+    pub(super) fn request_failed(
+        &mut self,
+        cache: usize,
+        request: u64,
+        chance: &mut Chance,
+        now: Instant,
+    ) -> Vec<Event> {
+        let source = SourceId::Cache(cache);
+        let Some(asked) = self.questions.failed(source, request) else {
+            return Vec::new();
+        };
+        let mut events = Vec::new();
+        if asked.is_news {
+            self.latencies.unanswered(source);
+            events = self.cache_failed(cache, chance, now);
+        }
+        for hash in &asked.hashes {
+            events.extend(self.failed(hash, source, now));
+        }
+        events
+    }
+
+    /// A cache failed us, here or in a transfer.
+    pub(super) fn cache_failed(
+        &mut self,
+        cache: usize,
+        chance: &mut Chance,
+        now: Instant,
+    ) -> Vec<Event> {
+        let breaker = self.breakers.get_mut(cache);
+        if !breaker.is_some_and(|breaker| breaker.failed(chance, now)) {
+            return Vec::new();
+        }
+        // It counts as not asked from here on: nobody waits for it any longer.
+        let source = SourceId::Cache(cache);
+        self.questions.drop_unsent(source);
+        self.give_up_on(source, now)
+    }
+
+    /// A cache did what it is there for, here or in a transfer.
+    pub(super) fn cache_answered(&mut self, cache: usize) {
+        if let Some(breaker) = self.breakers.get_mut(cache) {
+            breaker.answered();
+        }
+    }
+
+    /// A source turned out not to have the NAR it told of, or a wrong one. Returns whether it had
+    /// told of it: if not, it may hold another build of the same path.
+    pub(super) fn lost(
+        &mut self,
+        hash: StorePathHash,
+        nar_hash: &NarHash,
+        source: SourceId,
+        now: Instant,
+    ) -> bool {
+        let had_told = self.remembered.was_told_by(&hash, nar_hash, &source);
+        if had_told {
+            self.remembered.withdraw(&hash, &source);
+        }
+        if let SourceId::Cache(cache) = source {
+            self.learn_miss(hash, cache, now);
+        }
+        had_told
+    }
+
+    /// A writer announced these paths: what caches lack may have changed with it.
+    pub(super) fn announced(&mut self, prefixes: impl IntoIterator<Item = HashPrefix>) {
+        if self.misses.is_empty() {
+            return;
+        }
+        for prefix in prefixes {
+            self.misses.announced(prefix);
+        }
+    }
+
     /// Gives up on everything that was asked of a peer that is gone.
     pub(super) fn departed(&mut self, peer: PeerId, now: Instant) -> Vec<Event> {
-        self.batches.remove(&peer);
-        self.requests.retain(|(asked, _), _| *asked != peer);
-        let waits = |(_, query): &(&StorePathHash, &Query)| query.asked.contains(&peer);
-        let hashes: Vec<StorePathHash> = self
-            .queries
-            .iter()
-            .filter(waits)
-            .map(|(hash, _)| *hash)
-            .collect();
-        for query in self.queries.values_mut() {
-            query.candidates.retain(|candidate| *candidate != peer);
-        }
-        hashes
-            .iter()
-            .flat_map(|hash| self.failed(hash, peer, now))
-            .collect()
+        let source = SourceId::Peer(peer);
+        self.questions.drop_unsent(source);
+        self.questions.forget(source);
+        self.give_up_on(source, now)
     }
 
-    /// Forgets answer times, which say little about the network after a sleep.
-    pub(super) fn woke(&mut self) {
+    /// Forgets what was learned about the network: after a sleep, or on another one.
+    pub(super) fn network_changed(&mut self) {
         self.latencies.clear();
+        self.misses.clear();
+        for breaker in &mut self.breakers {
+            breaker.reset();
+        }
+        // What was asked over the old network says nothing about the new one.
+        self.questions.excuse_all();
     }
 
-    /// Sends due batches, hedges slow queries, ends overdue ones.
-    pub(super) fn tick(&mut self, now: Instant) -> Vec<Event> {
+    /// Sends due batches, hedges slow queries, ends overdue ones, counts what was not answered.
+    pub(super) fn tick(&mut self, chance: &mut Chance, now: Instant) -> Vec<Event> {
         if self.due.is_none_or(|(at, _)| at > now) {
             return Vec::new();
         }
         let mut events = Vec::new();
-        let overdue: Vec<StorePathHash> = keys_where(&self.queries, |query| query.deadline <= now);
-        for hash in overdue {
-            events.extend(self.not_found(&hash));
+        for source in self.questions.unanswered(now) {
+            self.latencies.unanswered(source);
+            if let SourceId::Cache(cache) = source {
+                events.extend(self.cache_failed(cache, chance, now));
+            }
+        }
+        let overdue = keys_where(&self.queries, |query| {
+            query.deadline <= now || query.waiting.iter().any(|waiting| waiting.until <= now)
+        });
+        for wanted in overdue {
+            events.extend(self.overdue(&wanted, now));
+        }
+        let held = keys_where(&self.queries, |query| {
+            query.hedge_at <= now && query.held.is_some()
+        });
+        for wanted in held {
+            let held = self.queries.get_mut(&wanted);
+            if let Some(narinfo) = held.and_then(|query| query.held.take()) {
+                events.extend(self.found(&wanted, narinfo, now));
+            }
         }
         let slow = keys_where(&self.queries, |query| {
-            query.hedge_at <= now && !query.candidates.is_empty()
+            query.hedge().is_some_and(|at| at <= now)
         });
-        for hash in slow {
-            events.extend(self.ask_next(&hash, now));
+        for wanted in slow {
+            events.extend(self.ask_next(&wanted, now));
         }
-        let due = keys_where(&self.batches, |batch| batch.send_at <= now);
-        for peer in due {
-            events.extend(self.send_batch(peer, now));
+        for cache in 0..self.breakers.len() {
+            events.extend(self.probe(cache, now));
         }
-        self.requests.retain(|_, request| request.forget_at() > now);
-        self.due = self.next_due();
+        for (source, hashes) in self.questions.due(now) {
+            events.extend(self.ask(source, hashes, now));
+        }
+        self.questions.forget_old(now);
+        self.due = self.next_due(now);
         events
     }
 
@@ -280,156 +454,403 @@ impl Lookups {
         self.due
     }
 
-    fn next_due(&self) -> Option<(Instant, &'static str)> {
-        let queries = self.queries.values().flat_map(|query| {
-            let hedge = (query.hedge_at, "hedge a lookup");
-            let hedge = (!query.candidates.is_empty()).then_some(hedge);
-            [Some((query.deadline, "lookup overdue")), hedge]
+    /// The caches believed to have exactly this NAR and able to give it, in order of preference.
+    pub(super) fn caches(
+        &self,
+        hash: &StorePathHash,
+        nar_hash: &NarHash,
+    ) -> Vec<(usize, Arc<VerifiedNarInfo>)> {
+        let told = self.remembered.caches(hash, nar_hash);
+        let is_well = |(cache, _): &(usize, _)| self.is_closed(*cache);
+        let mut caches: Vec<_> = told
+            .filter(is_well)
+            .map(|(cache, narinfo)| (cache, narinfo.clone()))
+            .collect();
+        caches.sort_by_key(|(cache, _)| (self.roles.get(*cache).copied(), *cache));
+        caches
+    }
+
+    /// Sorts peers, best first.
+    pub(super) fn order(&self, hash: &StorePathHash, peers: &mut [Candidate]) {
+        let load = self.questions.load();
+        peers.sort_by_cached_key(|peer| {
+            let source = &peer.source;
+            (
+                self.latencies.is_silent(source),
+                !peer.is_linked,
+                !peer.is_near,
+                self.latencies.pace(source),
+                load.get(source).copied().unwrap_or(0),
+                self.lots.draw(hash, source),
+            )
         });
-        let batches = self
-            .batches
-            .values()
-            .map(|batch| Some((batch.send_at, "send lookups")));
-        let requests = self.requests.values();
-        let requests = requests.map(|request| Some((request.forget_at(), "forget a question")));
-        let all = queries.chain(batches).chain(requests).flatten();
-        all.min_by_key(|(at, _)| *at)
     }
 
-    /// Orders providers by how fast they usually answer; unknown ones as if they took a while.
-    pub(super) fn order(&self, providers: &mut [PeerId]) {
-        providers.sort_by_key(|peer| self.hedge_delay(peer));
+    pub(super) fn lots(&self) -> Lots {
+        self.lots
     }
 
-    fn ask_next(&mut self, hash: &StorePathHash, now: Instant) -> Vec<Event> {
-        let Some(query) = self.queries.get_mut(hash) else {
+    /// The 90th percentile of a source's answer times.
+    pub(super) fn usual(&self, source: &SourceId) -> Option<Duration> {
+        self.latencies.usual(source)
+    }
+
+    /// The breaker of each cache, by number.
+    pub(super) fn breakers(&self, now: Instant) -> impl Iterator<Item = (CacheRole, BreakerView)> {
+        let view = move |(role, breaker): (&CacheRole, &Breaker)| {
+            let view = match breaker.probe_at() {
+                None => BreakerView::Closed,
+                Some(at) => BreakerView::Open {
+                    probe_in: at.saturating_duration_since(now),
+                },
+            };
+            (*role, view)
+        };
+        self.roles.iter().zip(&self.breakers).map(view)
+    }
+
+    /// How much there is of everything that could grow.
+    pub(super) fn sizes(&self) -> Vec<Size> {
+        let size = |what, count, limit| Size { what, count, limit };
+        vec![
+            size("queries", self.queries.len(), QUERIES_MAX),
+            size("questions", self.questions.len(), questions::QUESTIONS_MAX),
+            size("latencies", self.latencies.len(), latency::LATENCIES_MAX),
+            size(
+                "remembered narinfos",
+                self.remembered.len(),
+                memory::REMEMBERED_MAX,
+            ),
+            size("misses of caches", self.misses.len(), memory::MISSES_MAX),
+            size("paths ahead", self.ahead.len(), ahead::WAITING_MAX),
+        ]
+    }
+
+    fn next_due(&self, now: Instant) -> Option<(Instant, &'static str)> {
+        let queries = self.queries.values().flat_map(|query| {
+            let waiting = query.waiting.iter().map(|waiting| waiting.until).min();
+            let overdue = waiting.map_or(query.deadline, |until| until.min(query.deadline));
+            let held = query
+                .held
+                .is_some()
+                .then_some((query.hedge_at, "answer from afar"));
+            let hedge = query.hedge().map(|at| (at, "hedge a lookup"));
+            [Some((overdue, "lookup overdue")), held, hedge]
+        });
+        let probes = self.breakers.iter().map(Breaker::due);
+        let probes = probes.map(|due| due.map(|at| (at, "probe a cache")));
+        let ahead = self.ahead.has_more() && !self.is_looking_ahead_enough();
+        let ahead = ahead.then_some((now + BATCH_WINDOW, "look ahead"));
+        let questions = self.questions.deadline();
+        let all = queries.chain(probes).chain([questions, ahead]);
+        all.flatten().min_by_key(|(at, _)| *at)
+    }
+
+    fn is_looking_ahead_enough(&self) -> bool {
+        let running = self.queries.values().filter(|query| query.is_ahead).count();
+        running >= ahead::RUNNING_MAX || self.queries.len() >= QUERIES_MAX / 2
+    }
+
+    fn wake_at(&mut self, at: Instant, why: &'static str) {
+        if self.due.is_none_or(|(due, _)| due > at) {
+            self.due = Some((at, why));
+        }
+    }
+
+    fn is_closed(&self, cache: usize) -> bool {
+        self.breakers.get(cache).is_some_and(Breaker::is_closed)
+    }
+
+    /// Peers and then caches, as far as they may be asked, best first.
+    fn candidates(
+        &self,
+        hash: &StorePathHash,
+        mut peers: Vec<Candidate>,
+        now: Instant,
+    ) -> VecDeque<Candidate> {
+        self.order(hash, &mut peers);
+        let mut caches: Vec<usize> = (0..self.roles.len()).collect();
+        caches.sort_by_key(|cache| self.roles.get(*cache).copied());
+        let mut candidates = VecDeque::from(peers);
+        for cache in caches {
+            if self.is_closed(cache) && !self.misses.contains(hash, cache, now) {
+                let source = SourceId::Cache(cache);
+                candidates.push_back(Candidate {
+                    source,
+                    is_linked: true,
+                    is_near: false,
+                });
+            }
+        }
+        candidates
+    }
+
+    /// Somebody wants this: a reason to find out whether caches that were given up are back.
+    fn want(&mut self, hash: &StorePathHash) {
+        for breaker in &mut self.breakers {
+            breaker.want(*hash);
+        }
+        let due = self.breakers.iter().filter_map(Breaker::due).min();
+        if let Some(at) = due {
+            self.wake_at(at, "probe a cache");
+        }
+    }
+
+    fn ask_about(
+        &mut self,
+        wanted: Wanted,
+        waiting: Vec<Waiting>,
+        candidates: VecDeque<Candidate>,
+        now: Instant,
+    ) -> Vec<Event> {
+        let query = Query {
+            is_ahead: waiting.is_empty(),
+            waiting,
+            candidates,
+            asked: BTreeMap::new(),
+            held: None,
+            hedge_at: now,
+            deadline: now + LOOKUP_DEADLINE,
+        };
+        self.queries.insert(wanted, query);
+        self.ask_next(&wanted, now)
+    }
+
+    /// Asks the next candidate; without one, and with nobody left to answer, the query ends.
+    fn ask_next(&mut self, wanted: &Wanted, now: Instant) -> Vec<Event> {
+        let Some(query) = self.queries.get_mut(wanted) else {
             return Vec::new();
         };
-        let Some(peer) = query.candidates.pop_front() else {
-            let is_hopeless = query.asked.is_empty();
-            return if is_hopeless {
-                self.not_found(hash)
-            } else {
-                Vec::new()
+        let Some(Candidate {
+            source, is_near, ..
+        }) = query.candidates.pop_front()
+        else {
+            if !query.asked.is_empty() {
+                return Vec::new();
+            }
+            return match query.held.take() {
+                Some(narinfo) => self.found(wanted, narinfo, now),
+                None => self.not_found(wanted),
             };
         };
-        query.asked.insert(peer);
-        let delay = self.hedge_delay(&peer);
+        // One that did not answer the last time is not worth holding an answer back for.
+        let is_waited_for = is_near && !self.latencies.is_silent(&source);
+        query.asked.insert(source, is_waited_for);
         let send_at = now + BATCH_WINDOW;
-        if let Some(query) = self.queries.get_mut(hash) {
-            query.hedge_at = send_at + delay;
-        }
+        query.hedge_at = send_at + self.latencies.hedge_delay(&source);
+        let is_ahead = query.is_ahead;
         // Whatever else comes of this is due later, and that tick finds out when.
-        if self.due.is_none_or(|(at, _)| at > send_at) {
-            self.due = Some((send_at, "send lookups"));
-        }
-        let fresh = || Batch {
-            hashes: Vec::new(),
-            send_at,
-        };
-        let batch = self.batches.entry(peer).or_insert_with(fresh);
-        batch.hashes.push(*hash);
-        let is_full = batch.hashes.len() >= LOOKUP_HASHES_MAX;
-        if is_full {
-            self.send_batch(peer, now)
-        } else {
-            Vec::new()
+        self.wake_at(send_at, "send lookups");
+        match self.questions.collect(source, is_ahead, wanted.0, now) {
+            Some(full) => self.ask(source, full, now),
+            None => Vec::new(),
         }
     }
 
-    fn send_batch(&mut self, peer: PeerId, now: Instant) -> Vec<Event> {
-        let Some(mut batch) = self.batches.remove(&peer) else {
-            return Vec::new();
-        };
-        // A query may have been answered by another peer while the batch was collected.
-        batch.hashes.retain(|hash| self.queries.contains_key(hash));
-        if batch.hashes.is_empty() {
+    /// Puts a question on the wire.
+    fn ask(
+        &mut self,
+        source: SourceId,
+        mut hashes: BTreeSet<StorePathHash>,
+        now: Instant,
+    ) -> Vec<Event> {
+        // A query may have been answered by another source while the batch was collected.
+        hashes.retain(|hash| !self.asking(hash, &source).is_empty());
+        if hashes.is_empty() {
             return Vec::new();
         }
-        let request = self.next_request;
-        self.next_request += 1;
-        let sent = Request {
-            sent_at: now,
-            hashes: batch.hashes.iter().copied().collect(),
-        };
-        self.requests.insert((peer, request), sent);
+        self.send(source, hashes, now)
+    }
+
+    fn send(
+        &mut self,
+        source: SourceId,
+        hashes: BTreeSet<StorePathHash>,
+        now: Instant,
+    ) -> Vec<Event> {
+        let request = self.questions.sent(source, hashes.clone(), now);
+        if let Some((at, why)) = self.questions.deadline() {
+            self.wake_at(at, why);
+        }
         vec![Event::Ask {
-            peer,
+            source,
             request,
-            hashes: batch.hashes,
+            hashes: hashes.into_iter().collect(),
         }]
     }
 
-    fn failed(&mut self, hash: &StorePathHash, peer: PeerId, now: Instant) -> Vec<Event> {
-        let asked = self
-            .queries
-            .get_mut(hash)
-            .is_some_and(|query| query.asked.remove(&peer));
-        if asked {
-            self.ask_next(hash, now)
-        } else {
-            Vec::new()
+    /// Asks a cache whose breaker is open whether it is back.
+    fn probe(&mut self, cache: usize, now: Instant) -> Vec<Event> {
+        let breaker = self.breakers.get_mut(cache);
+        match breaker.and_then(|breaker| breaker.probe(now)) {
+            Some(hash) => self.send(SourceId::Cache(cache), BTreeSet::from([hash]), now),
+            None => Vec::new(),
         }
     }
 
-    fn found(&mut self, hash: StorePathHash, narinfo: Arc<VerifiedNarInfo>) -> Vec<Event> {
-        if self.remembered.insert(hash, narinfo.clone()).is_none() {
-            self.remembered_order.push_back(hash);
-        }
-        if self.remembered_order.len() > REMEMBERED_MAX
-            && let Some(oldest) = self.remembered_order.pop_front()
-        {
-            self.remembered.remove(&oldest);
-        }
-        let waiting = self
-            .queries
-            .remove(&hash)
-            .map_or(Vec::new(), |query| query.waiting);
-        let found = |lookup| Event::Found {
-            lookup,
-            narinfo: narinfo.clone(),
-        };
-        waiting.into_iter().map(found).collect()
+    /// The queries about `hash` that wait for `source`.
+    fn asking(&self, hash: &StorePathHash, source: &SourceId) -> Vec<Wanted> {
+        let greatest = NarHash::from_bytes([u8::MAX; 32]);
+        let queries = self.queries.range((*hash, None)..=(*hash, Some(greatest)));
+        let asking = queries.filter(|(_, query)| query.asked.contains_key(source));
+        asking.map(|(wanted, _)| *wanted).collect()
     }
 
-    fn not_found(&mut self, hash: &StorePathHash) -> Vec<Event> {
-        let waiting = self
-            .queries
-            .remove(hash)
-            .map_or(Vec::new(), |query| query.waiting);
-        waiting
-            .into_iter()
-            .map(|lookup| Event::NotFound { lookup })
+    fn give_up_on(&mut self, source: SourceId, now: Instant) -> Vec<Event> {
+        for query in self.queries.values_mut() {
+            query
+                .candidates
+                .retain(|candidate| candidate.source != source);
+        }
+        let asking = keys_where(&self.queries, |query| query.asked.contains_key(&source));
+        asking
+            .iter()
+            .flat_map(|(hash, _)| self.failed(hash, source, now))
             .collect()
     }
 
-    fn learn_latency(&mut self, peer: PeerId, took: Duration) {
-        if !self.latencies.contains_key(&peer) && self.latencies.len() >= LATENCIES_MAX {
-            self.latencies.pop_first();
+    fn has_not(&mut self, hash: StorePathHash, source: SourceId, now: Instant) -> Vec<Event> {
+        self.remembered.withdraw(&hash, &source);
+        let mut events = Vec::new();
+        match source {
+            SourceId::Peer(peer) => events.push(Event::HaveNot { peer, hash }),
+            SourceId::Cache(cache) => self.learn_miss(hash, cache, now),
         }
-        let latency = self.latencies.entry(peer).or_insert_with(|| Latency {
-            recent: VecDeque::new(),
-            hedge_delay: HEDGE_UNKNOWN,
-        });
-        if latency.recent.len() == LATENCIES_KEPT {
-            latency.recent.pop_front();
-        }
-        latency.recent.push_back(took);
-        let mut sorted: Vec<Duration> = latency.recent.iter().copied().collect();
-        sorted.sort_unstable();
-        latency.hedge_delay = sorted[sorted.len() * 9 / 10].max(HEDGE_MIN);
+        events.extend(self.failed(&hash, source, now));
+        events
     }
 
-    fn hedge_delay(&self, peer: &PeerId) -> Duration {
-        let known = self.latencies.get(peer);
-        known.map_or(HEDGE_UNKNOWN, |latency| latency.hedge_delay)
+    fn learn_miss(&mut self, hash: StorePathHash, cache: usize, now: Instant) {
+        if let Some(role) = self.roles.get(cache) {
+            self.misses.learn(hash, cache, *role, now);
+        }
+    }
+
+    /// `source` is of no help to the queries about `hash`.
+    fn failed(&mut self, hash: &StorePathHash, source: SourceId, now: Instant) -> Vec<Event> {
+        let mut events = Vec::new();
+        for wanted in self.asking(hash, &source) {
+            let Some(query) = self.queries.get_mut(&wanted) else {
+                continue;
+            };
+            query.asked.remove(&source);
+            if query.held.is_none() {
+                events.extend(self.ask_next(&wanted, now));
+            } else if !query.waits_for_near()
+                && let Some(narinfo) = query.held.take()
+            {
+                events.extend(self.found(&wanted, narinfo, now));
+            }
+        }
+        events
+    }
+
+    /// `source` told of a narinfo that proved true.
+    fn told(
+        &mut self,
+        hash: StorePathHash,
+        source: SourceId,
+        narinfo: Arc<VerifiedNarInfo>,
+        now: Instant,
+    ) -> Vec<Event> {
+        self.remembered.told(hash, source, narinfo.clone());
+        let mut events = Vec::new();
+        for wanted in self.asking(&hash, &source) {
+            let is_other_build = wanted
+                .1
+                .is_some_and(|nar_hash| nar_hash != narinfo.narinfo().nar_hash);
+            let Some(query) = self.queries.get_mut(&wanted) else {
+                continue;
+            };
+            let is_near = query.asked.remove(&source).unwrap_or(false);
+            if is_other_build {
+                events.extend(self.ask_next(&wanted, now));
+            } else if !is_near && query.hedge_at > now && query.waits_for_near() {
+                query.held.get_or_insert_with(|| narinfo.clone());
+                let hedge_at = query.hedge_at;
+                self.wake_at(hedge_at, "answer from afar");
+            } else {
+                events.extend(self.found(&wanted, narinfo.clone(), now));
+            }
+        }
+        events
+    }
+
+    fn found(
+        &mut self,
+        wanted: &Wanted,
+        narinfo: Arc<VerifiedNarInfo>,
+        now: Instant,
+    ) -> Vec<Event> {
+        let Some(query) = self.queries.remove(wanted) else {
+            return Vec::new();
+        };
+        let has_client = |waiting: &Waiting| matches!(waiting.waiter, Waiter::Client(_));
+        let is_paid = query.waiting.iter().any(has_client);
+        self.look_ahead(&narinfo, is_paid, now);
+        let found = |waiting: Waiting| match waiting.waiter {
+            Waiter::Client(lookup) => Event::Found {
+                lookup,
+                narinfo: narinfo.clone(),
+            },
+            Waiter::Fetch(fetch) => Event::CachesAsked { fetch },
+        };
+        query.waiting.into_iter().map(found).collect()
+    }
+
+    fn not_found(&mut self, wanted: &Wanted) -> Vec<Event> {
+        let waiting = self.queries.remove(wanted).map(|query| query.waiting);
+        let waiting = waiting.unwrap_or_default().into_iter();
+        waiting.map(|waiting| waiting.waiter.in_vain()).collect()
+    }
+
+    /// Ends what waited long enough, and the query when nobody waits longer.
+    fn overdue(&mut self, wanted: &Wanted, now: Instant) -> Vec<Event> {
+        let Some(query) = self.queries.get_mut(wanted) else {
+            return Vec::new();
+        };
+        if let Some(narinfo) = query.held.take() {
+            return self.found(wanted, narinfo, now);
+        }
+        if query.deadline <= now {
+            return self.not_found(wanted);
+        }
+        let overdue = query.waiting.extract_if(.., |waiting| waiting.until <= now);
+        overdue.map(|waiting| waiting.waiter.in_vain()).collect()
+    }
+
+    fn look_ahead(&mut self, narinfo: &VerifiedNarInfo, is_paid: bool, now: Instant) {
+        if is_paid {
+            self.ahead.pay();
+        }
+        let is_known = |hash: &StorePathHash| {
+            self.remembered.contains(hash) || self.queries.contains_key(&(*hash, None))
+        };
+        self.ahead.add(&narinfo.narinfo().references, is_known);
+        if self.ahead.has_more() {
+            self.wake_at(now + BATCH_WINDOW, "look ahead");
+        }
     }
 }
 
-impl Request {
-    /// An answer later than this is not waited for by anyone.
-    fn forget_at(&self) -> Instant {
-        self.sent_at + 2 * LOOKUP_DEADLINE
+impl Query {
+    /// When the next candidate is to be asked although the last one has not answered.
+    fn hedge(&self) -> Option<Instant> {
+        let is_worth_it = !self.candidates.is_empty() && !self.is_ahead && self.held.is_none();
+        is_worth_it.then_some(self.hedge_at)
+    }
+
+    fn waits_for_near(&self) -> bool {
+        self.asked.values().any(|is_near| *is_near)
+    }
+}
+
+impl Waiter {
+    fn in_vain(self) -> Event {
+        match self {
+            Waiter::Client(lookup) => Event::NotFound { lookup },
+            Waiter::Fetch(fetch) => Event::CachesAsked { fetch },
+        }
     }
 }
 

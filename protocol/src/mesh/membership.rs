@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use super::{Chance, Config, PeerView};
+use super::{Chance, Config, PeerView, Size};
 use crate::availability::AvailabilityIndex;
 use crate::certificate::{Certificate, SignedCertificate, UnixTime};
 use crate::contact::{Contact, NotAContact, SignedContact};
@@ -38,7 +38,7 @@ const FULL_MESH_AGAIN_MEMBERS: usize = 56;
 
 /// Peers remembered at once, members and others: four times the largest mesh that is promised. A
 /// peer takes about 1 KiB.
-const KNOWN_PEERS_MAX: usize = 4096;
+pub(super) const KNOWN_PEERS_MAX: usize = 4096;
 
 /// Of these, peers that proved nothing: discovery is unauthenticated, and this bounds what a flood
 /// can push out.
@@ -735,6 +735,15 @@ impl Membership {
         self.linked.iter().copied().collect()
     }
 
+    /// Where the peer is, or may be.
+    pub(super) fn address(&self, id: &PeerId) -> Option<SocketAddr> {
+        let peer = self.peers.get(id)?;
+        match &peer.state {
+            State::Linked { address, .. } | State::Greeting { address, .. } => Some(*address),
+            State::Away | State::Dialling { .. } => peer.addresses.first().copied(),
+        }
+    }
+
     pub(super) fn transfer_address(&self, id: &PeerId) -> Option<SocketAddr> {
         match &self.peers.get(id)?.state {
             State::Linked {
@@ -774,9 +783,19 @@ impl Membership {
                 paths: index.count(id),
                 quarantine: quarantine
                     .map(|quarantine| (quarantine.until - now, quarantine.offence)),
+                answers_within: None,
+                bytes_per_second: None,
             }
         };
         self.peers.iter().map(view).collect()
+    }
+
+    pub(super) fn sizes(&self) -> [Size; 2] {
+        let size = |what, count, limit| Size { what, count, limit };
+        [
+            size("peers", self.peers.len(), KNOWN_PEERS_MAX),
+            size("links", self.linked.len(), LINKS_MAX),
+        ]
     }
 
     /// Does what time demands: overdue Hellos, expired certificates, due dials, neighbours.

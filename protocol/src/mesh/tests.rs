@@ -3,21 +3,24 @@
 mod membership;
 mod gossip;
 mod lookup;
+mod caches;
 mod fetch;
 mod large;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{IpAddr, Ipv4Addr};
-use std::sync::OnceLock;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::{Arc, OnceLock};
 
 use super::*;
-use crate::announcement::SignedHead;
-use crate::availability::MemoryIndex;
-use crate::contact::Contact;
-use crate::message::PROTOCOL_VERSION;
-use crate::message::Wish;
-use crate::narinfo::NarInfo;
-use crate::signature::SecretKey;
+use crate::announcement::{Delta, SetDigest, SignedHead};
+use crate::availability::{MemoryIndex, Operation};
+use crate::certificate::{SignedCertificate, UnixTime};
+use crate::contact::{Contact, SignedContact};
+use crate::message::{PROTOCOL_VERSION, Summary, Wish};
+use crate::narinfo::{NarInfo, VerifiedNarInfo};
+use crate::peer::PeerKey;
+use crate::signature::{SecretKey, TrustedKeys};
+use crate::store_path::StoreDir;
 
 /// More nodes than any test has.
 const NODES_MAX: usize = 120;
@@ -52,11 +55,19 @@ fn hash(number: u8) -> StorePathHash {
 
 /// A narinfo signed by the builder.
 fn narinfo(number: u8) -> String {
-    let base_name = format!("{}-hello-{number}", hash(number));
-    let nar_hash = crate::hash::NarHash::from_bytes([number; 32]);
+    narinfo_of_build(number, number, &[])
+}
+
+/// The same for one of several builds of a path, which differ in their NARs.
+fn narinfo_of_build(number: u8, build: u8, references: &[u8]) -> String {
+    let base_name = |number: u8| format!("{}-hello-{number}", hash(number));
+    let nar_hash = crate::hash::NarHash::from_bytes([build; 32]);
+    let references: Vec<String> = references.iter().map(|number| base_name(*number)).collect();
     let unsigned = format!(
-        "StorePath: /nix/store/{base_name}\nURL: nar/x.nar\nCompression: none\n\
-         NarHash: {nar_hash}\nNarSize: 1000\nReferences: \n"
+        "StorePath: /nix/store/{}\nURL: nar/x.nar\nCompression: none\n\
+         NarHash: {nar_hash}\nNarSize: 1000\nReferences: {}\n",
+        base_name(number),
+        references.join(" ")
     );
     let mut narinfo = NarInfo::parse(&unsigned, &StoreDir::default()).unwrap();
     let fingerprint = narinfo.fingerprint(&StoreDir::default());
@@ -136,6 +147,17 @@ fn about(number: usize, cursor: Cursor) -> Message {
     }
 }
 
+/// What a node signs of changes of its set.
+fn delta_of(number: usize, after: Cursor, operations: Vec<Operation>) -> Message {
+    let cursor = Cursor {
+        sequence: after.sequence + operations.len() as u64,
+        ..after
+    };
+    // Nobody compares the digest of a set that is not told whole.
+    let (count, set) = (1, SetDigest([0; 32]));
+    Message::Delta(Delta::sign(&key(number), cursor, count, set, operations))
+}
+
 /// What a node signs of its set.
 fn head_of(number: usize, cursor: Cursor, set: &[HashPrefix]) -> SignedHead {
     SignedHead::of_set(&key(number), cursor, &set.iter().copied().collect())
@@ -161,6 +183,7 @@ impl Lan {
                 store_dir: StoreDir::default(),
                 transfer_port: Some(4728),
                 seeds: 0,
+                caches: Vec::new(),
             };
             Node {
                 mind: Mesh::new(id(number), config, number as u64, now),
@@ -296,13 +319,16 @@ impl Lan {
             Output::LookupDone { lookup, outcome } => {
                 self.nodes[number].outcomes.push((lookup, outcome));
             }
+            Output::AskCache { .. } => unreachable!("no caches here"),
             Output::Transfer {
                 fetch,
                 attempt,
-                peer,
+                source,
                 from,
-                ..
             } => {
+                let Source::Peer { peer, .. } = source else {
+                    unreachable!("no caches here")
+                };
                 self.nodes[number]
                     .transfers
                     .push((fetch, attempt, peer, from));
@@ -395,6 +421,14 @@ impl Lan {
         matches!(self.look_up(number, path), LookupOutcome::Found { .. })
     }
 
+    /// The holders of a path in the order in which `number` would ask them.
+    fn asked_in_order(&self, number: usize, path: u8) -> Vec<usize> {
+        let node = &self.nodes[number];
+        let providers = node.mind.providers(&node.index, &hash(path), self.now);
+        let number = |peer: &PeerId| number_of(*peer);
+        providers.iter().map(number).collect()
+    }
+
     fn knows(&self, number: usize, holder: usize, path: u8) -> bool {
         self.nodes[number]
             .index
@@ -428,6 +462,10 @@ struct Alone {
 
 impl Alone {
     fn new(seeds: usize) -> Alone {
+        Alone::with(seeds, 1, &[])
+    }
+
+    fn with(seeds: usize, seed: u64, caches: &[CacheRole]) -> Alone {
         let now = Instant::now_for_tests();
         let config = Config {
             key: key(0),
@@ -437,9 +475,10 @@ impl Alone {
             store_dir: StoreDir::default(),
             transfer_port: Some(4728),
             seeds,
+            caches: caches.to_vec(),
         };
         let mut alone = Alone {
-            mind: Mesh::new(id(0), config, 1, now),
+            mind: Mesh::new(id(0), config, seed, now),
             index: MemoryIndex::new(),
             now,
         };
@@ -458,9 +497,13 @@ impl Alone {
     }
 
     fn link(&mut self, number: usize, seed: Option<usize>) -> Vec<Output> {
+        self.link_at(number, address(number), seed)
+    }
+
+    fn link_at(&mut self, number: usize, at: SocketAddr, seed: Option<usize>) -> Vec<Output> {
         self.input(Input::LinkUp {
             peer: id(number),
-            address: address(number),
+            address: at,
             outbound: seed.is_some(),
             seed,
         })
@@ -468,7 +511,11 @@ impl Alone {
 
     /// Links a member that offers transfers and holds `shares`.
     fn admit(&mut self, number: usize, shares: Vec<HashPrefix>) {
-        self.link(number, None);
+        self.admit_at(number, address(number), shares);
+    }
+
+    fn admit_at(&mut self, number: usize, at: SocketAddr, shares: Vec<HashPrefix>) {
+        self.link_at(number, at, None);
         let head = Cursor {
             epoch: 1,
             sequence: 1,
@@ -496,6 +543,48 @@ impl Alone {
         outputs
     }
 
+    /// Begins a lookup; returns what it leads to until its question is on its way.
+    fn look_up(&mut self, path: u8) -> Vec<Output> {
+        let (lookup, hash) = (LookupId(path.into()), hash(path));
+        let mut outputs = self.input(Input::Lookup { lookup, hash });
+        outputs.extend(self.wait(Duration::from_millis(2)));
+        outputs
+    }
+
+    /// A peer answers one hash of a request.
+    fn peer_says(
+        &mut self,
+        number: usize,
+        request: u64,
+        path: u8,
+        narinfo: Option<String>,
+    ) -> Vec<Output> {
+        let answers = vec![Answer {
+            hash: hash(path),
+            narinfo,
+        }];
+        self.receive(number, Message::Answers { request, answers })
+    }
+
+    /// A cache answers one hash of a request.
+    fn cache_says(
+        &mut self,
+        cache: usize,
+        request: u64,
+        path: u8,
+        narinfo: Option<String>,
+    ) -> Vec<Output> {
+        let answers = vec![Answer {
+            hash: hash(path),
+            narinfo,
+        }];
+        self.input(Input::CacheAnswers {
+            cache,
+            request,
+            answers,
+        })
+    }
+
     fn view(&self, number: usize) -> Option<PeerView> {
         let views = self.mind.peers(&self.index, self.now);
         views.into_iter().find(|view| view.peer == id(number))
@@ -507,6 +596,61 @@ fn hello(number: usize, mesh: &str) -> Message {
         version: PROTOCOL_VERSION,
         certificate: certificate(id(number), &mesh_key(mesh)),
     }
+}
+
+/// The prefixes of paths, for an announcement.
+fn prefixes(paths: impl IntoIterator<Item = u8>) -> Vec<HashPrefix> {
+    let mut prefixes: Vec<HashPrefix> = paths
+        .into_iter()
+        .map(|path| HashPrefix::from(&hash(path)))
+        .collect();
+    prefixes.sort();
+    prefixes
+}
+
+/// Which caches were asked: number, request, hashes.
+fn asked_caches(outputs: &[Output]) -> Vec<(usize, u64, Vec<StorePathHash>)> {
+    let asked = |output: &Output| match output {
+        Output::AskCache {
+            cache,
+            request,
+            hashes,
+        } => Some((*cache, *request, hashes.clone())),
+        _ => None,
+    };
+    outputs.iter().filter_map(asked).collect()
+}
+
+/// Which peers were asked: number, request, hashes.
+fn asked_peers(outputs: &[Output]) -> Vec<(usize, u64, Vec<StorePathHash>)> {
+    let asked = |output: &Output| match output {
+        Output::Send {
+            peer,
+            message: Message::Lookup { request, hashes },
+        } => {
+            let number = number_of(*peer);
+            Some((number, *request, hashes.clone()))
+        }
+        _ => None,
+    };
+    outputs.iter().filter_map(asked).collect()
+}
+
+/// How lookups ended: the build that was found, or nothing.
+fn ended(outputs: &[Output]) -> Vec<(u64, Option<u8>)> {
+    let ended = |output: &Output| match output {
+        Output::LookupDone { lookup, outcome } => {
+            let build = match outcome {
+                LookupOutcome::Found { narinfo, .. } => {
+                    Some(narinfo.narinfo().nar_hash.as_bytes()[0])
+                }
+                LookupOutcome::NotFound => None,
+            };
+            Some((lookup.0, build))
+        }
+        _ => None,
+    };
+    outputs.iter().filter_map(ended).collect()
 }
 
 fn dials(outputs: &[Output]) -> usize {

@@ -88,6 +88,11 @@ impl OwnLog {
         })
     }
 
+    /// Operations kept, and how many may be.
+    pub(super) fn size(&self) -> (usize, usize) {
+        (self.log.len(), LOG_OPERATIONS_MAX)
+    }
+
     pub(super) fn set(&self) -> &BTreeSet<HashPrefix> {
         &self.set
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use super::is_newer;
 use crate::announcement::SignedHead;
 use crate::availability::{Cursor, HashPrefix};
+use crate::message::CURSORS_MAX;
 use crate::peer::PeerId;
 
 /// A pull that made no progress for this long is given up; another offer is tried.
@@ -22,6 +23,10 @@ const PULLS_PER_PEER_MAX: usize = 8;
 
 /// Offers remembered per writer; further ones are heard again by the next repair.
 const OFFERS_MAX: usize = 8;
+
+/// Writers that something is offered of: as many as one complete list has. Whoever makes up more
+/// is not heard; whoever is crowded out by them is offered again by the next repair.
+const WRITERS_MAX: usize = CURSORS_MAX;
 
 #[derive(Default)]
 pub(super) struct Pulls {
@@ -55,6 +60,9 @@ pub(super) struct Collected {
 impl Pulls {
     /// Notes that `from` knows more of `writer` than we do.
     pub(super) fn offer(&mut self, writer: PeerId, from: PeerId, offer: Offer) {
+        if self.offers.len() >= WRITERS_MAX && !self.offers.contains_key(&writer) {
+            return;
+        }
         let offers = self.offers.entry(writer).or_default();
         if offers.len() < OFFERS_MAX || writer == from || offers.contains_key(&from) {
             offers.insert(from, offer);
@@ -167,6 +175,16 @@ impl Pulls {
     pub(super) fn clear(&mut self) {
         self.running.clear();
         self.offers.clear();
+    }
+
+    /// Pulls under way, and how many may be.
+    pub(super) fn size(&self) -> (usize, usize) {
+        (self.running.len(), PULLS_MAX)
+    }
+
+    /// Writers that something is offered of, and how many may be.
+    pub(super) fn offered(&self) -> (usize, usize) {
+        (self.offers.len(), WRITERS_MAX)
     }
 
     /// Gives up pulls that made no progress.

@@ -140,6 +140,16 @@ impl Relay {
         Some(page(&version.head, Some(after), &version.prefixes))
     }
 
+    /// Operations kept, and how many may be.
+    pub(super) fn operations(&self) -> (usize, usize) {
+        (self.operations, OPERATIONS_KEPT_MAX)
+    }
+
+    /// Sets held, and how many may be.
+    pub(super) fn versions(&self) -> (usize, usize) {
+        (self.versions.len(), VERSIONS_MAX)
+    }
+
     /// Lets go of sets that nobody reads any more.
     pub(super) fn tick(&mut self, now: Instant) {
         self.versions

@@ -1,7 +1,6 @@
 //! What each says it holds, and how the others keep up.
 
 use super::*;
-use crate::announcement::{Delta, SetDigest};
 
 #[test]
 fn a_new_path_is_known_everywhere_within_a_quarter_second() {
@@ -112,9 +111,7 @@ fn a_writer_that_lost_its_state_starts_a_new_epoch() {
     lan.nodes[0].index.apply(
         &id(0),
         Cursor { epoch, sequence: 1 },
-        &[crate::availability::Operation::Add(HashPrefix::from(
-            &hash(1),
-        ))],
+        &[Operation::Add(HashPrefix::from(&hash(1)))],
     );
     lan.nodes[0].mind = Mesh::new(id(0), config, 77, lan.now);
     lan.nodes[0].admitted.clear();
@@ -207,7 +204,7 @@ fn a_set_does_not_grow_beyond_its_limit_by_deltas() {
         sequence: 65_535,
     };
     alone.index.replace(&id(1), after, &all);
-    let operations = vec![crate::availability::Operation::Add(HashPrefix(u64::MAX))];
+    let operations = vec![Operation::Add(HashPrefix(u64::MAX))];
     // The writer signs a count that hides how much it is.
     let cursor = Cursor {
         sequence: after.sequence + 1,

@@ -1,8 +1,6 @@
 //! Meshes in which not everybody is linked to everybody: neighbours, relaying, third parties.
 
 use super::*;
-use crate::announcement::{Delta, SetDigest};
-use crate::availability::Operation;
 
 const MANY: usize = 100;
 
