@@ -4,8 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::membership::Refusal;
-use super::source::{CacheRole, Source};
+use super::{CacheRole, Refusal, Source};
 use crate::certificate::{Certificate, SignedCertificate, UnixTime};
 use crate::message::{Answer, Message};
 use crate::narinfo::VerifiedNarInfo;
