@@ -45,6 +45,8 @@ pub struct Store {
     /// Where the files are, if elsewhere (a chroot store: `<root>/nix/store`).
     pub real_dir: Option<PathBuf>,
     pub database: PathBuf,
+    /// Where Nix keeps build logs. Default: `log/nix` beside the folder of the database's folder.
+    pub log_dir: Option<PathBuf>,
 }
 
 /// `[substituter]`: the endpoint that Nix asks.
@@ -140,6 +142,7 @@ impl Default for Store {
             dir: StoreDir::default(),
             real_dir: None,
             database: PathBuf::from("/nix/var/nix/db/db.sqlite"),
+            log_dir: None,
         }
     }
 }
@@ -272,6 +275,13 @@ impl Config {
                 .unwrap_or_else(|| PathBuf::from(self.store.dir.as_str())),
             database: self.store.database.clone(),
         }
+    }
+
+    /// The folder of build logs: for `/nix/var/nix/db/db.sqlite`, `/nix/var/log/nix`.
+    pub fn log_dir(&self) -> PathBuf {
+        let beside = || Some(self.store.database.ancestors().nth(3)?.join("log/nix"));
+        let log_dir = self.store.log_dir.clone().or_else(beside);
+        log_dir.unwrap_or_else(|| PathBuf::from("/nix/var/log/nix"))
     }
 
     pub fn trusted_keys(&self) -> TrustedKeys {

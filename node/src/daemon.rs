@@ -193,6 +193,7 @@ impl Start {
             trust: self.config.trusted_keys(),
         });
         self.endpoint.start(Engine {
+            records: store.records(self.config.log_dir()),
             store: store.clone(),
             rules: rules.clone(),
             joined: OnceLock::new(),
@@ -212,7 +213,7 @@ impl Start {
         }
     }
 
-    async fn open_store(&self) -> Arc<dyn LocalStore> {
+    async fn open_store(&self) -> Arc<NixStore> {
         let mut is_first = true;
         loop {
             match NixStore::open(self.config.store_config()).await {

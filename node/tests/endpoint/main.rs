@@ -9,5 +9,6 @@ mod client;
 mod faults;
 mod machine;
 mod proxy;
+mod routes;
 mod start;
 mod strangers;
