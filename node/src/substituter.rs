@@ -5,8 +5,8 @@
 //! ends; a NAR without a source is 404 before its first byte; a NAR that turns out wrong is cut
 //! before its last 64 KiB ([`assembly`]).
 
-use std::net::SocketAddr;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -16,17 +16,17 @@ use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::mesh::LookupOutcome;
 use granary_protocol::narinfo::{NarInfo, NarUrl, VerifiedNarInfo};
 use granary_protocol::store_path::{StoreDir, StorePathHash};
-use http::header::HOST;
-use http::{HeaderMap, Method, Request, Response};
+use http::header::{CONNECTION, HOST};
+use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
-use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, mpsc};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::binary_cache::PeerCaches;
 use crate::config::Config;
+use crate::listener::{Address, Listener, Socket};
 use crate::mesh::MeshHandle;
 use crate::metrics::Metrics;
 use crate::serve::listing::{self, FetchedListing, Listings};
@@ -47,7 +47,7 @@ use assembly::{Assembly, Cut, Tainted};
 /// that closes as it writes.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Connections at once. Nix opens 25 per process.
+/// Connections at once on one listener. Nix opens 25 per process.
 const CONNECTIONS_MAX: usize = 4096;
 
 /// Pause after accept failed, which it does when file descriptors run out.
@@ -64,6 +64,10 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the store gets to say whether it has a path: a query takes 20 µs, and a disk that hangs
 /// must not hold up Nix, which asks for one path after another.
 const STORE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long clients whose connections are idle have to ask something, so as to learn from the answer
+/// that the connection ends. One that asks later finds it closed, and asks on another.
+const GOODBYE: Duration = Duration::from_millis(250);
 
 /// What stands behind the listener once everything is open.
 pub struct Engine {
@@ -83,40 +87,68 @@ pub struct Joined {
     pub certificate: Option<status::CertificateAbout>,
 }
 
+/// Connections that end together.
+#[derive(Default)]
+struct Connections {
+    /// Lets each finish the answer that it has running.
+    ending: CancellationToken,
+    tasks: TaskTracker,
+}
+
+impl Connections {
+    async fn end(&self, limit: Duration) {
+        self.ending.cancel();
+        self.tasks.close();
+        if tokio::time::timeout(limit, self.tasks.wait())
+            .await
+            .is_err()
+        {
+            info!(
+                connections = self.tasks.len(),
+                "cut the answers that were still running"
+            );
+        }
+    }
+}
+
 /// The endpoint; answers from its first moment on, with 404 until the engine is there.
 pub struct Substituter {
     engine: OnceLock<Engine>,
     store_dir: StoreDir,
     priority: i32,
     is_in_mesh: bool,
-    listen: SocketAddr,
     pub metrics: Arc<Metrics>,
     tainted: Arc<Tainted>,
     listings: Listings,
     log_places: LogPlaces,
-    shutdown: CancellationToken,
-    tasks: TaskTracker,
+    /// Set when the end begins: nothing long is begun any more, and clients are told to go.
+    is_retiring: AtomicBool,
+    closing: CancellationToken,
+    listeners: TaskTracker,
+    /// Connections from before the end began, which hold up the end while they have an answer running.
+    early: Connections,
+    late: Connections,
+    /// Fetches from the mesh, which end before the mesh does.
+    fetches: TaskTracker,
 }
 
 impl Substituter {
-    pub fn new(
-        config: &Config,
-        listen: SocketAddr,
-        shutdown: CancellationToken,
-        tasks: TaskTracker,
-    ) -> Arc<Substituter> {
+    pub fn new(config: &Config, fetches: TaskTracker) -> Arc<Substituter> {
         Arc::new(Substituter {
             engine: OnceLock::new(),
             store_dir: config.store.dir.clone(),
             priority: config.substituter.priority,
             is_in_mesh: config.mesh.key.is_some(),
-            listen,
             metrics: Arc::new(Metrics::default()),
             tainted: Arc::default(),
             listings: Listings::default(),
             log_places: LogPlaces::default(),
-            shutdown,
-            tasks,
+            is_retiring: AtomicBool::new(false),
+            closing: CancellationToken::new(),
+            listeners: TaskTracker::new(),
+            early: Connections::default(),
+            late: Connections::default(),
+            fetches,
         })
     }
 
@@ -135,9 +167,41 @@ impl Substituter {
         self.engine.get()
     }
 
-    /// Accepts connections until shutdown.
-    pub async fn accept(self: Arc<Substituter>, listener: TcpListener) {
+    /// Closes the listeners when the guard is dropped.
+    pub fn close_on_drop(&self) -> DropGuard {
+        self.closing.clone().drop_guard()
+    }
+
+    /// Answers on a listener until [`Substituter::close`].
+    pub fn open(self: &Arc<Substituter>, listener: Listener) {
+        self.listeners.spawn(self.clone().accept(listener));
+    }
+
+    /// Begins the end: everything is still answered, but nothing more is fetched from peers, and
+    /// each client hears `Connection: close`, so that none sends a request into a closing socket.
+    pub fn retire(&self) {
+        self.is_retiring.store(true, Ordering::Relaxed);
+    }
+
+    /// Waits until the clients from before [`Substituter::retire`] have their answers, or for `limit`.
+    ///
+    /// New ones are answered meanwhile.
+    pub async fn drain(&self, limit: Duration) {
+        tokio::time::sleep(GOODBYE).await;
+        self.early.end(limit).await;
+    }
+
+    /// Closes the listeners, and answers the clients that are here, for at most `limit`.
+    pub async fn close(&self, limit: Duration) {
+        self.closing.cancel();
+        self.listeners.close();
+        self.listeners.wait().await;
+        self.late.end(limit).await;
+    }
+
+    async fn accept(self: Arc<Substituter>, listener: Listener) {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let address = Arc::new(listener.address().clone());
         loop {
             // Waiting clients stay in the backlog rather than being refused.
             let Ok(permit) = connections.clone().acquire_owned().await else {
@@ -145,45 +209,61 @@ impl Substituter {
             };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
-                () = self.shutdown.cancelled() => return,
+                () = self.closing.cancelled() => break,
             };
             match accepted {
-                Ok((socket, _)) => {
-                    // Without it every small answer waits 40 ms for the client's delayed ACK.
-                    if let Err(error) = socket.set_nodelay(true) {
-                        debug!(%error, "could not set TCP_NODELAY");
-                    }
-                    let substituter = self.clone();
-                    self.tasks.spawn(async move {
-                        let shutdown = substituter.shutdown.clone();
-                        connection(socket, PATIENCE, shutdown, |request| {
-                            let substituter = substituter.clone();
-                            async move { substituter.answer(request).await }
-                        })
-                        .await;
-                        drop(permit);
-                    });
-                }
+                Ok(socket) => self.serve(socket, address.clone(), permit),
                 Err(error) => {
                     warn!(%error, "could not accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
+        while let Ok(permit) = connections.clone().try_acquire_owned()
+            && let Some(socket) = listener.waiting()
+        {
+            self.serve(socket, address.clone(), permit);
+        }
+    }
+
+    fn serve(
+        self: &Arc<Substituter>,
+        socket: Socket,
+        address: Arc<Address>,
+        permit: OwnedSemaphorePermit,
+    ) {
+        let substituter = self.clone();
+        let connections = match self.is_retiring() {
+            true => &self.late,
+            false => &self.early,
+        };
+        let ending = connections.ending.clone();
+        connections.tasks.spawn(async move {
+            connection(socket, PATIENCE, ending, |request| {
+                let (substituter, address) = (substituter.clone(), address.clone());
+                async move { substituter.answer(request, &address).await }
+            })
+            .await;
+            drop(permit);
+        });
     }
 
     /// Answers a GET or HEAD.
-    async fn answer(self: Arc<Substituter>, request: Request<Incoming>) -> Response<Body> {
+    async fn answer(
+        self: Arc<Substituter>,
+        request: Request<Incoming>,
+        address: &Address,
+    ) -> Response<Body> {
         let route = Route::of(request.uri());
         let word = route.word();
-        let host = request
-            .headers()
-            .get(HOST)
-            .map(|host| host.to_str().unwrap_or("?"));
-        let response = match host.is_some_and(|host| !is_own_host(host, self.listen)) {
+        let mut response = match is_foreign(request.headers(), address) {
             true => respond::foreign_host(route.is_nar()),
             false => self.route(route, request.method(), request.headers()).await,
         };
+        if self.is_retiring() {
+            let headers = response.headers_mut();
+            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
         self.metrics
             .requests
             .count(word, response.status().as_u16());
@@ -349,6 +429,10 @@ impl Substituter {
         }
     }
 
+    fn is_retiring(&self) -> bool {
+        self.is_retiring.load(Ordering::Relaxed)
+    }
+
     fn or_absent(&self, answer: Result<Response<Body>, StoreError>) -> Response<Body> {
         answer.unwrap_or_else(|error| {
             self.metrics.store_errors.add(1);
@@ -394,6 +478,11 @@ impl Substituter {
             return respond::not_found(true);
         }
 
+        if self.is_retiring() {
+            // It would be cut when the mesh ends.
+            self.metrics.nars_absent.add(1);
+            return respond::not_found(true);
+        }
         let mut chunks = self.assemble(joined, narinfo, bytes);
         // Nothing is promised before there is something to send.
         match chunks.recv().await {
@@ -428,7 +517,7 @@ impl Substituter {
             metrics: self.metrics.clone(),
             tainted: self.tainted.clone(),
         };
-        self.tasks.spawn(assembly.run());
+        self.fetches.spawn(assembly.run());
         chunks
     }
 
@@ -450,6 +539,14 @@ impl Substituter {
         self.metrics.store_errors.add(1);
         warn!(%error, "could not answer from the store, asking the mesh");
     }
+}
+
+/// Whether a request's Host is not one of ours. On a Unix socket no web page can get here.
+fn is_foreign(headers: &HeaderMap, address: &Address) -> bool {
+    let (Some(host), Address::Tcp(address)) = (headers.get(HOST), address) else {
+        return false;
+    };
+    !is_own_host(host.to_str().unwrap_or("?"), *address)
 }
 
 /// Finds out about a path in the mesh.

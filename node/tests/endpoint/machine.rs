@@ -53,6 +53,8 @@ pub struct Machine {
     /// Where the data plane listens, if not at `address`.
     pub transfer: Option<Ipv4Addr>,
     pub extra: String,
+    /// `substituter.listen`, as TOML.
+    pub listen: String,
     /// Further lines of nix.conf.
     pub nix_conf: String,
     pub daemon: Option<Daemon>,
@@ -67,6 +69,7 @@ impl Machine {
             peers: Vec::new(),
             transfer: None,
             extra: String::new(),
+            listen: "\"127.0.0.1:0\"".into(),
             nix_conf: String::new(),
             daemon: None,
         };
@@ -207,7 +210,7 @@ impl Machine {
         format!(
             "state-dir = \"{root}/state\"\n\
              [store]\nreal-dir = \"{root}/nix/store\"\ndatabase = \"{root}/nix/var/nix/db/db.sqlite\"\n\
-             [substituter]\nlisten = \"127.0.0.1:0\"\n\
+             [substituter]\nlisten = {listen}\n\
              [mesh]\nkey = \"{mesh}\"\nlisten = [\"{ip}:{MESH_PORT}\"]\n\
              transfer = [\"{transfer}:{TRANSFER_PORT}\"]\nmdns = false\npeers = {peers:?}\n\
              [trust]\nkeys = [\"{trusted}\"]\n{extra}",
@@ -215,6 +218,7 @@ impl Machine {
             ip = self.address,
             transfer = self.transfer.unwrap_or(self.address),
             trusted = key("test-1").public_key(),
+            listen = self.listen,
             extra = self.extra,
         )
     }
@@ -249,7 +253,7 @@ impl Machine {
     }
 
     pub fn endpoint(&self) -> SocketAddr {
-        self.daemon.as_ref().unwrap().substituter
+        self.daemon.as_ref().unwrap().tcp().unwrap()
     }
 
     pub fn url(&self) -> String {

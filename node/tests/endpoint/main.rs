@@ -9,6 +9,7 @@ mod client;
 mod faults;
 mod machine;
 mod proxy;
+mod restart;
 mod routes;
 mod start;
 mod strangers;
