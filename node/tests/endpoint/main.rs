@@ -5,9 +5,11 @@
 //! a provider's transfer port where a test decides how much of a NAR gets through.
 
 mod answers;
+mod bounds;
 mod client;
 mod faults;
 mod machine;
+mod process;
 mod proxy;
 mod restart;
 mod routes;

@@ -3,9 +3,8 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixDatagram, UnixStream};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
 use std::thread;
@@ -14,61 +13,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::machine::{GENEROUS, LARGE_BYTES, Machine, SMALL_BYTES, Sample, until};
+use crate::process::Node;
 
 /// Clients that ask again and again while a node is restarted.
 const CLIENTS: usize = 8;
-
-/// A real node in a process of its own.
-struct Node(Child);
-
-impl Node {
-    /// Starts one that inherits `listener` as systemd passes sockets, or binds its own.
-    fn start(
-        machine: &Machine,
-        listener: Option<&TcpListener>,
-        variables: &[(&str, &str)],
-    ) -> Node {
-        let file = machine.folder().join("granary.toml");
-        std::fs::write(&file, machine.config_text()).unwrap();
-        let mut command = Command::new("sh");
-        let script = match listener {
-            Some(_) => {
-                "exec 3<&0 </dev/null; LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" node --config \"$1\""
-            }
-            None => "exec \"$0\" node --config \"$1\"",
-        };
-        command
-            .args(["-c", script, env!("CARGO_BIN_EXE_granary")])
-            .arg(file)
-            .env("RUST_LOG", "granary=info")
-            .envs(variables.iter().copied())
-            .stdin(match listener {
-                Some(listener) => Stdio::from(OwnedFd::from(listener.try_clone().unwrap())),
-                None => Stdio::null(),
-            })
-            .stderr(Stdio::piped());
-        Node(command.spawn().unwrap())
-    }
-
-    /// Ends it as a service manager does, and returns what it logged.
-    fn stop(mut self) -> String {
-        kill_process(Pid::from_child(&self.0), Signal::TERM).unwrap();
-        let mut log = String::new();
-        let mut stderr = self.0.stderr.take().unwrap();
-        stderr.read_to_string(&mut log).unwrap();
-        assert!(self.0.wait().unwrap().success(), "{log}");
-        assert!(!log.contains("ERROR"), "{log}");
-        log
-    }
-}
-
-impl Drop for Node {
-    fn drop(&mut self) {
-        // For a test that failed; one that was stopped is gone.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// One request; the status, or how the connection failed.
 fn status_of(address: SocketAddr, target: &str) -> Result<u16, ErrorKind> {
