@@ -7,6 +7,7 @@
 mod answers;
 mod bounds;
 mod client;
+mod conformance;
 mod faults;
 mod machine;
 mod process;
