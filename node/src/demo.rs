@@ -24,6 +24,7 @@ use crate::clock::unix_time;
 use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::identity::Identity;
+use crate::listener::Address;
 use crate::loopback;
 use crate::status::{Report, human_bytes};
 use crate::store::{LocalStore, NixStore, StoreConfig};
@@ -84,12 +85,12 @@ pub async fn run() -> Result<()> {
     let laptop_node = laptop.start(&mesh, &closure, mdns_port).await?;
     say!(
         "nodes    desktop on http://{}, laptop on http://{}",
-        desktop_node.substituter,
-        laptop_node.substituter
+        desktop_node.listening[0],
+        laptop_node.listening[0]
     );
 
     let started = Instant::now();
-    let peer = wait_until_linked(laptop_node.substituter, closure.paths.len() as u64).await?;
+    let peer = wait_until_linked(&laptop_node.listening[0], closure.paths.len() as u64).await?;
     say!(
         "mesh     found each other by mDNS, linked, and exchanged {} paths in {:.1} s",
         peer.paths,
@@ -97,7 +98,9 @@ pub async fn run() -> Result<()> {
     );
 
     let started = Instant::now();
-    laptop.substitute(&closure, laptop_node.substituter).await?;
+    laptop
+        .substitute(&closure, &laptop_node.listening[0])
+        .await?;
     let elapsed = started.elapsed();
     say!(
         "fetched  {} paths, {} in {:.2} s ({}/s) with {}",
@@ -114,7 +117,7 @@ pub async fn run() -> Result<()> {
 
     let verified = laptop.verify(&closure).await?;
     say!("verified {verified} NarHashes, read back from the laptop's disk");
-    let report = report(laptop_node.substituter).await?;
+    let report = report(&laptop_node.listening[0]).await?;
     say!(
         "moved    {} from the desktop over mutual TLS",
         human_bytes(report.bytes.received)
@@ -195,7 +198,7 @@ impl Machine {
         let store = self.store();
         config.store.real_dir = Some(store.real_dir);
         config.store.database = store.database;
-        config.substituter.listen = loopback;
+        config.substituter.listen = vec![Address::Tcp(loopback)];
         config.mesh.key = Some(mesh.public_key());
         config.mesh.listen = vec![loopback];
         config.mesh.transfer = vec![loopback];
@@ -219,7 +222,7 @@ impl Machine {
     }
 
     /// Brings the closure into this machine's store through its own node.
-    async fn substitute(&self, closure: &Closure, node: SocketAddr) -> Result<()> {
+    async fn substitute(&self, closure: &Closure, node: &Address) -> Result<()> {
         if self.has_nix {
             return self.copy(closure, &format!("http://{node}")).await;
         }
@@ -337,14 +340,14 @@ async fn nix_version() -> Option<String> {
         .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-async fn report(node: SocketAddr) -> Result<Report> {
+async fn report(node: &Address) -> Result<Report> {
     let text = loopback::get(node, "/api/v1/status")
         .await?
         .context("the node is not ready")?;
     Ok(serde_json::from_slice(&text)?)
 }
 
-async fn wait_until_linked(node: SocketAddr, paths: u64) -> Result<crate::status::Peer> {
+async fn wait_until_linked(node: &Address, paths: u64) -> Result<crate::status::Peer> {
     let wait = async {
         loop {
             // Not ready yet is what is being waited for.

@@ -3,6 +3,8 @@
 pub mod clock;
 pub mod identity;
 pub mod metrics;
+pub mod listener;
+pub mod supervisor;
 pub mod store;
 pub mod config;
 pub mod index;
