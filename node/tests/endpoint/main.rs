@@ -11,3 +11,4 @@ mod machine;
 mod proxy;
 mod start;
 mod strangers;
+mod roots;
