@@ -25,3 +25,4 @@ mod freshness;
 mod strangers;
 mod corruption;
 mod garbage;
+mod roaming;

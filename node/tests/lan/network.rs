@@ -56,6 +56,7 @@ impl Bridge {
     pub fn plug(&self, name: &str) -> Namespace {
         let port = self.ports.fetch_add(1, Ordering::Relaxed) + 1;
         let mut namespace = Namespace::new(format!("{}-{name}", self.prefix));
+        namespace.port = Some((self.namespace.name.clone(), format!("port{port}")));
         namespace.address =
             Ipv4Addr::new(10, 47, 0, u8::try_from(port).expect("at most 254 ports"));
         let (own, bridge) = (&namespace.name, &self.namespace.name);
@@ -77,6 +78,8 @@ pub struct Namespace {
     pub name: String,
     /// Its address on the bridge; the loopback address of one that is not plugged.
     pub address: Ipv4Addr,
+    /// The bridge's namespace, and the other end of `eth0` in it.
+    port: Option<(String, String)>,
 }
 
 impl Namespace {
@@ -85,9 +88,38 @@ impl Namespace {
         let namespace = Namespace {
             name,
             address: Ipv4Addr::LOCALHOST,
+            port: None,
         };
         ip(&format!("-n {} link set lo up", namespace.name));
         namespace
+    }
+
+    /// Runs `ip` with these arguments inside.
+    pub fn ip(&self, arguments: &str) {
+        ip(&format!("-n {} {arguments}", self.name));
+    }
+
+    /// Pulls the cable out of the bridge: `eth0` has no carrier.
+    pub fn pull_cable(&self) {
+        self.at_port("down");
+    }
+
+    pub fn plug_cable(&self) {
+        self.at_port("up");
+    }
+
+    /// Has the bridge drop every packet from and to this machine, which hears nothing of it.
+    pub fn swallow_packets(&self) {
+        self.at_port("nomaster");
+    }
+
+    pub fn pass_packets(&self) {
+        self.at_port("master bridge");
+    }
+
+    fn at_port(&self, change: &str) {
+        let (bridge, port) = self.port.as_ref().expect("a namespace on a bridge");
+        ip(&format!("-n {bridge} link set {port} {change}"));
     }
 
     /// A command that runs inside, and that is killed when the test's process dies.
