@@ -19,6 +19,7 @@ mod nix;
 mod machine;
 mod admission;
 mod status;
+mod proxy;
 
 mod substitution;
 mod freshness;
@@ -26,3 +27,4 @@ mod strangers;
 mod corruption;
 mod garbage;
 mod roaming;
+mod faults;

@@ -79,8 +79,8 @@ fn check(trouble: Act, remedy: Act, recovered: Duration) {
 #[test]
 fn pulled_cable_is_noticed_and_survived() {
     check(
-        |_, laptop| laptop.namespace.pull_cable(),
-        |_, laptop| laptop.namespace.plug_cable(),
+        |_, laptop| laptop.namespace.cable().pull(),
+        |_, laptop| laptop.namespace.cable().plug(),
         RECOVERED,
     );
 }
@@ -110,8 +110,8 @@ fn another_address_after_a_while_without_any_is_a_new_beginning() {
 #[test]
 fn peer_that_lost_its_cable_is_noticed_and_found_again() {
     check(
-        |desktop, _| desktop.namespace.pull_cable(),
-        |desktop, _| desktop.namespace.plug_cable(),
+        |desktop, _| desktop.namespace.cable().pull(),
+        |desktop, _| desktop.namespace.cable().plug(),
         RECOVERED,
     );
 }
@@ -122,8 +122,8 @@ const RECOVERED_UNTOLD: Duration = Duration::from_secs(8);
 #[test]
 fn peer_whose_packets_vanish_is_noticed_and_found_again() {
     check(
-        |desktop, _| desktop.namespace.swallow_packets(),
-        |desktop, _| desktop.namespace.pass_packets(),
+        |desktop, _| desktop.namespace.cable().swallow_packets(),
+        |desktop, _| desktop.namespace.cable().pass_packets(),
         RECOVERED_UNTOLD,
     );
 }
