@@ -39,11 +39,7 @@ fn given(write: impl FnOnce(&Path)) -> Given {
         .parse_path(str::from_utf8(&output.stdout).unwrap().trim())
         .unwrap();
     let runtime = Builder::new_multi_thread().enable_all().build().unwrap();
-    let config = StoreConfig {
-        dir,
-        real_dir: root.path().join("nix/store"),
-        database: root.path().join("nix/var/nix/db/db.sqlite"),
-    };
+    let config = StoreConfig::chroot(dir, root.path());
     let store = runtime.block_on(NixStore::open(config)).unwrap();
     let info = runtime.block_on(store.path_info(path.hash()));
     let info = info.unwrap().unwrap();

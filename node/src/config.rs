@@ -16,7 +16,7 @@ use regex::Regex;
 use serde::{Deserialize, Deserializer, de};
 
 use crate::listener::Address;
-use crate::store::StoreConfig;
+use crate::store::{StoreConfig, daemon_socket, state_dir};
 
 /// Largest configuration file read; a real one has a few kilobytes.
 const CONFIG_BYTES_MAX: u64 = 1024 * 1024;
@@ -48,6 +48,8 @@ pub struct Store {
     pub database: PathBuf,
     /// Where Nix keeps build logs. Default: `log/nix` beside the folder of the database's folder.
     pub log_dir: Option<PathBuf>,
+    /// Of the Nix daemon that serves this store. Default: where a daemon of the database's store has it.
+    pub daemon_socket: Option<PathBuf>,
 }
 
 /// `[substituter]`: the endpoint that Nix asks.
@@ -146,6 +148,7 @@ impl Default for Store {
             real_dir: None,
             database: PathBuf::from("/nix/var/nix/db/db.sqlite"),
             log_dir: None,
+            daemon_socket: None,
         }
     }
 }
@@ -277,6 +280,12 @@ impl Config {
                 .clone()
                 .unwrap_or_else(|| PathBuf::from(self.store.dir.as_str())),
             database: self.store.database.clone(),
+            // Not `/nix/var/nix/…` for every store: a daemon that serves another one would hold nothing.
+            daemon_socket: self
+                .store
+                .daemon_socket
+                .clone()
+                .unwrap_or_else(|| daemon_socket(state_dir(&self.store.database))),
         }
     }
 
@@ -403,6 +412,10 @@ mod tests {
         assert_eq!(config.substituter.listen[0].to_string(), "127.0.0.1:4726");
         assert_eq!(config.mesh.listen.len(), 2);
         assert!(config.share.enable && config.mesh.mdns);
+        assert_eq!(
+            config.store_config().daemon_socket,
+            PathBuf::from("/nix/var/nix/daemon-socket/socket")
+        );
         assert_eq!(config.trust.keys[0].name().as_str(), "cache.nixos.org-1");
     }
 
@@ -415,6 +428,7 @@ mod tests {
             dir = "/nix/store"
             real-dir = "/x/nix/store"
             database = "/x/nix/var/nix/db/db.sqlite"
+            daemon-socket = "/x/socket"
             [substituter]
             listen = ["127.0.0.1:1", "unix:/run/granary/socket"]
             priority = 5
@@ -445,6 +459,10 @@ mod tests {
         assert_eq!(
             config.store_config().real_dir,
             PathBuf::from("/x/nix/store")
+        );
+        assert_eq!(
+            config.store_config().daemon_socket,
+            PathBuf::from("/x/socket")
         );
     }
 

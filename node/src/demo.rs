@@ -165,11 +165,7 @@ impl Machine {
     }
 
     fn store(&self) -> StoreConfig {
-        StoreConfig {
-            dir: closure::store_dir(),
-            real_dir: self.root().join("nix/store"),
-            database: self.root().join("nix/var/nix/db/db.sqlite"),
-        }
+        StoreConfig::chroot(closure::store_dir(), &self.root())
     }
 
     /// Puts the closure into this machine's store.

@@ -10,7 +10,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use granary_protocol::availability::{AvailabilityIndex, Cursor};
@@ -26,16 +26,20 @@ use granary_protocol::wire;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
 
-use crate::clock::{Clock, unix_time};
+use crate::clock::{ALARM_INTERVAL, Alarm, Clock, unix_time};
 use crate::identity::{self, Identity};
 use crate::index::{IndexError, SqliteIndex};
 use crate::store::{LocalStore, StoreEvent};
 
 pub mod discovery;
 pub mod links;
+pub mod pulse;
+pub mod roaming;
 pub mod swarm;
 
 use discovery::{Discovery, DiscoveryEvent};
+use links::DownReason;
+use roaming::Roaming;
 use swarm::{DialError, Network, NetworkError, NetworkEvent};
 
 /// Commands waiting for the loop; beyond it, those who ask wait.
@@ -52,6 +56,14 @@ const REFUSALS_TOLD_MAX: usize = 256;
 
 /// How often the wall clock is read again, to date certificates after it was set.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(60);
+
+/// How long a peer that was asked for narinfos may say nothing before it is asked for a sign of life. Within the time
+/// that a lookup waits, so that the next lookup need not wait for a peer that is gone.
+const ANSWER_PATIENCE: Duration = Duration::from_millis(300);
+
+/// How long after a change of the network a link that turns out dead is taken as lost by it: its peer is dialled anew at
+/// once, without a pause. More than the time in which a doubted link is found out.
+const UNSETTLED: Duration = Duration::from_secs(3);
 
 /// Time that Goodbye and mDNS's farewell get at shutdown.
 const FAREWELL: Duration = Duration::from_millis(300);
@@ -83,6 +95,8 @@ pub enum MeshError {
     Index(#[from] IndexError),
     #[error("cannot start the mesh's thread: {0}")]
     Thread(#[source] std::io::Error),
+    #[error("cannot make a timer: {0}")]
+    Alarm(#[source] std::io::Error),
     #[error("the system gave no random bytes: {0}")]
     NoRandomness(getrandom::Error),
     #[error("the mesh's thread ended while starting")]
@@ -356,6 +370,13 @@ struct Loop {
     index: SqliteIndex,
     network: Network,
     discovery: Option<Discovery>,
+    /// `None` where netlink cannot be had.
+    roaming: Option<Roaming>,
+    alarm: Alarm,
+    /// When the network changed or the machine woke last.
+    unsettled_since: Option<Instant>,
+    /// Peers that owe an answer, and since when.
+    asked: BTreeMap<PeerId, Instant>,
     commands: mpsc::Receiver<Command>,
     shared: Arc<dyn LocalStore>,
     store_events: mpsc::Receiver<StoreEvent>,
@@ -410,6 +431,12 @@ impl Loop {
             index,
             network,
             discovery,
+            roaming: Roaming::new()
+                .inspect_err(|error| warn!(%error, "changes of the network will not be noticed"))
+                .ok(),
+            alarm: Alarm::every(ALARM_INTERVAL).map_err(MeshError::Alarm)?,
+            unsettled_since: None,
+            asked: BTreeMap::new(),
             commands,
             store_events: shared.watch(),
             shared,
@@ -446,6 +473,8 @@ impl Loop {
                 .mind
                 .deadline()
                 .map(|(at, _)| at.saturating_duration_since(now));
+            let asked_first = self.asked.values().min();
+            let patience = asked_first.map(|since| ANSWER_PATIENCE.saturating_sub(since.elapsed()));
             tokio::select! {
                 event = self.network.next() => self.network_event(event),
                 event = next_discovery(&mut self.discovery) => self.discovery_event(event),
@@ -456,12 +485,17 @@ impl Loop {
                 },
                 Some(event) = self.store_events.recv() => self.store_event(event),
                 Some(result) = self.results.recv() => self.task_result(result),
+                () = network_changed(&mut self.roaming) => self.network_changed(),
+                // What it wakes for is looked at below.
+                () = self.alarm.rings() => {}
+                () = sleep(patience) => self.doubt_silent(),
                 _ = clock_read.tick() => self.think(Input::ClockRead { unix: unix_time() }),
                 () = sleep(deadline) => self.think(Input::Tick),
             }
             if self.clock.woke() {
                 info!("machine woke from sleep");
                 self.think(Input::ClockRead { unix: unix_time() });
+                self.look_around();
                 self.think(Input::Woke);
             }
         }
@@ -480,6 +514,36 @@ impl Loop {
             // Whoever asked may have stopped waiting.
             let _ = done.send(());
         }
+    }
+
+    fn network_changed(&mut self) {
+        info!("network changed");
+        self.look_around();
+        // After the dials that were given up, so that their back-off is forgotten too.
+        self.think(Input::NetworkChanged);
+    }
+
+    /// Finds out who is still there, and lets go of what was begun on another network.
+    fn look_around(&mut self) {
+        self.unsettled_since = Some(Instant::now());
+        self.network.doubt(|_| true);
+        self.network.give_up_dials();
+        while let Some(event) = self.network.decided() {
+            self.network_event(event);
+        }
+        if let Some(discovery) = &mut self.discovery {
+            discovery.restart();
+        }
+    }
+
+    /// Asks those for a sign of life who owe an answer for too long.
+    fn doubt_silent(&mut self) {
+        let asked = &mut self.asked;
+        let silent: Vec<_> = asked
+            .extract_if(.., |_, since| since.elapsed() >= ANSWER_PATIENCE)
+            .filter_map(|(peer, _)| identity::peer_id_of(peer.as_public_key()))
+            .collect();
+        self.network.doubt(|peer| silent.contains(peer));
     }
 
     /// Gives the mind an input and carries out everything it wants.
@@ -539,7 +603,11 @@ impl Loop {
                 source,
                 ..
             } => self.order(fetch, Order::Open { attempt, source }),
-            Output::StopTransfer { fetch, attempt } => self.order(fetch, Order::Stop { attempt }),
+            Output::StopTransfer { fetch, attempt } => {
+                // It stalled: the provider may be gone, and its next lookup need not find that out.
+                self.network.doubt(|_| true);
+                self.order(fetch, Order::Stop { attempt });
+            }
             Output::FetchFailed { fetch } => {
                 self.order(fetch, Order::Fail);
                 self.fetches.remove(&fetch);
@@ -575,6 +643,8 @@ impl Loop {
             // A peer that reads too slowly loses the link: what it misses it pulls when it is back.
             debug!(%peer, message = message.kind(), %error, "could not send");
             self.network.hangup(id);
+        } else if matches!(message, Message::Lookup { .. }) {
+            self.asked.entry(peer).or_insert_with(Instant::now);
         }
     }
 
@@ -659,7 +729,16 @@ impl Loop {
                 self.fetches.insert(id, orders);
                 self.think(Input::Fetch { fetch: id, narinfo });
             }
-            Command::Report(input) => self.think(input),
+            Command::Report(input) => {
+                if let Input::TransferEnded {
+                    outcome: Err(Blame::Peer),
+                    ..
+                } = &input
+                {
+                    self.network.doubt(|_| true);
+                }
+                self.think(input);
+            }
             Command::FetchDone(fetch) => {
                 self.fetches.remove(&fetch);
                 self.think(Input::FetchDone { fetch });
@@ -777,11 +856,19 @@ impl Loop {
             NetworkEvent::LinkDown { peer, reason } => {
                 if let Some(key) = identity::ed25519_of(&peer) {
                     let peer = PeerId::from_public_key(key);
+                    self.asked.remove(&peer);
                     debug!(%peer, %reason, "link ended");
                     if reason.is_violation() {
                         self.think(Input::Garbage { peer });
                     }
                     self.think(Input::LinkDown { peer });
+                    let is_unsettled = self
+                        .unsettled_since
+                        .is_some_and(|since| since.elapsed() < UNSETTLED);
+                    if is_unsettled && matches!(reason, DownReason::Unresponsive) {
+                        // The change took it, so the change is what there is to get over.
+                        self.think(Input::NetworkChanged);
+                    }
                 }
             }
             NetworkEvent::Frame { peer, bytes } => {
@@ -789,6 +876,7 @@ impl Loop {
                     return;
                 };
                 let peer = PeerId::from_public_key(key);
+                self.asked.remove(&peer);
                 match wire::decode(&bytes) {
                     Ok(message) => self.think(Input::Received { peer, message }),
                     Err(error) => {
@@ -866,6 +954,13 @@ async fn first_address(network: &mut Network) -> SocketAddr {
 async fn next_discovery(discovery: &mut Option<Discovery>) -> DiscoveryEvent {
     match discovery {
         Some(discovery) => discovery.next().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn network_changed(roaming: &mut Option<Roaming>) {
+    match roaming {
+        Some(roaming) => roaming.changed().await,
         None => std::future::pending().await,
     }
 }

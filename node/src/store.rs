@@ -7,14 +7,15 @@
 //!
 //! Invariants: a path is given only while its row is in the database; a NAR whose size differs
 //! from the registered one is refused before its first byte; a stream that cannot continue ends
-//! in an error and never in padding. Holding a [`Nar`] keeps a file descriptor on the path, which
-//! Nix's garbage collector takes for a root if it was open before the collection started.
+//! in an error and never in padding. Holding a [`Nar`] keeps its path from the garbage collector as
+//! far as this machine allows ([`roots`]), until the last stream of it has ended.
 //!
 //! Build logs, the build trace and debug information ([`Records`]) stand beside the seam, so that
 //! nothing which faces peers can come by them.
 
 pub mod database;
 pub mod nar;
+pub mod roots;
 pub mod watcher;
 pub mod memory;
 pub mod shared;
@@ -22,7 +23,13 @@ pub mod log;
 pub mod trace;
 pub mod debug;
 
-use std::{collections::BTreeSet, io, path::PathBuf, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeSet,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
 
 use futures::future::BoxFuture;
 use granary_protocol::{
@@ -41,6 +48,7 @@ pub use nar::{Nar, NarError};
 pub use watcher::StoreEvent;
 
 use nar::{LayoutCache, Opened};
+use roots::Roots;
 
 /// Paths of one batch query: as many as one message between peers asks for (DESIGN §5).
 pub const BATCH_MAX: usize = 256;
@@ -64,7 +72,7 @@ pub trait LocalStore: Send + Sync {
         hashes: Vec<StorePathHash>,
     ) -> BoxFuture<'_, Result<Vec<Option<PathInfo>>, StoreError>>;
 
-    /// Opens the NAR of a path, and holds the path open until the result is dropped.
+    /// Opens the NAR of a path, and holds the path against collection until the result is dropped.
     ///
     /// `None` when the path is valid no longer.
     /// # Errors
@@ -127,6 +135,37 @@ pub struct StoreConfig {
     pub real_dir: PathBuf,
     /// `/nix/var/nix/db/db.sqlite`, or `<root>/nix/var/nix/db/db.sqlite`.
     pub database: PathBuf,
+    /// `/nix/var/nix/daemon-socket/socket`; without a daemon there, paths are held by a file.
+    pub daemon_socket: PathBuf,
+}
+
+impl StoreConfig {
+    /// The store of `nix --store <root>`.
+    pub fn chroot(dir: StoreDir, root: &Path) -> StoreConfig {
+        let database = root.join("nix/var/nix/db/db.sqlite");
+        StoreConfig {
+            real_dir: root.join(dir.as_str().trim_start_matches('/')),
+            daemon_socket: daemon_socket(state_dir(&database)),
+            database,
+            dir,
+        }
+    }
+
+    /// Returns Nix's state folder: `/nix/var/nix`.
+    pub fn state_dir(&self) -> &Path {
+        state_dir(&self.database)
+    }
+}
+
+/// Returns the state folder in which a database stands, as `<state>/db/db.sqlite`.
+pub fn state_dir(database: &Path) -> &Path {
+    let state_dir = database.parent().and_then(Path::parent);
+    state_dir.unwrap_or(Path::new("/"))
+}
+
+/// Returns where the daemon of a store listens.
+pub fn daemon_socket(state_dir: &Path) -> PathBuf {
+    state_dir.join("daemon-socket").join("socket")
 }
 
 /// What Nix keeps beside the store paths. None of it is ever shared with peers.
@@ -184,6 +223,7 @@ pub struct NixStore {
     config: Arc<StoreConfig>,
     database: Arc<Database>,
     layouts: LayoutCache,
+    roots: Roots,
 }
 
 impl NixStore {
@@ -197,6 +237,7 @@ impl NixStore {
         let database = Database::start(config.clone())?;
         database.check().await?;
         Ok(NixStore {
+            roots: Roots::start(&config)?,
             config,
             database: Arc::new(database),
             layouts: LayoutCache::default(),
@@ -244,9 +285,10 @@ impl LocalStore for NixStore {
 
     fn nar<'a>(&'a self, info: &'a PathInfo) -> BoxFuture<'a, Result<Option<Nar>, StoreError>> {
         Box::pin(async move {
-            // Held open first, checked second: a collection that starts in between spares the
-            // path, and one that was running has deleted the row before it touches the files.
-            let Some(opened) = Opened::open(&self.config, &info.store_path).await? else {
+            // Held first, checked second: a collection that starts in between spares the path,
+            // and one that was running has deleted the row before it touches the files.
+            let hold = self.roots.hold(&info.store_path).await;
+            let Some(opened) = Opened::open(&self.config, &info.store_path, hold).await? else {
                 return Ok(None);
             };
             if !self.is_valid(info).await? {

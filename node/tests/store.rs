@@ -121,11 +121,7 @@ impl RealStore {
 }
 
 fn config(root: &Path) -> StoreConfig {
-    StoreConfig {
-        dir: StoreDir::default(),
-        real_dir: root.join("nix/store"),
-        database: root.join("nix/var/nix/db/db.sqlite"),
-    }
+    StoreConfig::chroot(StoreDir::default(), root)
 }
 
 /// Runs a program of the real nix on the store at `root` and returns what it prints.

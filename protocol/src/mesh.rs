@@ -465,6 +465,33 @@ impl Mesh {
         self.lookup_events(index, events, now);
     }
 
+    fn gossip_events(
+        &mut self,
+        index: &mut dyn AvailabilityIndex,
+        events: Vec<gossip::Event>,
+        now: Instant,
+    ) {
+        for event in events {
+            match event {
+                gossip::Event::Send { to, message } => self.send(to, message),
+                gossip::Event::Nonsense { from } => {
+                    let events = self.membership.refuse(from, Refusal::Garbage, now);
+                    self.member_events(index, events, now);
+                }
+                gossip::Event::BeganEpoch => self.tell_own_cursor(),
+                gossip::Event::Changed {
+                    from,
+                    head,
+                    news,
+                    added,
+                } => {
+                    self.lookups.announced(added);
+                    self.set_changed(index, from, &head, news);
+                }
+            }
+        }
+    }
+
     fn member_events(
         &mut self,
         index: &mut dyn AvailabilityIndex,

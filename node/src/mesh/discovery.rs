@@ -216,15 +216,10 @@ impl Discovery {
         }
     }
 
-    fn start_again(&mut self) {
-        if !self.has_warned {
-            self.has_warned = true;
-            let port = self.config.mdns_port;
-            warn!(
-                port,
-                "announced nothing by mDNS, neighbours will not be found; is the port free and a network up?"
-            );
-        }
+    /// Leaves and begins anew, after the network changed.
+    ///
+    /// mdns-sd looks for new interfaces every few seconds only, and does not ask again on one that came back.
+    pub fn restart(&mut self) {
         self.silent_until = Some(Instant::now() + SILENCE_MAX);
         match start(&self.config) {
             Ok((daemon, browser)) => {
@@ -236,6 +231,18 @@ impl Discovery {
             }
             Err(error) => debug!(%error, "failed to start mDNS again"),
         }
+    }
+
+    fn start_again(&mut self) {
+        if !self.has_warned {
+            self.has_warned = true;
+            let port = self.config.mdns_port;
+            warn!(
+                port,
+                "announced nothing by mDNS, neighbours will not be found; is the port free and a network up?"
+            );
+        }
+        self.restart();
     }
 
     fn take(&mut self, event: ServiceEvent) -> Option<DiscoveryEvent> {

@@ -9,7 +9,7 @@
 //!
 //! Several connections arise when both sides dial at once. Whoever dialled a connection that is not needed closes it.
 //! A leader who finds that the other side keeps such a connection concludes that its link is dead over there,
-//! and moves to the new one after [`REDUNDANT_GRACE`]; a laptop that changed networks need not wait for a ping to fail.
+//! and moves to the new one after [`REDUNDANT_GRACE`]; a laptop that changed networks need not wait for a pulse to be missed.
 //!
 //! Invariants: a frame that [`Links::send`] accepted arrives, in order and once, or `LinkDown` follows; frames of one
 //! peer reach the consumer between its `LinkUp` and its `LinkDown`; queues are bounded in frames and in bytes, and
@@ -67,7 +67,7 @@ pub const OPEN_DEADLINE: Duration = Duration::from_secs(10);
 pub const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// How long a leader lets the dialler of a second connection close it by itself: a few round trips on a busy machine.
-pub const REDUNDANT_GRACE: Duration = Duration::from_secs(2);
+pub const REDUNDANT_GRACE: Duration = Duration::from_secs(1);
 
 /// Small frames are written together up to this many bytes, to save a yamux frame and an encryption for each.
 const BATCH_BYTES: usize = 64 << 10;
@@ -151,7 +151,7 @@ pub enum DownReason {
     WriteStalled { after: Duration },
     #[error("the peer did not finish a frame for {after:?}")]
     ReadStalled { after: Duration },
-    #[error("the peer did not answer pings")]
+    #[error("the peer gave no sign of life")]
     Unresponsive,
     #[error("the peer does not speak {PROTOCOL}")]
     ProtocolUnsupported,
@@ -304,7 +304,7 @@ impl Links {
         self.close_all(peer, DownReason::HungUp, Unread::Dropped);
     }
 
-    /// Ends one connection for a reason that was found outside, such as a failed ping.
+    /// Ends one connection for a reason that was found outside, such as a missing pulse.
     pub fn fail(&mut self, connection: ConnectionId, reason: DownReason) {
         self.end(connection, reason, Unread::Delivered);
     }
@@ -700,7 +700,7 @@ async fn read_frames(source: impl AsyncRead + Unpin, pipe: &Pipe, limits: &Limit
     let mut source = BufReader::with_capacity(READ_BYTES, source);
     loop {
         pipe.incoming_room(limits).await;
-        // Between frames a link may be silent for as long as it likes: ping watches the connection.
+        // Between frames a link may be silent for as long as it likes: the pulse watches the connection.
         match source.fill_buf().await {
             Ok([]) => return DownReason::ClosedByPeer,
             Ok(_) => {}

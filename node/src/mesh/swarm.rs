@@ -22,11 +22,12 @@ use libp2p::core::upgrade::Version;
 use libp2p::multiaddr::{Multiaddr, Protocol};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{Config, ConnectionId, NetworkBehaviour, Swarm, SwarmEvent};
-use libp2p::{PeerId, Transport, noise, ping, tcp, yamux};
+use libp2p::{PeerId, Transport, noise, tcp, yamux};
 use tokio::time::Sleep;
 use tracing::{debug, warn};
 
 use super::links::{self, DownReason, Limits, Links, SendError};
+use super::pulse::{Missed, Pulse};
 use crate::identity::Identity;
 
 /// Connections to one peer: one in use, one from a simultaneous dial, and one of each kind that is still being closed.
@@ -45,18 +46,13 @@ const PENDING_OUTBOUND_MAX: u32 = 64;
 /// From TCP connect to yamux: three round trips and two signatures, with room for a loaded machine.
 const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
-/// Time between pings; together with [`PING_TIMEOUT`] a vanished peer is noticed in less than a minute
-/// (libp2p forgives the first failure).
-const PING_INTERVAL: Duration = Duration::from_secs(15);
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// How long closing a connection may take to flush last words to a peer that may not be reading.
 const CLOSE_DEADLINE: Duration = Duration::from_secs(2);
 
 /// Never reached, since links keep their connection: libp2p's 10 s would make peers flap if that ever changed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(24 * 60 * 60);
 
-/// Substreams of one connection: the link, a ping in each direction, and surplus ones on their way out.
+/// Substreams of one connection: the link, a pulse in each direction, and surplus ones on their way out.
 const SUBSTREAMS_MAX: usize = 16;
 
 /// Addresses of one dial. A machine has a few; a longer list is somebody making us scan a network.
@@ -107,6 +103,8 @@ pub enum DialError {
     Denied,
     #[error("we hung up")]
     HungUp,
+    #[error("the network changed")]
+    NetworkChanged,
     #[error("{}", describe(.0))]
     Unreachable(Vec<(SocketAddr, io::Error)>),
     #[error("the connection ended before there was a link: {0}")]
@@ -151,7 +149,7 @@ struct Dial {
 #[derive(NetworkBehaviour)]
 struct Behaviour {
     limits: connection_limits::Behaviour,
-    ping: ping::Behaviour,
+    pulse: Pulse,
     // Last, so that it makes no handler for a connection that the limits deny.
     links: Links,
 }
@@ -187,11 +185,7 @@ impl Network {
                     .with_max_established(Some(CONNECTIONS_MAX))
                     .with_max_established_per_peer(Some(CONNECTIONS_PER_PEER_MAX)),
             ),
-            ping: ping::Behaviour::new(
-                ping::Config::new()
-                    .with_interval(PING_INTERVAL)
-                    .with_timeout(PING_TIMEOUT),
-            ),
+            pulse: Pulse::default(),
             links: Links::new(me, limits),
         };
         let config = Config::with_tokio_executor()
@@ -299,6 +293,22 @@ impl Network {
         self.swarm.behaviour_mut().links.send(peer, frame)
     }
 
+    /// Asks linked peers for a sign of life at once; one that gives none within a second loses its link.
+    pub fn doubt(&mut self, is_doubted: impl Fn(&PeerId) -> bool) {
+        self.swarm.behaviour_mut().pulse.feel(is_doubted);
+    }
+
+    /// Gives up every dial under way, each with a `DialFailed`: they were begun on another network.
+    pub fn give_up_dials(&mut self) {
+        for (_, Dial { peer, addresses }) in std::mem::take(&mut self.dials) {
+            if let Some(peer) = peer {
+                // The answer says only whether there was a connection.
+                let _ = self.swarm.disconnect_peer_id(peer);
+            }
+            self.dial_failed(peer, addresses, DialError::NetworkChanged);
+        }
+    }
+
     /// Closes all connections to a peer and gives up dialling it. `LinkDown` follows if there was a link,
     /// and no frame of that peer comes any more.
     pub fn hangup(&mut self, peer: PeerId) {
@@ -322,6 +332,11 @@ impl Network {
         }
     }
 
+    /// The next event that needs no waiting for the network: what was decided here.
+    pub fn decided(&mut self) -> Option<NetworkEvent> {
+        self.events.pop_front()
+    }
+
     fn start_dial(&mut self, options: DialOpts, peer: Option<PeerId>, addresses: Vec<SocketAddr>) {
         let connection = options.connection_id();
         match self.swarm.dial(options) {
@@ -343,17 +358,10 @@ impl Network {
     fn translate(&mut self, event: SwarmEvent<BehaviourEvent>) -> Option<NetworkEvent> {
         match event {
             SwarmEvent::Behaviour(BehaviourEvent::Links(event)) => self.translate_link(event),
-            SwarmEvent::Behaviour(BehaviourEvent::Ping(event)) => {
-                match event.result {
-                    Ok(rtt) => {
-                        tracing::trace!(peer = %event.peer, rtt_us = rtt.as_micros(), "measured round trip");
-                    }
-                    Err(error) => {
-                        debug!(peer = %event.peer, %error, "missed ping");
-                        let links = &mut self.swarm.behaviour_mut().links;
-                        links.fail(event.connection, DownReason::Unresponsive);
-                    }
-                }
+            SwarmEvent::Behaviour(BehaviourEvent::Pulse(Missed { peer, connection })) => {
+                debug!(%peer, "felt no pulse");
+                let links = &mut self.swarm.behaviour_mut().links;
+                links.fail(connection, DownReason::Unresponsive);
                 None
             }
             SwarmEvent::NewListenAddr { address, .. } => socket_addr_of(&address)

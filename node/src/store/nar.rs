@@ -34,6 +34,7 @@ use rustix::{
 };
 use tokio::task::{JoinHandle, spawn_blocking};
 
+use super::roots::Hold;
 use super::{PathInfo, StoreConfig, StoreError};
 
 /// Bytes of one chunk: large enough that the hop to the blocking pool (some 10 µs) does not show,
@@ -253,6 +254,8 @@ pub(super) struct Opened {
     root: OwnedFd,
     stat: Stat,
     store_path: StorePath,
+    /// Keeps the path until the last stream is done; `None` when there is no way to.
+    _hold: Option<Hold>,
 }
 
 impl Opened {
@@ -260,6 +263,7 @@ impl Opened {
     pub(super) async fn open(
         config: &Arc<StoreConfig>,
         store_path: &StorePath,
+        hold: Option<Hold>,
     ) -> Result<Option<Arc<Opened>>, StoreError> {
         let config = config.clone();
         let store_path = store_path.clone();
@@ -282,6 +286,7 @@ impl Opened {
                     stat: fstat(&root)?,
                     root,
                     store_path,
+                    _hold: hold,
                 })
             });
             match opened {

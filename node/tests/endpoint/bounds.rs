@@ -216,6 +216,7 @@ fn endpoint(folder: &std::path::Path, store: Arc<dyn LocalStore>) -> SocketAddr 
         dir: StoreDir::default(),
         real_dir: folder.to_owned(),
         database: folder.join("db.sqlite"),
+        daemon_socket: folder.join("socket"),
     });
     let database = Arc::new(Database::start(store_config.clone()).unwrap());
     let endpoint = Substituter::new(&config, TaskTracker::new());

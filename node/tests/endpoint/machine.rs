@@ -115,6 +115,11 @@ impl Machine {
         let folder = TempDir::new().unwrap();
         let file = folder.path().join(name);
         fs::write(&file, noise(bytes)).unwrap();
+        self.add_file(&file)
+    }
+
+    /// Adds a file or folder and signs the path.
+    pub fn add_file(&self, file: &Path) -> Sample {
         let path = self.nix("nix-store", &["--add", file.to_str().unwrap()]);
         let secret = self.folder().join("secret");
         fs::write(&secret, key("test-1").to_nix_string().as_bytes()).unwrap();

@@ -16,3 +16,4 @@ mod restart;
 mod routes;
 mod start;
 mod strangers;
+mod roots;

@@ -98,6 +98,7 @@ impl Lan {
                 peers: Vec::new(),
                 trusted_keys: vec![self.builder_key.public.clone()],
                 deny: Vec::new(),
+                transfer: SocketAddr::from((Ipv4Addr::UNSPECIFIED, TRANSFER_PORT)),
             },
             name: name.to_owned(),
             may_log_errors: false,
@@ -114,6 +115,8 @@ pub struct Settings {
     pub peers: Vec<String>,
     pub trusted_keys: Vec<String>,
     pub deny: Vec<String>,
+    /// Where the data plane listens.
+    pub transfer: SocketAddr,
 }
 
 /// One machine on the LAN. Dropping it ends the node, then fails the test over ERROR lines.
@@ -207,11 +210,13 @@ impl Machine {
     }
 
     pub fn signal(&self, signal: Signal) {
-        let node = self
-            .node
-            .as_ref()
-            .unwrap_or_else(|| panic!("{} has no node running", self.name));
-        kill_process(Pid::from_child(node), signal).expect("signal the node");
+        kill_process(self.pid(), signal).expect("signal the node");
+    }
+
+    /// The process of the running node.
+    pub fn pid(&self) -> Pid {
+        let node = self.node.as_ref();
+        Pid::from_child(node.unwrap_or_else(|| panic!("{} has no node running", self.name)))
     }
 
     pub fn is_running(&mut self) -> bool {
@@ -367,6 +372,7 @@ impl Machine {
             peers,
             trusted_keys,
             deny,
+            transfer,
         } = &self.settings;
         let mesh_key = mesh_key
             .as_ref()
@@ -381,7 +387,7 @@ impl Machine {
              [store]\ndir = \"/nix/store\"\nreal-dir = {:?}\ndatabase = {:?}\n\
              [substituter]\nlisten = \"127.0.0.1:{SUBSTITUTER_PORT}\"\npriority = 10\n\
              [mesh]\n{mesh_key}{certificate}\
-             listen = [\"0.0.0.0:{MESH_PORT}\"]\ntransfer = [\"0.0.0.0:{TRANSFER_PORT}\"]\n\
+             listen = [\"0.0.0.0:{MESH_PORT}\"]\ntransfer = [\"{transfer}\"]\n\
              mdns = {mdns}\npeers = {peers:?}\ninterfaces = []\n\
              [trust]\nkeys = {trusted_keys:?}\n\
              [share]\nenable = true\ndeny = {deny:?}\n",

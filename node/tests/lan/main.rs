@@ -19,9 +19,12 @@ mod nix;
 mod machine;
 mod admission;
 mod status;
+mod proxy;
 
 mod substitution;
 mod freshness;
 mod strangers;
 mod corruption;
 mod garbage;
+mod roaming;
+mod faults;

@@ -56,6 +56,10 @@ impl Bridge {
     pub fn plug(&self, name: &str) -> Namespace {
         let port = self.ports.fetch_add(1, Ordering::Relaxed) + 1;
         let mut namespace = Namespace::new(format!("{}-{name}", self.prefix));
+        namespace.cable = Some(Cable {
+            bridge: self.namespace.name.clone(),
+            port: format!("port{port}"),
+        });
         namespace.address =
             Ipv4Addr::new(10, 47, 0, u8::try_from(port).expect("at most 254 ports"));
         let (own, bridge) = (&namespace.name, &self.namespace.name);
@@ -77,6 +81,8 @@ pub struct Namespace {
     pub name: String,
     /// Its address on the bridge; the loopback address of one that is not plugged.
     pub address: Ipv4Addr,
+    /// `None` when it is not plugged.
+    cable: Option<Cable>,
 }
 
 impl Namespace {
@@ -85,9 +91,24 @@ impl Namespace {
         let namespace = Namespace {
             name,
             address: Ipv4Addr::LOCALHOST,
+            cable: None,
         };
         ip(&format!("-n {} link set lo up", namespace.name));
         namespace
+    }
+
+    /// Runs `ip` with these arguments inside.
+    pub fn ip(&self, arguments: &str) {
+        ip(&format!("-n {} {arguments}", self.name));
+    }
+
+    pub fn cable(&self) -> Cable {
+        self.cable.clone().expect("a namespace on a bridge")
+    }
+
+    /// What a thread of its own needs to enter.
+    pub fn entrance(&self) -> Entrance {
+        Entrance(self.name.clone())
     }
 
     /// A command that runs inside, and that is killed when the test's process dies.
@@ -109,19 +130,61 @@ impl Namespace {
     pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         thread::scope(|scope| {
             let inside = scope.spawn(|| {
-                let file =
-                    File::open(Path::new(NAMESPACES).join(&self.name)).expect("open namespace");
-                move_into_link_name_space(
-                    std::os::fd::AsFd::as_fd(&file),
-                    Some(LinkNameSpaceType::Network),
-                )
-                .expect("enter namespace");
+                self.entrance().enter();
                 work()
             });
             inside
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
         })
+    }
+}
+
+/// The way from a bridge to a machine.
+#[derive(Clone)]
+pub struct Cable {
+    bridge: String,
+    port: String,
+}
+
+impl Cable {
+    /// `eth0` has no carrier.
+    pub fn pull(&self) {
+        self.set("down");
+    }
+
+    pub fn plug(&self) {
+        self.set("up");
+    }
+
+    /// Has the bridge drop every packet from and to the machine, which hears nothing of it.
+    pub fn swallow_packets(&self) {
+        self.set("nomaster");
+    }
+
+    pub fn pass_packets(&self) {
+        self.set("master bridge");
+    }
+
+    fn set(&self, change: &str) {
+        let Cable { bridge, port } = self;
+        ip(&format!("-n {bridge} link set {port} {change}"));
+    }
+}
+
+/// Where a namespace is entered.
+#[derive(Clone)]
+pub struct Entrance(String);
+
+impl Entrance {
+    /// From here on, the sockets of this thread belong to the namespace.
+    pub fn enter(&self) {
+        let file = File::open(Path::new(NAMESPACES).join(&self.0)).expect("open namespace");
+        move_into_link_name_space(
+            std::os::fd::AsFd::as_fd(&file),
+            Some(LinkNameSpaceType::Network),
+        )
+        .expect("enter namespace");
     }
 }
 

@@ -21,6 +21,20 @@ impl Status {
             .collect()
     }
 
+    /// How many peers are linked and known to hold so many paths.
+    pub fn linked_with_paths(&self, paths: u64) -> usize {
+        let peers = self.0["peers"].as_array().into_iter().flatten();
+        peers
+            .filter(|peer| peer["state"].as_str() == Some("linked"))
+            .filter(|peer| peer["paths"].as_u64() >= Some(paths))
+            .count()
+    }
+
+    pub fn is_quarantined(&self, peer_id: &str) -> bool {
+        let mut peers = self.0["peers"].as_array().into_iter().flatten();
+        peers.any(|peer| peer["peer_id"].as_str() == Some(peer_id) && !peer["quarantine"].is_null())
+    }
+
     /// How many paths this node holds for others.
     pub fn paths_held(&self) -> u64 {
         self.0["paths_held"]

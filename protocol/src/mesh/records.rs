@@ -5,7 +5,7 @@
 
 use std::time::Instant;
 
-use super::{Mesh, Refusal, gossip};
+use super::{Mesh, Refusal};
 use crate::announcement::SignedHead;
 use crate::availability::{AvailabilityIndex, Cursor};
 use crate::contact::{NotAContact, SignedContact};
@@ -15,45 +15,28 @@ use crate::peer::PeerId;
 use crate::wire;
 
 impl Mesh {
-    /// Everything that is said about writers, and is not of this node's own log.
-    pub(super) fn gossip_events(
+    /// A writer's set changed here: keeps the proof, and passes the news on.
+    pub(super) fn set_changed(
         &mut self,
         index: &mut dyn AvailabilityIndex,
-        events: Vec<gossip::Event>,
-        now: Instant,
+        from: PeerId,
+        head: &SignedHead,
+        mut news: Message,
     ) {
-        for event in events {
-            match event {
-                gossip::Event::Send { to, message } => self.send(to, message),
-                gossip::Event::Nonsense { from } => {
-                    let events = self.membership.refuse(from, Refusal::Garbage, now);
-                    self.member_events(index, events, now);
-                }
-                gossip::Event::BeganEpoch => self.tell_own_cursor(),
-                gossip::Event::Changed {
-                    from,
-                    head,
-                    mut news,
-                    added,
-                } => {
-                    let (writer, cursor) = (head.head().writer, head.head().cursor);
-                    let Some(contact) = self.membership.contact(&writer) else {
-                        continue;
-                    };
-                    self.lookups.announced(added);
-                    let number = contact.contact().number;
-                    index.keep_proof(&writer, &wire::encode_proof(contact, &head));
-                    self.gossip.learned(&writer, number, Some(cursor));
-                    if let Message::Cursors { cursors, .. } = &mut news {
-                        for known in cursors {
-                            known.contact = number;
-                        }
-                    }
-                    if self.membership.relays() {
-                        self.tell_neighbours(&news, &[from, writer]);
-                    }
-                }
+        let (writer, cursor) = (head.head().writer, head.head().cursor);
+        let Some(contact) = self.membership.contact(&writer) else {
+            return;
+        };
+        let number = contact.contact().number;
+        index.keep_proof(&writer, &wire::encode_proof(contact, head));
+        self.gossip.learned(&writer, number, Some(cursor));
+        if let Message::Cursors { cursors, .. } = &mut news {
+            for known in cursors {
+                known.contact = number;
             }
+        }
+        if self.membership.relays() {
+            self.tell_neighbours(&news, &[from, writer]);
         }
     }
 
