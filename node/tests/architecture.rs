@@ -38,6 +38,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "listener",
         ],
     ),
+    // The durable role knows its own files only.
+    ("anchor", &[]),
     // The daemon wires everything, and only the command line and the demo start one.
     (
         "daemon",

@@ -13,6 +13,7 @@ pub mod signature;
 pub mod narinfo;
 pub mod cache_info;
 pub mod nar;
+pub mod seekable;
 pub mod peer;
 pub mod certificate;
 pub mod contact;

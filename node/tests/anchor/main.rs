@@ -1,0 +1,6 @@
+//! The anchor: its storage, what it keeps, and what real clients see.
+//!
+//! S3 is served in process by `s3s-fs` behind a lock, with a hook that makes it fail ([`s3`]).
+
+mod s3;
+mod storage;
