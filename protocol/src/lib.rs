@@ -17,6 +17,7 @@ pub mod seekable;
 pub mod peer;
 pub mod certificate;
 pub mod contact;
+pub mod token;
 pub mod sharing;
 pub mod announcement;
 pub mod wire;
