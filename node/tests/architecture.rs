@@ -38,8 +38,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "listener",
         ],
     ),
-    // The durable role knows its own files only.
-    ("anchor", &[]),
+    // The durable role knows its own files, and how answers and ranges are written.
+    ("anchor", &["serve"]),
     // The daemon wires everything, and only the command line and the demo start one.
     (
         "daemon",
@@ -76,6 +76,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "daemon",
             "loopback",
             "demo",
+            "clock", "config", "identity", "store", "status", "daemon", "loopback", "demo",
+            "anchor",
         ],
     ),
 ];

@@ -2,5 +2,11 @@
 //!
 //! S3 is served in process by `s3s-fs` behind a lock, with a hook that makes it fail ([`s3`]).
 
+mod access;
+mod attic;
+mod command;
+mod nix;
+mod reading;
+mod rig;
 mod s3;
 mod storage;
