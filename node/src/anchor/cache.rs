@@ -112,7 +112,7 @@ impl FromStr for CacheName {
 
 /// What can be configured about a cache; `cache.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+#[serde(deny_unknown_fields)]
 pub struct Settings {
     /// Whether anybody may read it.
     pub public: bool,
@@ -432,7 +432,7 @@ mod tests {
             &settings.to_json().replace("\"public\"", "\"pubic\""),
             &settings
                 .to_json()
-                .replace("\"upstream-keys\": []", "\"upstream-keys\": [\"a\\nb\"]"),
+                .replace("\"upstream_keys\": []", "\"upstream_keys\": [\"a\\nb\"]"),
         ] {
             assert!(Settings::from_json(bad.as_bytes()).is_err(), "{bad}");
         }

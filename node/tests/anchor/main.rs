@@ -5,6 +5,7 @@
 mod access;
 mod attic;
 mod command;
+mod hostile;
 mod nix;
 mod reading;
 mod rig;
