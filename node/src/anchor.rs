@@ -41,6 +41,7 @@ pub mod http;
 pub mod read;
 pub mod put;
 pub mod attic;
+pub mod uploads;
 pub mod rebuild;
 pub mod server;
 
@@ -120,6 +121,7 @@ pub struct Anchor {
     nar_bytes_max: u64,
     locks: Locks,
     intakes: Semaphore,
+    uploads: uploads::Uploads,
     /// Serialises what reads settings, changes and writes them.
     administration: tokio::sync::Mutex<()>,
     used: Mutex<BTreeSet<(i64, StorePathHash)>>,
@@ -173,6 +175,7 @@ impl Anchor {
             catalog,
             locks: Locks::default(),
             intakes: Semaphore::new(INTAKES_PARALLEL),
+            uploads: uploads::Uploads::default(),
             administration: tokio::sync::Mutex::new(()),
             used: Mutex::default(),
         }))

@@ -1,6 +1,7 @@
 //! The command line. Parses, calls, prints; exit status 0 for success, 1 for failure, 2 for misuse.
 
 mod anchor;
+mod push;
 
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -64,6 +65,8 @@ enum Command {
     Token(anchor::TokenArguments),
     /// Remove paths from a cache of the anchor. Run where the anchor runs.
     Rm(anchor::RmArguments),
+    /// Push paths and all they reference to a cache of an anchor.
+    Push(push::Arguments),
     /// Show what the running node knows and did.
     Status {
         #[command(flatten)]
@@ -191,6 +194,7 @@ async fn execute(command: Command) -> Result<()> {
         Command::Cache(arguments) => anchor::cache(arguments).await,
         Command::Token(arguments) => anchor::token(arguments).await,
         Command::Rm(arguments) => anchor::rm(arguments).await,
+        Command::Push(arguments) => push::run(arguments).await,
         Command::Status { config, json } => {
             let text = ask(&config.load()?, "/api/v1/status").await?;
             let text = text.context("the node is still opening its store")?;

@@ -14,6 +14,7 @@ pub mod mesh;
 pub mod status;
 pub mod substituter;
 pub mod anchor;
+pub mod upload;
 pub mod daemon;
 pub mod loopback;
 pub mod demo;

@@ -40,6 +40,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     // The durable role knows its own files, and how answers and ranges are written.
     ("anchor", &["serve"]),
+    // It sends what the store has, to whatever anchor; it shares no code with that.
+    ("upload", &["store"]),
     // The daemon wires everything, and only the command line and the demo start one.
     (
         "daemon",
@@ -77,7 +79,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "loopback",
             "demo",
             "clock", "config", "identity", "store", "status", "daemon", "loopback", "demo",
-            "anchor",
+            "anchor", "upload",
         ],
     ),
 ];

@@ -5,6 +5,7 @@
 //! GET    /<cache>/nix-cache-info  /<cache>/<hash>.narinfo  /<cache>/nar/…  /<cache>/log/… …   read.rs
 //! PUT    the same                                                                             put.rs
 //! POST   /api/v1/caches/<cache>/narinfos                                                      read.rs
+//! *      /api/v1/caches/<cache>/missing  …/uploads                                              uploads.rs
 //! *      /_api/v1/…  /<cache>/attic-cache-info                                                attic.rs
 //! ```
 //!
@@ -40,7 +41,7 @@ use super::catalog::{CacheRow, CatalogError};
 use super::ingest::IngestError;
 use super::object_store::StorageError;
 use super::tokens::{Bearer, Denied};
-use super::{Anchor, attic, put, read};
+use super::{Anchor, attic, put, read, uploads};
 use crate::serve::respond::{self, Body};
 
 /// Connections at once; beyond it new ones wait. Nix opens 25, an office has some dozens of machines.
@@ -280,7 +281,10 @@ async fn answer(
     let started = Instant::now();
     let (parts, mut body) = request.into_parts();
     let is_nar = is_below_nar(parts.uri.path());
-    let is_nix_put = parts.method == Method::PUT && !parts.uri.path().starts_with("/_api/");
+    let is_api = ["/_api/", "/api/"]
+        .iter()
+        .any(|api| parts.uri.path().starts_with(api));
+    let is_nix_put = parts.method == Method::PUT && !is_api;
     let outcome = route(anchor, &parts, &mut body).await;
     let mut response = match outcome {
         Ok(response) => response,
@@ -352,6 +356,9 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
         ["_api", "v1", rest @ ..] => attic::answer(anchor, parts, rest, body).await,
         ["api", "v1", "caches", cache, "narinfos"] if parts.method == Method::POST => {
             read::narinfos(anchor, parts, cache, body).await
+        }
+        ["api", "v1", "caches", cache, rest @ ..] => {
+            uploads::answer(anchor, parts, cache, rest, body).await
         }
         ["" | "api" | "_api" | "health" | "metrics", ..] => {
             Err(Refusal::not_found("there is nothing at this address"))

@@ -176,15 +176,7 @@ impl Anchor {
                 promised: narinfo.nar_size,
             });
         }
-        if narinfo.ca.is_some()
-            && let Err(source) = narinfo.verify_content_address(&dir)
-        {
-            return Err(IngestError::ContentAddress {
-                path: narinfo.store_path,
-                source: Box::new(source),
-            });
-        }
-        self.check_references(cache, &narinfo).await?;
+        self.check_claims(cache, &narinfo).await?;
         let hash = narinfo.store_path.hash();
         let previous = self.catalog.path(cache.id, hash).await?;
         if let Some(previous) = &previous {
@@ -229,6 +221,24 @@ impl Anchor {
         self.storage.put(&key, text.clone().into()).await?;
         self.catalog.finish_path(cache.id, hash, text).await?;
         Ok(())
+    }
+
+    /// Checks what is claimed about a path, apart from its NAR.
+    pub(super) async fn check_claims(
+        &self,
+        cache: &CacheRow,
+        narinfo: &NarInfo,
+    ) -> Result<(), IngestError> {
+        let dir = cache.settings.store_dir()?;
+        if narinfo.ca.is_some()
+            && let Err(source) = narinfo.verify_content_address(&dir)
+        {
+            return Err(IngestError::ContentAddress {
+                path: narinfo.store_path.clone(),
+                source: Box::new(source),
+            });
+        }
+        self.check_references(cache, narinfo).await
     }
 
     /// Every reference must be here, unless the cache leaves some to an upstream.

@@ -7,6 +7,7 @@ mod attic;
 mod command;
 mod hostile;
 mod nix;
+mod pushing;
 mod reading;
 mod rig;
 mod s3;
