@@ -1,5 +1,8 @@
 //! The command line. Parses, calls, prints; exit status 0 for success, 1 for failure, 2 for misuse.
 
+mod anchor;
+mod push;
+
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -54,6 +57,16 @@ enum Command {
     /// Make a mesh, and admit machines to it.
     #[command(subcommand)]
     Mesh(MeshCommand),
+    /// Run an anchor: durable storage of caches, signed centrally.
+    Anchor(anchor::Arguments),
+    /// Make and manage the anchor's caches. Run where the anchor runs.
+    Cache(anchor::CacheArguments),
+    /// Make, list and revoke tokens for the anchor. Run where the anchor runs.
+    Token(anchor::TokenArguments),
+    /// Remove paths from a cache of the anchor. Run where the anchor runs.
+    Rm(anchor::RmArguments),
+    /// Push paths and all they reference to a cache of an anchor.
+    Push(push::Arguments),
     /// Show what the running node knows and did.
     Status {
         #[command(flatten)]
@@ -177,6 +190,11 @@ async fn execute(command: Command) -> Result<()> {
             allow,
             days,
         }) => mesh_admit(peer_id, &key_file, &out, name, allow, days),
+        Command::Anchor(arguments) => anchor::run(arguments).await,
+        Command::Cache(arguments) => anchor::cache(arguments).await,
+        Command::Token(arguments) => anchor::token(arguments).await,
+        Command::Rm(arguments) => anchor::rm(arguments).await,
+        Command::Push(arguments) => push::run(arguments).await,
         Command::Status { config, json } => {
             let text = ask(&config.load()?, "/api/v1/status").await?;
             let text = text.context("the node is still opening its store")?;

@@ -34,6 +34,7 @@ pub struct Config {
     pub share: Share,
     pub trust: Trust,
     pub limits: Limits,
+    pub anchor_server: AnchorServer,
 }
 
 /// `[store]`: the Nix store of this machine.
@@ -112,6 +113,37 @@ pub struct Limits {
     pub streams_per_peer: usize,
 }
 
+/// `[anchor-server]`: what `granary anchor` runs.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct AnchorServer {
+    pub listen: SocketAddr,
+    /// `file:///folder` or `s3://bucket/prefix`. Default: `storage` in the state folder.
+    pub storage: Option<String>,
+    /// Made at the first start; empty for none.
+    pub default_cache: String,
+    /// Largest NAR taken in, in bytes.
+    pub nar_bytes_max: u64,
+    /// A file with the key that proves tokens of Attic.
+    pub attic_token_key_file: Option<PathBuf>,
+    pub s3: S3,
+}
+
+/// `[anchor-server.s3]`: what is not in the storage's URL.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct S3 {
+    /// `https://host:port`; AWS when absent.
+    pub endpoint: Option<String>,
+    pub region: Option<String>,
+    /// Default: the systemd credential `s3`, else AWS's variables of the environment.
+    pub credentials_file: Option<PathBuf>,
+    /// Certificates (PEM) trusted beside the system's.
+    pub ca_file: Option<PathBuf>,
+    /// The bucket stands in the host name.
+    pub virtual_hosted: bool,
+}
+
 /// Why there is no configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -137,6 +169,21 @@ impl Default for Config {
             share: Share::default(),
             trust: Trust::default(),
             limits: Limits::default(),
+            anchor_server: AnchorServer::default(),
+        }
+    }
+}
+
+impl Default for AnchorServer {
+    fn default() -> AnchorServer {
+        AnchorServer {
+            listen: SocketAddr::from(([0, 0, 0, 0], 4730)),
+            storage: None,
+            default_cache: "main".to_owned(),
+            // Far above real ones, far below what a hostile pusher would need to fill a disk at once.
+            nar_bytes_max: 128 << 30,
+            attic_token_key_file: None,
+            s3: S3::default(),
         }
     }
 }
@@ -269,6 +316,19 @@ impl Config {
 
     pub fn index_file(&self) -> PathBuf {
         self.state_dir.join("index.sqlite")
+    }
+
+    /// The folder of the anchor's catalog, keys and spool.
+    pub fn anchor_dir(&self) -> PathBuf {
+        self.state_dir.join("anchor")
+    }
+
+    /// Where the anchor keeps its objects.
+    pub fn anchor_storage(&self) -> String {
+        match &self.anchor_server.storage {
+            Some(storage) => storage.clone(),
+            None => format!("file://{}", self.state_dir.join("storage").display()),
+        }
     }
 
     pub fn store_config(&self) -> StoreConfig {
@@ -448,6 +508,18 @@ mod tests {
             keys = []
             [limits]
             streams-per-peer = 4
+            [anchor-server]
+            listen = "0.0.0.0:3"
+            storage = "s3://bucket/prefix"
+            default-cache = "team"
+            nar-bytes-max = 1000
+            attic-token-key-file = "/a"
+            [anchor-server.s3]
+            endpoint = "http://127.0.0.1:9000"
+            region = "garage"
+            credentials-file = "/k"
+            ca-file = "/ca"
+            virtual-hosted = true
             "#,
         )
         .unwrap();
@@ -456,6 +528,8 @@ mod tests {
         assert_eq!(config.substituter.listen.len(), 2);
         assert_eq!(config.identity_file(), PathBuf::from("/s/identity"));
         assert!(config.share.deny[1].is_match("my.key"));
+        assert_eq!(config.anchor_storage(), "s3://bucket/prefix");
+        assert_eq!(config.anchor_dir(), PathBuf::from("/s/anchor"));
         assert_eq!(
             config.store_config().real_dir,
             PathBuf::from("/x/nix/store")

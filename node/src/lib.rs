@@ -13,6 +13,8 @@ pub mod binary_cache;
 pub mod mesh;
 pub mod status;
 pub mod substituter;
+pub mod anchor;
+pub mod upload;
 pub mod daemon;
 pub mod loopback;
 pub mod demo;

@@ -38,6 +38,10 @@ const EDGES: &[(&str, &[&str])] = &[
             "listener",
         ],
     ),
+    // The durable role knows its own files, and how answers and ranges are written.
+    ("anchor", &["serve"]),
+    // It sends what the store has, to whatever anchor; it shares no code with that.
+    ("upload", &["store"]),
     // The daemon wires everything, and only the command line and the demo start one.
     (
         "daemon",
@@ -74,6 +78,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "daemon",
             "loopback",
             "demo",
+            "clock", "config", "identity", "store", "status", "daemon", "loopback", "demo",
+            "anchor", "upload",
         ],
     ),
 ];

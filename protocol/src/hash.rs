@@ -399,6 +399,24 @@ impl NarHasher {
     }
 }
 
+/// Hashes a file of a cache as it streams by.
+#[derive(Debug, Clone, Default)]
+pub struct FileHasher(Sha256);
+
+impl FileHasher {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.0.update(bytes);
+    }
+
+    pub fn finish(self) -> FileHash {
+        FileHash(self.0.finalize().into())
+    }
+}
+
 /// Returns the SHA-256 of bytes at hand.
 pub fn sha256(bytes: &[u8]) -> [u8; 32] {
     Sha256::digest(bytes).into()

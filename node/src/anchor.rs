@@ -1,0 +1,282 @@
+//! The anchor: the durable role, which keeps what machines collect or lose, and signs it centrally.
+//!
+//! Object storage holds everything that is needed to start again; SQLite is an index of it that can
+//! be made anew; the signing keys stay in the state folder (DESIGN §7).
+//!
+//! ```text
+//! granary.json                                  format version
+//! nar/<2>/<narhash>.nar.zst                     zstd in frames of 4 MiB, with a seek table
+//! caches/<name>/cache.json                      settings and public keys
+//! caches/<name>/narinfo/<hash>.narinfo          complete, validated, signed; written last
+//! caches/<name>/files/…                         logs, listings and realisations as clients sent them
+//! ```
+//!
+//! Invariants: bytes first, no narinfo without its NAR, no row without content; what was acknowledged
+//! is in the bucket; only what was hashed here is signed; a cache that is not public says nothing to
+//! those who may not read it, not even that it exists.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::SystemTime;
+
+use granary_protocol::hash::NarHash;
+use granary_protocol::signature::TrustedKeys;
+use granary_protocol::store_path::StorePathHash;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
+
+pub mod object_store;
+pub mod frames;
+pub mod catalog;
+pub mod cache;
+pub mod tokens;
+pub mod intake;
+pub mod ingest;
+pub mod admin;
+pub mod http;
+pub mod read;
+pub mod put;
+pub mod attic;
+pub mod uploads;
+pub mod rebuild;
+pub mod server;
+
+use self::object_store::{ObjectStore, S3Options, SetupError, StorageError};
+use cache::Keys;
+use catalog::{Catalog, CatalogError};
+use tokens::{TokenKeyError, Tokens};
+
+/// The layout that this version writes and reads.
+const FORMAT: u32 = 1;
+
+const FORMAT_KEY: &str = "granary.json";
+
+/// Largest object of text that is read from the bucket: that of a narinfo.
+const NARINFO_BYTES_MAX: u64 = granary_protocol::narinfo::NARINFO_BYTES_MAX as u64;
+
+/// NARs that are taken in at once; the others wait. With 16 MiB each, and a decompressor, this keeps
+/// the anchor below 512 MiB.
+const INTAKES_PARALLEL: usize = 16;
+
+/// Paths whose use has not been written down; beyond it uses are lost until the next writing.
+const USED_MAX: usize = 100_000;
+
+/// What an anchor is told.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The anchor's own folder: catalog, keys, spool.
+    pub state: PathBuf,
+    /// `file:///folder`, `s3://bucket/prefix` or `memory:`.
+    pub storage: String,
+    pub s3: S3Options,
+    /// Keys whose signatures are kept on paths that come with them.
+    pub trust: TrustedKeys,
+    /// Where the key is that proves Attic's tokens.
+    pub attic_key: Option<PathBuf>,
+    /// Largest NAR taken in.
+    pub nar_bytes_max: u64,
+}
+
+/// Why an anchor does not open.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("cannot make the anchor's state folder {path}: {source}", path = .path.display())]
+    State { path: PathBuf, source: io::Error },
+    #[error(transparent)]
+    Setup(#[from] SetupError),
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    #[error(
+        "storage {location} has format {found}, this granary knows {FORMAT}, refusing to touch it"
+    )]
+    Format { location: String, found: u32 },
+    #[error("{FORMAT_KEY} in storage {location} is malformed: {source}")]
+    Malformed {
+        location: String,
+        source: serde_json::Error,
+    },
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+    #[error(transparent)]
+    TokenKey(#[from] TokenKeyError),
+    #[error(
+        "storage {location} holds caches that the catalog {path} does not know: run granary anchor rebuild",
+        path = .path.display()
+    )]
+    CatalogLost { location: String, path: PathBuf },
+}
+
+/// An open anchor.
+pub struct Anchor {
+    pub storage: ObjectStore,
+    pub catalog: Catalog,
+    pub tokens: Tokens,
+    keys: Keys,
+    trust: TrustedKeys,
+    spool: PathBuf,
+    nar_bytes_max: u64,
+    locks: Locks,
+    intakes: Semaphore,
+    uploads: uploads::Uploads,
+    /// Serialises what reads settings, changes and writes them.
+    administration: tokio::sync::Mutex<()>,
+    used: Mutex<BTreeSet<(i64, StorePathHash)>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Format {
+    format: u32,
+}
+
+impl Anchor {
+    /// Opens storage, catalog and keys; makes what is missing. Blocks for a moment.
+    pub async fn open(options: Options) -> Result<Arc<Anchor>, OpenError> {
+        let spool = options.state.join("spool");
+        let catalog_file = options.state.join("catalog.sqlite");
+        let is_new = !catalog_file.exists();
+        make_folders(&options.state, &spool)?;
+        let storage = ObjectStore::open(&options.storage, &options.s3)?;
+        check_format(&storage).await?;
+        let catalog = Catalog::open(&catalog_file)?;
+        if is_new && rebuild::holds_caches(&storage).await? {
+            // Left as it was, so that the next start says the same.
+            for suffix in ["", "-wal", "-shm"] {
+                let mut file = catalog_file.clone().into_os_string();
+                file.push(suffix);
+                let _ = fs::remove_file(file);
+            }
+            return Err(OpenError::CatalogLost {
+                location: options.storage,
+                path: catalog_file,
+            });
+        }
+        Anchor::assemble(options, spool, storage, catalog)
+    }
+
+    fn assemble(
+        options: Options,
+        spool: PathBuf,
+        storage: ObjectStore,
+        catalog: Catalog,
+    ) -> Result<Arc<Anchor>, OpenError> {
+        let token_key = tokens::token_key(&options.state)?.public_key();
+        let attic = options.attic_key.as_deref().map(tokens::attic_key);
+        Ok(Arc::new(Anchor {
+            tokens: Tokens::new(catalog.clone(), token_key, attic.transpose()?),
+            keys: Keys::in_folder(&options.state),
+            trust: options.trust,
+            nar_bytes_max: options.nar_bytes_max,
+            spool,
+            storage,
+            catalog,
+            locks: Locks::default(),
+            intakes: Semaphore::new(INTAKES_PARALLEL),
+            uploads: uploads::Uploads::default(),
+            administration: tokio::sync::Mutex::new(()),
+            used: Mutex::default(),
+        }))
+    }
+
+    fn now(&self) -> u64 {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        since.unwrap_or_default().as_secs()
+    }
+
+    /// Notes that a path was asked for; written down by [`Anchor::write_used`].
+    fn note_use(&self, cache: i64, hash: StorePathHash) {
+        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        if used.len() < USED_MAX {
+            used.insert((cache, hash));
+        }
+    }
+
+    /// Writes down which paths were used since the last time.
+    pub async fn write_used(&self) -> Result<(), CatalogError> {
+        let used = {
+            let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+            std::mem::take(&mut *used)
+        };
+        match used.is_empty() {
+            true => Ok(()),
+            false => {
+                self.catalog
+                    .used(used.into_iter().collect(), self.now())
+                    .await
+            }
+        }
+    }
+}
+
+fn make_folders(state: &Path, spool: &Path) -> Result<(), OpenError> {
+    for folder in [state, spool] {
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(folder);
+        made.map_err(|source| OpenError::State {
+            path: folder.to_owned(),
+            source,
+        })?;
+    }
+    Ok(())
+}
+
+async fn check_format(storage: &ObjectStore) -> Result<(), OpenError> {
+    let Some(bytes) = storage.get(FORMAT_KEY, NARINFO_BYTES_MAX).await? else {
+        let format = Format { format: FORMAT };
+        let text = serde_json::to_string(&format).unwrap_or_else(|_| unreachable!("a number"));
+        storage.put(FORMAT_KEY, text.into()).await?;
+        return Ok(());
+    };
+    match serde_json::from_slice::<Format>(&bytes) {
+        Ok(Format { format: FORMAT }) => Ok(()),
+        Ok(Format { format: found }) => Err(OpenError::Format {
+            location: storage.location().to_owned(),
+            found,
+        }),
+        Err(source) => Err(OpenError::Malformed {
+            location: storage.location().to_owned(),
+            source,
+        }),
+    }
+}
+
+/// Where a NAR lies in the bucket: 1,024 folders, so that none grows beyond what file systems like.
+pub fn nar_key(nar_hash: &NarHash) -> String {
+    let name = nar_hash.nix32();
+    let (folder, _) = name.split_at(2);
+    format!("nar/{folder}/{name}.nar.zst")
+}
+
+/// Under which URL a NAR is served, relative to the cache. It says nothing but the contents, so it
+/// stays true for as long as clients remember it.
+pub fn nar_url(nar_hash: &NarHash) -> String {
+    format!("nar/{}.nar.zst", nar_hash.nix32())
+}
+
+/// One lock for each NAR that is being stored or collected.
+#[derive(Default)]
+struct Locks(Mutex<BTreeMap<NarHash, Weak<tokio::sync::Mutex<()>>>>);
+
+impl Locks {
+    async fn lock(&self, nar_hash: NarHash) -> tokio::sync::OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            // As many as there are requests at most, once those that nobody holds are gone.
+            locks.retain(|_, lock| lock.strong_count() > 0);
+            match locks.get(&nar_hash).and_then(Weak::upgrade) {
+                Some(lock) => lock,
+                None => {
+                    let lock = Arc::new(tokio::sync::Mutex::new(()));
+                    locks.insert(nar_hash, Arc::downgrade(&lock));
+                    lock
+                }
+            }
+        };
+        lock.lock_owned().await
+    }
+}

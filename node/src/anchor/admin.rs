@@ -1,0 +1,231 @@
+//! Administration of caches: make, configure, rotate, delete.
+//!
+//! The order survives a crash: a key is written before the settings that name it, settings go into
+//! the bucket before the catalog, and a cache that is deleted disappears from the catalog first.
+
+use futures::TryStreamExt;
+use granary_protocol::narinfo::NarInfo;
+use granary_protocol::signature::SecretKey;
+
+use super::Anchor;
+use super::cache::{CacheName, Keys, KeysError, Settings, SettingsError, next_key_name};
+use super::catalog::{CacheRow, CatalogError};
+use super::ingest::finish;
+use super::object_store::StorageError;
+
+/// Paths that are signed again between two looks at the catalog.
+const RESIGN_BATCH: usize = 256;
+
+/// What a cache shall be like; `None` leaves a setting as it is.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    pub public: Option<bool>,
+    pub priority: Option<i32>,
+    pub store_dir: Option<String>,
+    pub upstream_keys: Option<Vec<String>>,
+    /// `Some(None)`: for ever.
+    pub retention: Option<Option<u64>>,
+}
+
+/// Why a cache could not be changed.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    #[error("cache {name} exists already")]
+    Exists { name: CacheName },
+    #[error("there is no cache {name}")]
+    NoSuchCache { name: CacheName },
+    #[error("cache {name} has paths of {found}, its store directory cannot become {wanted}")]
+    StoreDir {
+        name: CacheName,
+        found: String,
+        wanted: String,
+    },
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+}
+
+impl Changes {
+    fn apply(&self, settings: &mut Settings) {
+        let changes = self.clone();
+        settings.public = changes.public.unwrap_or(settings.public);
+        settings.priority = changes.priority.unwrap_or(settings.priority);
+        settings.retention = changes.retention.unwrap_or(settings.retention);
+        if let Some(store_dir) = changes.store_dir {
+            settings.store_dir = store_dir;
+        }
+        if let Some(upstream_keys) = changes.upstream_keys {
+            settings.upstream_keys = upstream_keys;
+        }
+    }
+}
+
+impl Anchor {
+    /// Makes a cache that signs with this key, or with a new one.
+    pub async fn create_cache(
+        &self,
+        name: &CacheName,
+        changes: &Changes,
+        key: Option<SecretKey>,
+    ) -> Result<CacheRow, AdminError> {
+        let _held = self.administration.lock().await;
+        if self.catalog.cache(name).await?.is_some() {
+            return Err(AdminError::Exists { name: name.clone() });
+        }
+        let key = match key {
+            Some(key) => key,
+            None => Keys::generate(next_key_name(name, &[]))?,
+        };
+        let mut settings = Settings::new(&key.public_key());
+        changes.apply(&mut settings);
+        settings.check()?;
+        self.store_keys(name, vec![key]).await?;
+        self.store_settings(name, settings).await
+    }
+
+    /// Changes settings of a cache.
+    pub async fn configure_cache(
+        &self,
+        name: &CacheName,
+        changes: &Changes,
+    ) -> Result<CacheRow, AdminError> {
+        let _held = self.administration.lock().await;
+        let cache = self.existing(name).await?;
+        let mut settings = cache.settings;
+        let found = settings.store_dir.clone();
+        changes.apply(&mut settings);
+        settings.check()?;
+        if settings.store_dir != found && self.catalog.totals(Some(cache.id)).await?.paths > 0 {
+            return Err(AdminError::StoreDir {
+                name: name.clone(),
+                found,
+                wanted: settings.store_dir,
+            });
+        }
+        self.store_settings(name, settings).await
+    }
+
+    /// Gives a cache another signing key, imported or new, and signs every path with it.
+    ///
+    /// The old keys go on signing, until `retire` leaves only the first. Repeating it after a crash
+    /// finishes the work.
+    pub async fn rotate_key(
+        &self,
+        name: &CacheName,
+        key: Option<SecretKey>,
+        retire: bool,
+    ) -> Result<CacheRow, AdminError> {
+        let _held = self.administration.lock().await;
+        let cache = self.existing(name).await?;
+        let mut keys = match self.signing_keys(name).await {
+            // After the state folder was lost.
+            Err(KeysError::Missing { .. }) => Vec::new(),
+            keys => keys?,
+        };
+        if retire {
+            keys.truncate(1);
+        } else {
+            let key = match key {
+                Some(key) => key,
+                None => Keys::generate(next_key_name(name, &cache.settings.public_keys))?,
+            };
+            keys.retain(|old| old.name() != key.name());
+            keys.insert(0, key);
+        }
+        self.store_keys(name, keys.clone()).await?;
+        let mut settings = cache.settings;
+        settings.public_keys = keys
+            .iter()
+            .map(|key| key.public_key().to_string())
+            .collect();
+        let cache = self.store_settings(name, settings).await?;
+        self.sign_again(&cache, &keys).await?;
+        Ok(cache)
+    }
+
+    async fn sign_again(&self, cache: &CacheRow, keys: &[SecretKey]) -> Result<(), AdminError> {
+        let dir = cache.settings.store_dir()?;
+        let mut after = None;
+        loop {
+            let paths = self
+                .catalog
+                .paths_after(cache.id, after, RESIGN_BATCH)
+                .await?;
+            let Some(last) = paths.last() else {
+                return Ok(());
+            };
+            after = Some(last.hash);
+            for path in paths {
+                let _held = self.locks.lock(path.nar_hash).await;
+                // It may have been removed, or published anew, since the batch was read.
+                let Some(path) = self.catalog.path(cache.id, path.hash).await? else {
+                    continue;
+                };
+                let (Ok(mut narinfo), Some(stored)) = (
+                    NarInfo::parse(&path.narinfo, &dir),
+                    self.catalog.nar(path.nar_hash).await?,
+                ) else {
+                    tracing::error!(cache = %cache.name, hash = %path.hash, "could not sign a path again, its narinfo is malformed");
+                    continue;
+                };
+                finish(&mut narinfo, &stored, keys, &self.trust, &dir);
+                let text = narinfo.to_text(&dir);
+                if text != path.narinfo {
+                    let key = cache.name.narinfo_key(&path.hash);
+                    self.storage.put(&key, text.clone().into()).await?;
+                    self.catalog.finish_path(cache.id, path.hash, text).await?;
+                }
+            }
+        }
+    }
+
+    /// Deletes a cache with everything in it; NARs that no other cache has wait for the collector.
+    pub async fn delete_cache(&self, name: &CacheName) -> Result<(), AdminError> {
+        let _held = self.administration.lock().await;
+        let cache = self.existing(name).await?;
+        self.catalog.forget_cache(cache.id).await?;
+        // Settings first: what is left of a cache without settings is rubbish to a rebuild.
+        self.storage.delete(&name.settings_key()).await?;
+        let mut objects = self.storage.list(&format!("caches/{name}"));
+        while let Some(object) = objects.try_next().await? {
+            self.storage.delete(&object.key).await?;
+        }
+        let (keys, name) = (self.keys.clone(), name.clone());
+        let deleted = tokio::task::spawn_blocking(move || keys.delete(&name)).await;
+        match deleted {
+            Ok(deleted) => Ok(deleted?),
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+
+    async fn existing(&self, name: &CacheName) -> Result<CacheRow, AdminError> {
+        let cache = self.catalog.cache(name).await?;
+        cache.ok_or_else(|| AdminError::NoSuchCache { name: name.clone() })
+    }
+
+    async fn store_keys(&self, name: &CacheName, keys: Vec<SecretKey>) -> Result<(), KeysError> {
+        let (store, name) = (self.keys.clone(), name.clone());
+        let stored = tokio::task::spawn_blocking(move || store.store(&name, &keys)).await;
+        stored.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    }
+
+    async fn store_settings(
+        &self,
+        name: &CacheName,
+        settings: Settings,
+    ) -> Result<CacheRow, AdminError> {
+        let json = settings.to_json();
+        self.storage.put(&name.settings_key(), json.into()).await?;
+        let id = self.catalog.set_cache(name, &settings, self.now()).await?;
+        Ok(CacheRow {
+            id,
+            name: name.clone(),
+            settings,
+        })
+    }
+}

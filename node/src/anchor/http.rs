@@ -1,0 +1,514 @@
+//! The anchor's HTTP: connections, routes, and every refusal.
+//!
+//! ```text
+//! GET    /health
+//! GET    /<cache>/nix-cache-info  /<cache>/<hash>.narinfo  /<cache>/nar/…  /<cache>/log/… …   read.rs
+//! PUT    the same                                                                             put.rs
+//! POST   /api/v1/caches/<cache>/narinfos                                                      read.rs
+//! *      /api/v1/caches/<cache>/missing  …/uploads                                              uploads.rs
+//! *      /_api/v1/…  /<cache>/attic-cache-info                                                attic.rs
+//! ```
+//!
+//! A refusal is one sentence and a name, as JSON that Attic's client prints. A PUT of Nix is never
+//! answered with 5xx, upon which clients up to 2.32 send an empty body and hang for minutes: what is
+//! our fault is 424 there. A request that we refuse is read a little further, so that a client that
+//! is still sending hears the answer before the connection ends.
+
+use std::convert::Infallible;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ::http::header::{CONTENT_LENGTH, EXPECT, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
+use ::http::{HeaderValue, Method, Request, Response, StatusCode, request::Parts};
+use granary_protocol::certificate::UnixTime;
+use granary_protocol::token::Permission;
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{debug, error, info, warn};
+
+use super::admin::AdminError;
+use super::cache::{CacheName, CacheNameError, KeysError};
+use super::catalog::{CacheRow, CatalogError};
+use super::ingest::IngestError;
+use super::object_store::StorageError;
+use super::tokens::{Bearer, Denied};
+use super::{Anchor, attic, put, read, uploads};
+use crate::serve::respond::{self, Body};
+
+/// Connections at once; beyond it new ones wait. Nix opens 25, an office has some dozens of machines.
+const CONNECTIONS_MAX: usize = 2048;
+
+/// How long a connection may be idle. curl keeps them for 118 s.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(125);
+
+/// Most bytes of a request's head. Attic's client sends up to 4 KiB of metadata in a header.
+const HEAD_BYTES_MAX: usize = 32 * 1024;
+
+/// Longest request target looked at.
+const TARGET_BYTES_MAX: usize = 4096;
+
+/// What is read of a body that is refused, and for how long, so that its sender hears why.
+const DRAIN_BYTES_MAX: usize = 16 * 1024 * 1024;
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How long a client of an API shall wait when we are the problem.
+const RETRY_AFTER_SECONDS: u64 = 5;
+
+/// How long a JSON body may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Pause after an accept that failed, as when file descriptors ran out.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// An answer that says no.
+#[derive(Debug)]
+pub struct Refusal {
+    pub status: StatusCode,
+    /// One word for programs: `NoSuchCache`, `TokenExpired`.
+    pub name: &'static str,
+    pub message: String,
+}
+
+impl Refusal {
+    pub fn new(status: StatusCode, name: &'static str, message: impl Into<String>) -> Refusal {
+        Refusal {
+            status,
+            name,
+            message: message.into(),
+        }
+    }
+
+    pub fn bad_request(message: impl Into<String>) -> Refusal {
+        Refusal::new(StatusCode::BAD_REQUEST, "RequestError", message)
+    }
+
+    pub fn not_found(message: impl Into<String>) -> Refusal {
+        Refusal::new(StatusCode::NOT_FOUND, "NotFound", message)
+    }
+
+    pub fn no_such_cache(name: &CacheName) -> Refusal {
+        let message = format!("there is no cache {name}");
+        Refusal::new(StatusCode::NOT_FOUND, "NoSuchCache", message)
+    }
+
+    /// Our own trouble: told to the log in full, to the client in general.
+    pub fn ours(error: &dyn std::error::Error) -> Refusal {
+        error!(error = %crate::anchor::http::chain(error), "could not answer");
+        let message = "the anchor's storage or catalog failed, see its log";
+        Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "InternalError", message)
+    }
+
+    fn respond(self) -> Response<Body> {
+        let body = serde_json::json!({
+            "code": self.status.as_u16(),
+            "error": self.name,
+            "message": self.message,
+        });
+        let text = format!("{body}\n");
+        let mut response = respond::small(self.status, "application/json", text);
+        let headers = response.headers_mut();
+        if self.status == StatusCode::UNAUTHORIZED {
+            let problem = match self.name {
+                "Unauthorized" => "Bearer realm=\"granary\"".to_owned(),
+                name => format!(
+                    "Bearer realm=\"granary\", error=\"invalid_token\", error_description=\"{name}\""
+                ),
+            };
+            if let Ok(value) = HeaderValue::from_str(&problem) {
+                headers.append(WWW_AUTHENTICATE, value);
+            }
+            let basic = HeaderValue::from_static("Basic realm=\"granary\"");
+            headers.append(WWW_AUTHENTICATE, basic);
+        }
+        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+            headers.insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS));
+        }
+        response
+    }
+}
+
+impl From<Denied> for Refusal {
+    fn from(denied: Denied) -> Refusal {
+        let name = match &denied {
+            Denied::Unauthorized => "Unauthorized",
+            Denied::TokenInvalid(_) => "TokenInvalid",
+            Denied::TokenExpired => "TokenExpired",
+            Denied::TokenEarly => "TokenNotYetValid",
+            Denied::TokenRevoked => "TokenRevoked",
+            Denied::MissingPermission { .. } => {
+                let message = denied.to_string();
+                return Refusal::new(StatusCode::FORBIDDEN, "MissingPermission", message);
+            }
+            Denied::Catalog(error) => return Refusal::ours(error),
+        };
+        Refusal::new(StatusCode::UNAUTHORIZED, name, denied.to_string())
+    }
+}
+
+impl From<IngestError> for Refusal {
+    fn from(error: IngestError) -> Refusal {
+        let name = match &error {
+            IngestError::Intake(intake) if intake.is_ours() => return Refusal::ours(&error),
+            IngestError::Storage(_) | IngestError::Catalog(_) | IngestError::Settings(_) => {
+                return Refusal::ours(&error);
+            }
+            IngestError::Keys(KeysError::Missing { .. }) => {
+                warn!(%error, "refused a push");
+                let message =
+                    "this cache has no signing key at the moment, ask who runs the anchor";
+                return Refusal::new(StatusCode::CONFLICT, "NoSigningKey", message);
+            }
+            IngestError::Keys(_) => return Refusal::ours(&error),
+            IngestError::MissingReferences { .. } => "MissingReferences",
+            IngestError::NoNar { .. } => "NoSuchNar",
+            IngestError::NarHash { .. } | IngestError::NarSize { .. } => "NarMismatch",
+            IngestError::ContentAddress { .. } => "FalseContentAddress",
+            IngestError::Intake(_) => "RequestError",
+        };
+        Refusal::new(StatusCode::BAD_REQUEST, name, chain(&error))
+    }
+}
+
+impl From<AdminError> for Refusal {
+    fn from(error: AdminError) -> Refusal {
+        match &error {
+            AdminError::Exists { .. } => Refusal::new(
+                StatusCode::BAD_REQUEST,
+                "CacheAlreadyExists",
+                error.to_string(),
+            ),
+            AdminError::NoSuchCache { name } => Refusal::no_such_cache(name),
+            AdminError::StoreDir { .. } | AdminError::Settings(_) => {
+                Refusal::bad_request(error.to_string())
+            }
+            AdminError::Keys(KeysError::Credential { .. }) => {
+                Refusal::bad_request(error.to_string())
+            }
+            AdminError::Keys(_) | AdminError::Storage(_) | AdminError::Catalog(_) => {
+                Refusal::ours(&error)
+            }
+        }
+    }
+}
+
+impl From<CatalogError> for Refusal {
+    fn from(error: CatalogError) -> Refusal {
+        Refusal::ours(&error)
+    }
+}
+
+impl From<StorageError> for Refusal {
+    fn from(error: StorageError) -> Refusal {
+        Refusal::ours(&error)
+    }
+}
+
+impl From<CacheNameError> for Refusal {
+    fn from(error: CacheNameError) -> Refusal {
+        Refusal::bad_request(error.to_string())
+    }
+}
+
+pub type Answer = Result<Response<Body>, Refusal>;
+
+/// Serves clients until `shutdown`; connections end with their last answer.
+pub async fn accept(
+    anchor: Arc<Anchor>,
+    listener: TcpListener,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
+) {
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        let slot = slots.clone().acquire_owned();
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => return,
+            accepted = async { (slot.await, listener.accept().await) } => accepted,
+        };
+        let (Ok(slot), Ok((stream, peer))) = accepted else {
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        // Small answers must not wait for the last one's acknowledgement. A socket that is gone
+        // already will say so when it is read.
+        let _ = stream.set_nodelay(true);
+        let (anchor, shutdown) = (anchor.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            connection(anchor, stream, peer, shutdown).await;
+            drop(slot);
+        });
+    }
+}
+
+async fn connection(
+    anchor: Arc<Anchor>,
+    stream: tokio::net::TcpStream,
+    peer: SocketAddr,
+    shutdown: CancellationToken,
+) {
+    let service = service_fn(move |request| {
+        let anchor = anchor.clone();
+        async move { Ok::<_, Infallible>(answer(&anchor, request, peer).await) }
+    });
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(IDLE_TIMEOUT)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    tokio::select! {
+        _ = connection.as_mut() => return,
+        () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
+    }
+    // How it ends is the client's affair.
+    let _ = connection.await;
+}
+
+async fn answer(
+    anchor: &Arc<Anchor>,
+    request: Request<Incoming>,
+    peer: SocketAddr,
+) -> Response<Body> {
+    let started = Instant::now();
+    let (parts, mut body) = request.into_parts();
+    let is_nar = is_below_nar(parts.uri.path());
+    let is_api = ["/_api/", "/api/"]
+        .iter()
+        .any(|api| parts.uri.path().starts_with(api));
+    let is_nix_put = parts.method == Method::PUT && !is_api;
+    let outcome = route(anchor, &parts, &mut body).await;
+    let mut response = match outcome {
+        Ok(response) => response,
+        Err(mut refusal) => {
+            if is_nix_put && refusal.status.is_server_error() {
+                refusal.status = StatusCode::FAILED_DEPENDENCY;
+            }
+            debug!(%peer, name = refusal.name, message = refusal.message, "refused a request");
+            // Who asked for permission to send has not sent.
+            if !parts.headers.contains_key(EXPECT) {
+                drain(&mut body).await;
+            }
+            refusal.respond()
+        }
+    };
+    response = respond::with_ranges(response, is_nar);
+    if parts.method == Method::HEAD {
+        *response.body_mut() = Body::default();
+    }
+    info!(
+        target: "granary::access",
+        %peer, method = %parts.method, path = parts.uri.path(), status = response.status().as_u16(),
+        elapsed_ms = started.elapsed().as_millis() as u64, "answered"
+    );
+    response
+}
+
+/// Whether a path is `/<cache>/nar/…`, where every answer says `Accept-Ranges`.
+fn is_below_nar(path: &str) -> bool {
+    path.split('/').nth(2) == Some("nar")
+}
+
+async fn drain(body: &mut Incoming) {
+    let mut read = 0;
+    let reading = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            read += frame.data_ref().map_or(0, |bytes| bytes.len());
+            if read > DRAIN_BYTES_MAX {
+                return;
+            }
+        }
+    };
+    // A sender that is slower than that will find the connection closed.
+    let _ = tokio::time::timeout(DRAIN_TIMEOUT, reading).await;
+}
+
+async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answer {
+    let target = parts
+        .uri
+        .path_and_query()
+        .map_or("", |target| target.as_str());
+    if target.len() > TARGET_BYTES_MAX {
+        let message = format!("the address has {} characters", target.len());
+        return Err(Refusal::new(
+            StatusCode::URI_TOO_LONG,
+            "RequestError",
+            message,
+        ));
+    }
+    let segments: Vec<&str> = parts.uri.path().split('/').skip(1).collect();
+    let is_get = matches!(parts.method, Method::GET | Method::HEAD);
+    match segments.as_slice() {
+        [""] if is_get => Ok(respond::small(
+            StatusCode::OK,
+            "text/plain; charset=utf-8",
+            GREETING,
+        )),
+        ["health"] if is_get => health(anchor).await,
+        ["_api", "v1", rest @ ..] => attic::answer(anchor, parts, rest, body).await,
+        ["api", "v1", "caches", cache, "narinfos"] if parts.method == Method::POST => {
+            read::narinfos(anchor, parts, cache, body).await
+        }
+        ["api", "v1", "caches", cache, rest @ ..] => {
+            uploads::answer(anchor, parts, cache, rest, body).await
+        }
+        ["" | "api" | "_api" | "health" | "metrics", ..] => {
+            Err(Refusal::not_found("there is nothing at this address"))
+        }
+        [cache, "attic-cache-info"] if is_get => {
+            attic::cache_config(anchor, parts, &CacheName::new(cache)?).await
+        }
+        [cache, rest @ ..] if is_get => {
+            read::answer(anchor, parts, &cache_name(cache)?, rest).await
+        }
+        [cache, rest @ ..] if parts.method == Method::PUT => {
+            put::answer(anchor, parts, &cache_name(cache)?, rest, body).await
+        }
+        _ => Err(Refusal::new(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "RequestError",
+            "this method is not answered here",
+        )),
+    }
+}
+
+const GREETING: &str = "This is a Granary anchor. Its caches are at /<cache>/.\n";
+
+/// A name that cannot be is as absent as one that is not.
+fn cache_name(name: &str) -> Result<CacheName, Refusal> {
+    CacheName::new(name).map_err(|error| Refusal::not_found(error.to_string()))
+}
+
+async fn health(anchor: &Arc<Anchor>) -> Answer {
+    // The catalog answers, and storage has what the start put there.
+    anchor.catalog.caches().await?;
+    anchor.storage.size(super::FORMAT_KEY).await?;
+    Ok(respond::small(
+        StatusCode::OK,
+        "text/plain; charset=utf-8",
+        "ok\n",
+    ))
+}
+
+impl Anchor {
+    /// Finds a cache for a bearer who wants to do something to it.
+    ///
+    /// # Errors
+    /// To nobody a cache that is private and one that is not there are the same.
+    pub(super) async fn cache_for(
+        &self,
+        parts: &Parts,
+        name: &CacheName,
+        permission: Permission,
+    ) -> Result<(CacheRow, Bearer), Refusal> {
+        let bearer = self
+            .tokens
+            .bearer(&parts.headers, UnixTime(self.now()))
+            .await;
+        let cache = self.catalog.cache(name).await?;
+        let is_open = permission == Permission::Pull
+            && cache.as_ref().is_some_and(|cache| cache.settings.public);
+        match (cache, bearer) {
+            // A stale token in a netrc must not keep anybody from a public cache.
+            (Some(cache), bearer) if is_open => Ok((cache, bearer.unwrap_or(Bearer::Nobody))),
+            (_, Err(denied)) => Err(denied.into()),
+            (Some(cache), Ok(bearer)) => {
+                bearer.may(permission, name)?;
+                Ok((cache, bearer))
+            }
+            (None, Ok(bearer)) if bearer.knows(name) => Err(Refusal::no_such_cache(name)),
+            (None, Ok(bearer)) => {
+                bearer.may(permission, name)?;
+                Err(Refusal::no_such_cache(name))
+            }
+        }
+    }
+}
+
+/// Reads a small body whole.
+pub(super) async fn small_body(
+    body: &mut Incoming,
+    bytes_max: usize,
+) -> Result<bytes::Bytes, Refusal> {
+    let collected =
+        tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, bytes_max).collect()).await;
+    match collected {
+        Err(_) => Err(Refusal::new(
+            StatusCode::REQUEST_TIMEOUT,
+            "RequestError",
+            "the body took too long",
+        )),
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(Refusal::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "RequestError",
+            format!("the body has more than {bytes_max} bytes"),
+        )),
+        Ok(Err(error)) => Err(Refusal::bad_request(format!(
+            "the body ended early: {error}"
+        ))),
+    }
+}
+
+/// Reads a JSON body.
+pub(super) async fn json_body<T: serde::de::DeserializeOwned>(
+    body: &mut Incoming,
+    bytes_max: usize,
+) -> Result<T, Refusal> {
+    let bytes = small_body(body, bytes_max).await?;
+    serde_json::from_slice(&bytes).map_err(|error| {
+        Refusal::bad_request(format!(
+            "the body is not the json that is expected: {error}"
+        ))
+    })
+}
+
+/// Sets a header whose value is ours and plain.
+pub(super) fn set(response: &mut Response<Body>, name: HeaderName, value: &str) {
+    if let Ok(value) = HeaderValue::from_str(value) {
+        response.headers_mut().insert(name, value);
+    }
+}
+
+/// An answer without a body, that says so.
+pub(super) fn empty(status: StatusCode) -> Response<Body> {
+    let mut response = Response::new(Body::default());
+    *response.status_mut() = status;
+    response
+        .headers_mut()
+        .insert(CONTENT_LENGTH, HeaderValue::from(0));
+    response
+}
+
+/// An error and those of its causes that it does not name itself.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
+/// Listens where the configuration says.
+pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = match address {
+        SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
+        SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
+    };
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(1024)
+}

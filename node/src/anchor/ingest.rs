@@ -1,0 +1,357 @@
+//! Ingest: from a proved NAR and what is claimed about it to a path that is served.
+//!
+//! ```text
+//! check → store the nar → write the path down → sign → store the narinfo → mark it ready → answer
+//! ```
+//!
+//! A crash anywhere leaves at most an object that nothing names, or a row that is not ready;
+//! [`Anchor::recover`] finishes or forgets the latter at the next start. Pushes of one NAR that meet
+//! wait for each other, so it is stored once; who comes second has proved possession by sending it.
+//!
+//! Signatures that came along are kept if a key we know made them, and dropped otherwise. Ours is
+//! given only to what was hashed here.
+
+use granary_protocol::hash::NarHash;
+use granary_protocol::narinfo::{Compression, NarInfo};
+use granary_protocol::signature::{SecretKey, TrustedKeys};
+use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
+use tracing::{info, warn};
+
+use super::cache::{CacheName, KeysError, SettingsError};
+use super::catalog::{CacheRow, CatalogError, NewPath, PathRow, PathState, StoredNar};
+use super::intake::Taken;
+use super::object_store::StorageError;
+use super::{Anchor, NARINFO_BYTES_MAX, nar_key, nar_url};
+use crate::anchor::intake::IntakeError;
+
+/// References that an error names; the others are counted.
+const MISSING_SHOWN: usize = 5;
+
+/// What a push came to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Outcome {
+    /// The NAR was new.
+    Stored { file_size: u64 },
+    /// Its NAR, or the whole path, was here already.
+    Known,
+}
+
+/// Why a path is not taken in.
+#[derive(Debug, thiserror::Error)]
+pub enum IngestError {
+    #[error(transparent)]
+    Intake(#[from] IntakeError),
+    #[error("nar of {path} is {found}, {promised} was promised")]
+    NarHash {
+        path: StorePath,
+        found: NarHash,
+        promised: NarHash,
+    },
+    #[error("nar of {path} has {found} bytes, {promised} were promised")]
+    NarSize {
+        path: StorePath,
+        found: u64,
+        promised: u64,
+    },
+    #[error("{path} has a false content address: {source}")]
+    ContentAddress {
+        path: StorePath,
+        source: Box<granary_protocol::narinfo::FalseContentAddress>,
+    },
+    #[error(
+        "{path} references {count} paths that cache {cache} does not hold, push them first: {}",
+        list(.missing)
+    )]
+    MissingReferences {
+        path: StorePath,
+        cache: CacheName,
+        count: usize,
+        missing: Vec<StorePath>,
+    },
+    #[error("the nar of {path} is not here, send it before its narinfo")]
+    NoNar { path: StorePath },
+    #[error(transparent)]
+    Keys(#[from] KeysError),
+    #[error(transparent)]
+    Settings(#[from] SettingsError),
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    #[error(transparent)]
+    Catalog(#[from] CatalogError),
+}
+
+fn list(paths: &[StorePath]) -> String {
+    let names: Vec<_> = paths.iter().map(StorePath::base_name).collect();
+    names.join(", ")
+}
+
+impl Anchor {
+    /// Stores a NAR that came in whole, unless it is stored already.
+    ///
+    /// The caller holds the NAR's lock.
+    async fn store_nar(&self, taken: Taken) -> Result<(StoredNar, Outcome), IngestError> {
+        if let Some(stored) = self.catalog.nar(taken.nar_hash).await? {
+            return Ok((stored, Outcome::Known));
+        }
+        let Some((packed, path)) = taken.packed else {
+            // It was stored when the intake began, and has been collected since.
+            return Err(IngestError::Intake(IntakeError::Stopped));
+        };
+        let key = nar_key(&taken.nar_hash);
+        self.storage.put_file(&key, &path).await?;
+        let stored = StoredNar {
+            nar_hash: taken.nar_hash,
+            nar_size: taken.nar_size,
+            file_hash: packed.file_hash,
+            file_size: packed.file_size,
+        };
+        let file_size = packed.file_size;
+        Ok((stored, Outcome::Stored { file_size }))
+    }
+
+    /// Keeps a NAR that will be described later, as `nix copy` does it, under the name it was given.
+    pub async fn keep_nar(
+        &self,
+        cache: &CacheRow,
+        taken: Taken,
+        name: String,
+    ) -> Result<Outcome, IngestError> {
+        let _held = self.locks.lock(taken.nar_hash).await;
+        let (stored, outcome) = self.store_nar(taken).await?;
+        let came = Some((cache.id, name));
+        self.catalog.received(stored, came, self.now()).await?;
+        Ok(outcome)
+    }
+
+    /// Publishes a path whose NAR has come in with it.
+    pub async fn publish(
+        &self,
+        cache: &CacheRow,
+        narinfo: NarInfo,
+        taken: Taken,
+    ) -> Result<Outcome, IngestError> {
+        if taken.nar_hash != narinfo.nar_hash {
+            return Err(IngestError::NarHash {
+                path: narinfo.store_path,
+                found: taken.nar_hash,
+                promised: narinfo.nar_hash,
+            });
+        }
+        let _held = self.locks.lock(narinfo.nar_hash).await;
+        let (stored, outcome) = self.store_nar(taken).await?;
+        // So that the collector sees it from now on, whatever happens next.
+        self.catalog.received(stored, None, self.now()).await?;
+        self.describe_held(cache, narinfo, stored).await?;
+        Ok(outcome)
+    }
+
+    /// Publishes a path whose NAR is stored, or adds signatures to one that is published.
+    pub async fn describe(
+        &self,
+        cache: &CacheRow,
+        narinfo: NarInfo,
+        stored: StoredNar,
+    ) -> Result<(), IngestError> {
+        let _held = self.locks.lock(narinfo.nar_hash).await;
+        // It may have been collected while we waited.
+        if self.catalog.nar(stored.nar_hash).await?.is_none() {
+            return Err(IngestError::NoNar {
+                path: narinfo.store_path,
+            });
+        }
+        self.describe_held(cache, narinfo, stored).await
+    }
+
+    async fn describe_held(
+        &self,
+        cache: &CacheRow,
+        mut narinfo: NarInfo,
+        stored: StoredNar,
+    ) -> Result<(), IngestError> {
+        let dir = cache.settings.store_dir()?;
+        if stored.nar_size != narinfo.nar_size {
+            return Err(IngestError::NarSize {
+                path: narinfo.store_path,
+                found: stored.nar_size,
+                promised: narinfo.nar_size,
+            });
+        }
+        self.check_claims(cache, &narinfo).await?;
+        let hash = narinfo.store_path.hash();
+        let previous = self.catalog.path(cache.id, hash).await?;
+        if let Some(previous) = &previous {
+            let previous = NarInfo::parse(&previous.narinfo, &dir).ok();
+            match previous {
+                // Two builds of one path that differ: clients have been told of the first.
+                Some(previous) if previous.nar_hash != narinfo.nar_hash => return Ok(()),
+                Some(previous) => {
+                    for signature in previous.signatures {
+                        if !narinfo.signatures.contains(&signature) {
+                            narinfo.signatures.push(signature);
+                        }
+                    }
+                }
+                None => {}
+            }
+        }
+        let keys = self.signing_keys(&cache.name).await?;
+        finish(&mut narinfo, &stored, &keys, &self.trust, &dir);
+        let text = narinfo.to_text(&dir);
+        if previous
+            .as_ref()
+            .is_some_and(|previous| previous.narinfo == text)
+        {
+            return Ok(());
+        }
+        let references = narinfo.references.iter().map(StorePath::hash);
+        let new = NewPath {
+            cache: cache.id,
+            path: PathRow {
+                hash,
+                base_name: narinfo.store_path.base_name(),
+                nar_hash: narinfo.nar_hash,
+                narinfo: text.clone(),
+            },
+            references: references.filter(|reference| *reference != hash).collect(),
+            nar: stored,
+            now: self.now(),
+        };
+        self.catalog.begin_path(new).await?;
+        let key = cache.name.narinfo_key(&hash);
+        self.storage.put(&key, text.clone().into()).await?;
+        self.catalog.finish_path(cache.id, hash, text).await?;
+        Ok(())
+    }
+
+    /// Checks what is claimed about a path, apart from its NAR.
+    pub(super) async fn check_claims(
+        &self,
+        cache: &CacheRow,
+        narinfo: &NarInfo,
+    ) -> Result<(), IngestError> {
+        let dir = cache.settings.store_dir()?;
+        if narinfo.ca.is_some()
+            && let Err(source) = narinfo.verify_content_address(&dir)
+        {
+            return Err(IngestError::ContentAddress {
+                path: narinfo.store_path.clone(),
+                source: Box::new(source),
+            });
+        }
+        self.check_references(cache, narinfo).await
+    }
+
+    /// Every reference must be here, unless the cache leaves some to an upstream.
+    async fn check_references(
+        &self,
+        cache: &CacheRow,
+        narinfo: &NarInfo,
+    ) -> Result<(), IngestError> {
+        if cache.settings.is_incomplete() {
+            return Ok(());
+        }
+        let own = narinfo.store_path.hash();
+        let references = narinfo.references.iter().map(StorePath::hash);
+        let references: Vec<StorePathHash> = references.filter(|hash| *hash != own).collect();
+        let missing = self.catalog.missing(cache.id, references).await?;
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let named = |path: &&StorePath| missing.contains(&path.hash());
+        Err(IngestError::MissingReferences {
+            path: narinfo.store_path.clone(),
+            cache: cache.name.clone(),
+            count: missing.len(),
+            missing: narinfo
+                .references
+                .iter()
+                .filter(named)
+                .take(MISSING_SHOWN)
+                .cloned()
+                .collect(),
+        })
+    }
+
+    /// The keys that sign for a cache.
+    pub(super) async fn signing_keys(
+        &self,
+        cache: &CacheName,
+    ) -> Result<Vec<SecretKey>, KeysError> {
+        let (keys, name) = (self.keys.clone(), cache.clone());
+        let path = std::path::PathBuf::from(cache.as_str());
+        let loaded = tokio::task::spawn_blocking(move || keys.load(&name)).await;
+        loaded.unwrap_or_else(|source| {
+            Err(KeysError::Io {
+                action: "read",
+                path,
+                source: std::io::Error::other(source),
+            })
+        })
+    }
+
+    /// Finishes what a crash left half done: what is in the bucket is served, what is not is forgotten.
+    pub async fn recover(&self) -> Result<(), IngestError> {
+        for (cache, name, path) in self.catalog.in_state(PathState::Storing).await? {
+            let key = name.narinfo_key(&path.hash);
+            let stored = self.storage.get(&key, NARINFO_BYTES_MAX).await?;
+            let text = stored.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok());
+            match text {
+                Some(text) => {
+                    info!(cache = %name, hash = %path.hash, "took up a push that was interrupted");
+                    self.catalog.finish_path(cache, path.hash, text).await?;
+                }
+                None => {
+                    warn!(cache = %name, hash = %path.hash, "forgot a push that was interrupted");
+                    self.catalog.forget_path(cache, path.hash).await?;
+                }
+            }
+        }
+        for (cache, name, path) in self.catalog.in_state(PathState::Leaving).await? {
+            self.storage.delete(&name.narinfo_key(&path.hash)).await?;
+            self.catalog.forget_path(cache, path.hash).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes a path from a cache: from the answers at once, then from the bucket.
+    ///
+    /// Its NAR stays until the collector finds that nothing names it. `false` when it is not there.
+    pub async fn remove_path(
+        &self,
+        cache: &CacheRow,
+        hash: StorePathHash,
+    ) -> Result<bool, IngestError> {
+        let Some(path) = self.catalog.path(cache.id, hash).await? else {
+            return Ok(false);
+        };
+        let _held = self.locks.lock(path.nar_hash).await;
+        self.catalog.begin_removal(cache.id, hash).await?;
+        self.storage.delete(&cache.name.narinfo_key(&hash)).await?;
+        self.catalog.forget_path(cache.id, hash).await?;
+        Ok(true)
+    }
+}
+
+/// Writes into a narinfo what is true of the copy here, and signs it.
+pub(super) fn finish(
+    narinfo: &mut NarInfo,
+    stored: &StoredNar,
+    keys: &[SecretKey],
+    trust: &TrustedKeys,
+    dir: &StoreDir,
+) {
+    narinfo.url = nar_url(&stored.nar_hash);
+    narinfo.compression = Compression::Zstd;
+    narinfo.file_hash = Some(stored.file_hash);
+    narinfo.file_size = Some(stored.file_size);
+    let mut known = trust.clone();
+    known.extend(keys.iter().map(SecretKey::public_key));
+    let fingerprint = narinfo.fingerprint(dir);
+    // A signature that nobody here can check would be our word for a stranger's.
+    narinfo
+        .signatures
+        .retain(|signature| known.verify(fingerprint.as_bytes(), [signature]).is_some());
+    for key in keys {
+        narinfo.sign(key, dir);
+    }
+}

@@ -1,0 +1,364 @@
+//! Reading: what a binary cache answers, for Nix and for nodes.
+//!
+//! narinfos come out of the catalog, so storage that fails does not hurt lookups: they are 200 or 404
+//! whatever happens, since anything else ends a build. NARs come out of storage as they lie there;
+//! who asks for one must be able to read a path that has it.
+//!
+//! A node that goes on at a raw offset asks `nar/<narhash>.nar.zst?from=<offset>`. The offset counts
+//! bytes of the uncompressed NAR. The answer is 200 with whole zstd frames up to the end, and says in
+//! `Granary-Skip` how many raw bytes come before the offset in the first of them.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use ::http::header::{
+    CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, IF_NONE_MATCH,
+};
+use ::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, request::Parts};
+use bytes::Bytes;
+use granary_protocol::cache_info::CacheInfo;
+use granary_protocol::hash::{FileHash, NarHash, sha256};
+use granary_protocol::nix32;
+use granary_protocol::seekable::{FOOTER_BYTES, FRAME_RAW_BYTES, SeekTable};
+use granary_protocol::store_path::StorePathHash;
+use granary_protocol::token::Permission;
+use hyper::body::Incoming;
+use serde::{Deserialize, Serialize};
+use tracing::error;
+
+use super::cache::CacheName;
+use super::catalog::{CacheRow, StoredNar};
+use super::http::{Answer, Refusal, empty, json_body, set};
+use super::put::{FILE_BYTES_MAX, FileName, StoredFile};
+use super::{Anchor, nar_key};
+use crate::serve::nar::Part;
+use crate::serve::respond::{self, Body};
+
+/// Hashes in one batch; a closure of an operating system has some thousands.
+const BATCH_MAX: usize = 10_000;
+
+/// Bytes of a batch: 36 for each hash, as JSON.
+const BATCH_BYTES_MAX: usize = BATCH_MAX * 40;
+
+/// How many raw bytes come before the offset that was asked for.
+pub const SKIP_HEADER: HeaderName = HeaderName::from_static("granary-skip");
+
+/// A NAR's bytes never change under their name.
+const FOR_EVER: &str = "max-age=31536000, immutable";
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BatchQuestion {
+    hashes: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct BatchAnswer {
+    /// By hash; those that are not here are left out.
+    narinfos: std::collections::BTreeMap<String, String>,
+}
+
+/// Answers GET and HEAD below a cache.
+pub async fn answer(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    name: &CacheName,
+    rest: &[&str],
+) -> Answer {
+    // Whether it may be read comes first, whatever it is.
+    let (cache, _) = match anchor.cache_for(parts, name, Permission::Pull).await {
+        Ok(found) => found,
+        // Anything but 200 and 404 would end a build.
+        Err(refusal) if refusal.status.is_server_error() && is_narinfo(rest) => {
+            return Err(not_here());
+        }
+        // A push looks whether its NAR is there, and may be allowed nothing else.
+        Err(refusal) if matches!(rest, ["nar", _]) && parts.method == Method::HEAD => {
+            let pushing = anchor.cache_for(parts, name, Permission::Push).await;
+            pushing.map_err(|_| refusal)?
+        }
+        Err(refusal) => return Err(refusal),
+    };
+    match rest {
+        [] | [""] => Ok(respond::small(
+            StatusCode::OK,
+            "text/plain; charset=utf-8",
+            format!("This is the cache {name} of a Granary anchor.\n"),
+        )),
+        ["nix-cache-info"] => cache_info(&cache),
+        ["nar", file] => nar(anchor, parts, &cache, file).await,
+        [file] if is_narinfo(rest) => {
+            let hash = file.trim_end_matches(".narinfo").parse();
+            let hash = hash.map_err(|_| not_here())?;
+            narinfo(anchor, parts, &cache, hash).await
+        }
+        _ => match FileName::of(rest) {
+            Some(name) => stored_file(anchor, parts, &cache, &name).await,
+            None => Err(not_here()),
+        },
+    }
+}
+
+fn is_narinfo(rest: &[&str]) -> bool {
+    matches!(rest, [file] if file.ends_with(".narinfo"))
+}
+
+fn not_here() -> Refusal {
+    Refusal::new(
+        StatusCode::NOT_FOUND,
+        "NoSuchObject",
+        "the requested object does not exist",
+    )
+}
+
+fn cache_info(cache: &CacheRow) -> Answer {
+    let info = CacheInfo {
+        store_dir: cache
+            .settings
+            .store_dir()
+            .map_err(|error| Refusal::ours(&error))?,
+        want_mass_query: true,
+        priority: cache.settings.priority,
+    };
+    Ok(respond::cache_info(info.to_string()))
+}
+
+async fn narinfo(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    cache: &CacheRow,
+    hash: StorePathHash,
+) -> Answer {
+    let path = match anchor.catalog.path(cache.id, hash).await {
+        Ok(path) => path,
+        Err(error) => {
+            error!(%error, "could not look up a narinfo");
+            None
+        }
+    };
+    let path = path.ok_or_else(not_here)?;
+    anchor.note_use(cache.id, hash);
+    let etag = etag(&sha256(path.narinfo.as_bytes()));
+    if is_known(&parts.headers, &etag) {
+        return Ok(not_modified(&etag));
+    }
+    let mut response = respond::narinfo(path.narinfo);
+    set(&mut response, ETAG, &etag);
+    Ok(response)
+}
+
+/// A strong tag: a function of the bytes alone.
+fn etag(digest: &[u8; 32]) -> String {
+    format!("\"{}\"", nix32::encode(digest))
+}
+
+fn is_known(headers: &HeaderMap, etag: &str) -> bool {
+    let mut values = headers.get_all(IF_NONE_MATCH).iter();
+    values.any(|value| {
+        let value = value.to_str().unwrap_or_default();
+        let mut tags = value.split(',').map(str::trim);
+        tags.any(|tag| tag == "*" || tag.trim_start_matches("W/") == etag)
+    })
+}
+
+fn not_modified(etag: &str) -> Response<Body> {
+    let mut response = Response::new(Body::default());
+    *response.status_mut() = StatusCode::NOT_MODIFIED;
+    set(&mut response, ETAG, etag);
+    response
+}
+
+async fn nar(anchor: &Arc<Anchor>, parts: &Parts, cache: &CacheRow, file: &str) -> Answer {
+    let own = file.strip_suffix(".nar.zst").map(NarHash::from_nix32);
+    if let Some(Ok(nar_hash)) = own
+        && anchor.catalog.cache_has_nar(cache.id, nar_hash).await?
+        && let Some(stored) = anchor.catalog.nar(nar_hash).await?
+    {
+        return match parts
+            .uri
+            .query()
+            .and_then(|query| query.strip_prefix("from="))
+        {
+            Some(offset) => {
+                let offset = offset.parse();
+                let offset = offset.map_err(|_| Refusal::bad_request("from= is no offset"))?;
+                frames_from(anchor, parts, &stored, offset).await
+            }
+            None => whole(anchor, parts, &stored).await,
+        };
+    }
+    // What `nix copy --to` has put is there for its own question, and read under another name.
+    if parts.method == Method::HEAD
+        && anchor
+            .catalog
+            .received_as(cache.id, file.to_owned())
+            .await?
+            .is_some()
+    {
+        return Ok(empty(StatusCode::OK));
+    }
+    Err(not_here())
+}
+
+async fn whole(anchor: &Arc<Anchor>, parts: &Parts, stored: &StoredNar) -> Answer {
+    let etag = etag(stored.file_hash.as_bytes());
+    if is_known(&parts.headers, &etag) {
+        return Ok(not_modified(&etag));
+    }
+    let part = Part::of(&parts.headers, stored.file_size);
+    let range = part.bytes(stored.file_size);
+    let body = match part {
+        Part::Unsatisfiable => Body::default(),
+        _ => object_body(anchor, parts, stored, range).await?,
+    };
+    let mut response = crate::serve::nar::answer(&part, stored.file_size, body);
+    set(&mut response, ETAG, &etag);
+    set(&mut response, CACHE_CONTROL, FOR_EVER);
+    Ok(response)
+}
+
+/// Opens a part of a NAR's object; an error is known before the head of the answer is sent.
+async fn object_body(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    stored: &StoredNar,
+    range: Range<u64>,
+) -> Result<Body, Refusal> {
+    if parts.method == Method::HEAD {
+        return Ok(Body::default());
+    }
+    let key = nar_key(&stored.nar_hash);
+    match anchor.storage.read(&key, range).await? {
+        Some(stream) => Ok(respond::stream(stream)),
+        None => {
+            error!(
+                key,
+                "a nar is missing from storage, answered as if it had never been there"
+            );
+            Err(not_here())
+        }
+    }
+}
+
+async fn frames_from(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    stored: &StoredNar,
+    offset: u64,
+) -> Answer {
+    let table = seek_table(anchor, stored).await?;
+    let Some(position) = table.locate(offset) else {
+        let message = format!(
+            "the nar has {} bytes, none from {offset} on",
+            stored.nar_size
+        );
+        return Err(Refusal::new(
+            StatusCode::RANGE_NOT_SATISFIABLE,
+            "RequestError",
+            message,
+        ));
+    };
+    let length = position.file.end - position.file.start;
+    let mut response = Response::new(object_body(anchor, parts, stored, position.file).await?);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/zstd"));
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    headers.insert(SKIP_HEADER, HeaderValue::from(position.skip));
+    Ok(response)
+}
+
+/// Reads the table at the end of a NAR's object, in one request: its size follows from the NAR's.
+async fn seek_table(anchor: &Arc<Anchor>, stored: &StoredNar) -> Result<SeekTable, Refusal> {
+    let damaged = |problem: String| {
+        error!(nar_hash = %stored.nar_hash, problem, "the seek table of a nar is damaged");
+        Refusal::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "InternalError",
+            "the nar is damaged",
+        )
+    };
+    let frames = stored.nar_size.div_ceil(u64::from(FRAME_RAW_BYTES));
+    let size = frames
+        .saturating_mul(8)
+        .saturating_add(8 + FOOTER_BYTES as u64);
+    if size > stored.file_size || frames > granary_protocol::seekable::FRAMES_MAX as u64 {
+        return Err(damaged(format!("a file of {} bytes", stored.file_size)));
+    }
+    let range = stored.file_size - size..stored.file_size;
+    let Some(stream) = anchor
+        .storage
+        .read(&nar_key(&stored.nar_hash), range)
+        .await?
+    else {
+        return Err(not_here());
+    };
+    let pieces: Vec<Bytes> = futures::TryStreamExt::try_collect(stream).await?;
+    SeekTable::from_bytes(&pieces.concat(), stored.file_size)
+        .map_err(|error| damaged(error.to_string()))
+}
+
+async fn stored_file(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    cache: &CacheRow,
+    name: &FileName,
+) -> Answer {
+    let key = cache.name.file_key(name.key());
+    let stored = anchor
+        .storage
+        .get(&key, FILE_BYTES_MAX as u64 + 1024)
+        .await?;
+    let file = stored
+        .and_then(StoredFile::from_object)
+        .ok_or_else(not_here)?;
+    let etag = etag(FileHash::from_bytes(sha256(&file.body)).as_bytes());
+    if is_known(&parts.headers, &etag) {
+        return Ok(not_modified(&etag));
+    }
+    let mut response = respond::small(StatusCode::OK, name.content_type(), file.body);
+    if let Some(encoding) = &file.encoding {
+        set(&mut response, CONTENT_ENCODING, encoding);
+    }
+    set(&mut response, ETAG, &etag);
+    Ok(response)
+}
+
+/// Answers many lookups at once: `{"hashes": […]}` → `{"narinfos": {hash: text}}`.
+pub async fn narinfos(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    cache: &str,
+    body: &mut Incoming,
+) -> Answer {
+    let name = CacheName::new(cache)?;
+    let (cache, _) = anchor.cache_for(parts, &name, Permission::Pull).await?;
+    let question: BatchQuestion = json_body(body, BATCH_BYTES_MAX).await?;
+    let hashes = parse_hashes(&question.hashes, BATCH_MAX)?;
+    let found = anchor.catalog.paths(cache.id, hashes).await?;
+    let mut narinfos = std::collections::BTreeMap::new();
+    for path in found {
+        anchor.note_use(cache.id, path.hash);
+        narinfos.insert(path.hash.to_string(), path.narinfo);
+    }
+    let answer = BatchAnswer { narinfos };
+    let text = serde_json::to_string(&answer).map_err(|error| Refusal::ours(&error))?;
+    Ok(respond::json(text))
+}
+
+/// Reads hashes of store paths that a client sent.
+pub fn parse_hashes(texts: &[String], max: usize) -> Result<Vec<StorePathHash>, Refusal> {
+    if texts.len() > max {
+        let message = format!("{} hashes, at most {max} are answered at once", texts.len());
+        return Err(Refusal::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "RequestError",
+            message,
+        ));
+    }
+    let hashes = texts.iter().map(|hash| hash.parse());
+    hashes.collect::<Result<_, _>>().map_err(
+        |error: granary_protocol::store_path::StorePathError| {
+            Refusal::bad_request(error.to_string())
+        },
+    )
+}

@@ -1,0 +1,158 @@
+//! Rebuild: the catalog made anew from the bucket alone.
+//!
+//! Every `cache.json`, every narinfo below it, and for each the NAR that it names: its object must be
+//! there with the size that the narinfo says. What does not fit is left out and counted, never
+//! deleted. Tokens and times of last use are not in the bucket; paths count as used now.
+
+use futures::TryStreamExt;
+use granary_protocol::narinfo::NarInfo;
+use granary_protocol::store_path::{StoreDir, StorePath};
+use tracing::{info, warn};
+
+use super::cache::{CacheName, Settings};
+use super::catalog::{Catalog, CatalogError, NewPath, PathRow, StoredNar};
+use super::object_store::{ObjectStore, StorageError};
+use super::{NARINFO_BYTES_MAX, OpenError, Options, check_format, make_folders, nar_key, nar_url};
+
+const CACHES_FOLDER: &str = "caches";
+
+/// What a rebuild found.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+pub struct Found {
+    pub caches: u64,
+    pub paths: u64,
+    /// Objects that are no narinfo of ours, or whose NAR is missing.
+    pub left_out: u64,
+}
+
+/// Whether a bucket holds any cache.
+pub async fn holds_caches(storage: &ObjectStore) -> Result<bool, StorageError> {
+    Ok(storage.list(CACHES_FOLDER).try_next().await?.is_some())
+}
+
+/// Writes everything that the bucket holds into the catalog of the anchor's state folder.
+///
+/// Safe to be repeated. Not to be run beside an anchor that is taking in pushes.
+pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
+    make_folders(&options.state, &options.state.join("spool"))?;
+    let storage = ObjectStore::open(&options.storage, &options.s3)?;
+    check_format(&storage).await?;
+    let catalog = Catalog::open(&options.state.join("catalog.sqlite"))?;
+    let mut found = Found::default();
+    for (name, settings) in caches(&storage).await? {
+        let dir = match settings.store_dir() {
+            Ok(dir) => dir,
+            Err(error) => {
+                warn!(cache = %name, %error, "left out a cache with malformed settings");
+                found.left_out += 1;
+                continue;
+            }
+        };
+        let id = catalog.set_cache(&name, &settings, now()).await?;
+        found.caches += 1;
+        let mut objects = storage.list(&name.narinfo_folder());
+        while let Some(object) = objects.try_next().await? {
+            match read_path(&storage, &name, &dir, &object.key).await? {
+                Some((path, nar, references)) => {
+                    let (hash, text) = (path.hash, path.narinfo.clone());
+                    let new = NewPath {
+                        cache: id,
+                        path,
+                        references,
+                        nar,
+                        now: now(),
+                    };
+                    add(&catalog, new).await?;
+                    catalog.finish_path(id, hash, text).await?;
+                    found.paths += 1;
+                }
+                None => {
+                    warn!(key = object.key, "left out what is no complete path");
+                    found.left_out += 1;
+                }
+            }
+        }
+        info!(cache = %name, paths = found.paths, "rebuilt the catalog of a cache");
+    }
+    Ok(found)
+}
+
+async fn add(catalog: &Catalog, new: NewPath) -> Result<(), CatalogError> {
+    catalog.begin_path(new).await
+}
+
+async fn caches(storage: &ObjectStore) -> Result<Vec<(CacheName, Settings)>, StorageError> {
+    // A bucket cannot be asked for its folders by every store alike; the listing names them all.
+    let mut names = std::collections::BTreeSet::new();
+    let mut objects = storage.list(CACHES_FOLDER);
+    while let Some(object) = objects.try_next().await? {
+        let name = object.key.split('/').nth(1).map(CacheName::new);
+        if let Some(Ok(name)) = name {
+            names.insert(name);
+        }
+    }
+    let mut caches = Vec::new();
+    for name in names {
+        let json = storage.get(&name.settings_key(), NARINFO_BYTES_MAX).await?;
+        match json.as_deref().map(Settings::from_json) {
+            Some(Ok(settings)) => caches.push((name, settings)),
+            Some(Err(error)) => {
+                warn!(cache = %name, %error, "left out a cache with malformed settings");
+            }
+            None => warn!(cache = %name, "left out a cache without settings, it was being deleted"),
+        }
+    }
+    Ok(caches)
+}
+
+type Complete = (
+    PathRow,
+    StoredNar,
+    Vec<granary_protocol::store_path::StorePathHash>,
+);
+
+/// Reads one narinfo; `None` when it, or its NAR, is not what it should be.
+async fn read_path(
+    storage: &ObjectStore,
+    cache: &CacheName,
+    dir: &StoreDir,
+    key: &str,
+) -> Result<Option<Complete>, StorageError> {
+    let Some(bytes) = storage.get(key, NARINFO_BYTES_MAX).await? else {
+        return Ok(None);
+    };
+    let Ok(text) = String::from_utf8(bytes.to_vec()) else {
+        return Ok(None);
+    };
+    let Ok(narinfo) = NarInfo::parse(&text, dir) else {
+        return Ok(None);
+    };
+    let hash = narinfo.store_path.hash();
+    let (Some(file_hash), Some(file_size)) = (narinfo.file_hash, narinfo.file_size) else {
+        return Ok(None);
+    };
+    let is_own = cache.narinfo_key(&hash) == key && narinfo.url == nar_url(&narinfo.nar_hash);
+    if !is_own || storage.size(&nar_key(&narinfo.nar_hash)).await? != Some(file_size) {
+        return Ok(None);
+    }
+    let references = narinfo.references.iter().map(StorePath::hash);
+    let references = references.filter(|reference| *reference != hash).collect();
+    let path = PathRow {
+        hash,
+        base_name: narinfo.store_path.base_name(),
+        nar_hash: narinfo.nar_hash,
+        narinfo: text,
+    };
+    let nar = StoredNar {
+        nar_hash: narinfo.nar_hash,
+        nar_size: narinfo.nar_size,
+        file_hash,
+        file_size,
+    };
+    Ok(Some((path, nar, references)))
+}
+
+fn now() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH);
+    since.unwrap_or_default().as_secs()
+}

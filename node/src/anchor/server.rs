@@ -1,0 +1,171 @@
+//! Server: an anchor that answers, and what it does beside.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, info};
+
+use super::cache::{CacheName, CacheNameError};
+use super::ingest::IngestError;
+use super::{Anchor, OpenError, Options, admin, http};
+
+/// How often uses of paths are written down. A crash loses as much, which retention does not feel.
+const USED_INTERVAL: Duration = Duration::from_secs(30);
+
+/// How long running answers may take to end at shutdown.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Why an anchor does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    #[error(
+        "cannot listen on {address} for anchor clients: {source}\nhint: see [anchor-server] in the configuration"
+    )]
+    Listen {
+        address: SocketAddr,
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("cannot finish what the last run left: {0}")]
+    Recover(#[from] IngestError),
+    #[error(transparent)]
+    DefaultCache(#[from] admin::AdminError),
+    #[error(transparent)]
+    CacheName(#[from] CacheNameError),
+    #[error("another granary anchor works in {path}", path = .path.display())]
+    Running { path: std::path::PathBuf },
+    #[error("cannot lock the anchor's state folder {path}: {source}", path = .path.display())]
+    Lock {
+        path: std::path::PathBuf,
+        source: io::Error,
+    },
+}
+
+/// Holds the anchor's state folder for one process.
+#[derive(Debug)]
+pub struct StateLock(
+    #[expect(dead_code, reason = "the lock lasts as long as the file is open")] std::fs::File,
+);
+
+impl StateLock {
+    /// Takes the lock, or says who has it. Ends with the process, however that ends.
+    pub fn take(state: &std::path::Path) -> Result<StateLock, StartError> {
+        let path = state.join("lock");
+        let failed = |source| StartError::Lock {
+            path: path.clone(),
+            source,
+        };
+        std::fs::create_dir_all(state).map_err(failed)?;
+        let file = std::fs::File::create(&path).map_err(failed)?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(StateLock(file)),
+            Err(rustix::io::Errno::WOULDBLOCK) => Err(StartError::Running {
+                path: state.to_owned(),
+            }),
+            Err(errno) => Err(failed(errno.into())),
+        }
+    }
+}
+
+/// A running anchor.
+pub struct Server {
+    pub anchor: Arc<Anchor>,
+    pub address: SocketAddr,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
+    _lock: StateLock,
+}
+
+impl Server {
+    /// Starts an anchor; returns once it answers.
+    ///
+    /// Makes the cache `default_cache` if there is none yet.
+    /// # Errors
+    /// What a person must mend.
+    pub async fn start(
+        options: Options,
+        listen: SocketAddr,
+        default_cache: Option<&str>,
+    ) -> Result<Server, StartError> {
+        let lock = StateLock::take(&options.state)?;
+        let failed = |source| StartError::Listen {
+            address: listen,
+            source,
+        };
+        let listener = http::listen(listen).map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        empty_spool(&options.state.join("spool"));
+        let anchor = Anchor::open(options).await?;
+        anchor.recover().await?;
+        if let Some(name) = default_cache {
+            let name = CacheName::new(name)?;
+            match anchor
+                .create_cache(&name, &admin::Changes::default(), None)
+                .await
+            {
+                Ok(cache) => {
+                    let key = cache.settings.public_keys.first().map(String::as_str);
+                    info!(cache = %name, key, "made the default cache");
+                }
+                Err(admin::AdminError::Exists { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let shutdown = CancellationToken::new();
+        let tasks = TaskTracker::new();
+        tasks.spawn(http::accept(
+            anchor.clone(),
+            listener,
+            shutdown.clone(),
+            tasks.clone(),
+        ));
+        tasks.spawn(write_used(anchor.clone(), shutdown.clone()));
+        info!(%address, storage = anchor.storage.location(), "anchor is answering");
+        Ok(Server {
+            anchor,
+            address,
+            shutdown,
+            tasks,
+            _lock: lock,
+        })
+    }
+
+    /// Stops: no new connections, running answers may end.
+    pub async fn stop(self) {
+        self.shutdown.cancel();
+        self.tasks.close();
+        let _ = tokio::time::timeout(DRAIN_TIMEOUT, self.tasks.wait()).await;
+    }
+}
+
+/// What a crash left half received is of no use.
+fn empty_spool(spool: &std::path::Path) {
+    let Ok(entries) = std::fs::read_dir(spool) else {
+        return;
+    };
+    for entry in entries.flatten() {
+        if let Err(error) = std::fs::remove_file(entry.path()) {
+            error!(path = %entry.path().display(), %error, "could not remove a file from the spool");
+        }
+    }
+}
+
+async fn write_used(anchor: Arc<Anchor>, shutdown: CancellationToken) {
+    loop {
+        let is_over = tokio::select! {
+            () = shutdown.cancelled() => true,
+            () = tokio::time::sleep(USED_INTERVAL) => false,
+        };
+        if let Err(error) = anchor.write_used().await {
+            error!(%error, "could not write down which paths were used");
+        }
+        if is_over {
+            return;
+        }
+    }
+}

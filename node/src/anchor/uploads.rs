@@ -1,0 +1,354 @@
+//! Uploads: how `granary push` sends, and goes on sending after a break.
+//!
+//! All below `/api/v1/caches/<cache>/`, with a token that allows `push`:
+//!
+//! ```text
+//! POST missing            {"hashes": [hash, …]}    → 200 {"missing": [hash, …]}
+//! POST uploads            {"narinfo": text}        → 201 {"id", "offset": 0}, or 200 {"published": "Known"}
+//! GET  uploads/<id>                                → 200 {"offset"}
+//! PUT  uploads/<id>?offset=<offset>   body         → 200 {"offset"}, or 200 {"published": "Stored" | "Known"}
+//! ```
+//!
+//! A pusher asks once which paths are missing, then begins an upload for each, references first. The
+//! narinfo says what is promised; its URL and compression are of no account. The body is the NAR from
+//! that raw offset on, as zstd (`application/zstd`) or as it is (anything else), and may end anywhere:
+//! what came in counts, also when the connection broke, and the next body begins at the offset that
+//! GET tells. So nothing depends on two compressors agreeing, and a break costs what was under way.
+//! With the last byte the path is published.
+//!
+//! 404 for an id means that the upload is not known any more (an hour of silence, a restart, too many
+//! others): begin again. 409 says that another request is filling it, or that the offset is another.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ::http::header::CONTENT_TYPE;
+use ::http::{Method, StatusCode, request::Parts};
+use granary_protocol::narinfo::{NARINFO_BYTES_MAX, NarInfo};
+use granary_protocol::token::Permission;
+use http_body_util::BodyDataStream;
+use hyper::body::Incoming;
+use serde::{Deserialize, Serialize};
+
+use super::Anchor;
+use super::cache::CacheName;
+use super::catalog::CacheRow;
+use super::http::{Answer, Refusal, json_body};
+use super::ingest::{IngestError, Outcome};
+use super::intake::{Encoding, Intake, IntakeError, Taken};
+use super::read::parse_hashes;
+use crate::serve::respond::{self, Body};
+
+/// Uploads that wait for their next body. Each holds a frame and its compressor, some 12 MiB; the one
+/// that has waited longest makes room.
+const WAITING_MAX: usize = 16;
+
+/// How long an upload waits: a laptop's lid may be closed for lunch.
+const WAITING_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// Hashes in one question for what is missing, and bytes of it: 36 for each hash.
+const MISSING_MAX: usize = 10_000;
+const MISSING_BYTES_MAX: usize = MISSING_MAX * 40;
+
+/// A narinfo as JSON, whose lines take two bytes more each.
+const BEGIN_BYTES_MAX: usize = 2 * NARINFO_BYTES_MAX;
+
+/// Random bytes in an id: nobody guesses another's.
+const ID_BYTES: usize = 20;
+
+/// Uploads that are not complete.
+#[derive(Default)]
+pub struct Uploads(Mutex<BTreeMap<String, Upload>>);
+
+struct Upload {
+    cache: i64,
+    narinfo: NarInfo,
+    /// `None` while a request fills it.
+    intake: Option<Intake>,
+    touched: Instant,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Hashes {
+    hashes: Vec<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Begin {
+    narinfo: String,
+}
+
+/// What an upload has come to.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct State {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// Raw bytes that came in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset: Option<u64>,
+    /// `Stored` or `Known`, once it is complete.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub published: Option<String>,
+}
+
+impl Uploads {
+    fn insert(&self, id: String, upload: Upload) {
+        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        uploads.retain(|_, upload| now.duration_since(upload.touched) < WAITING_TIMEOUT);
+        let waiting = |upload: &Upload| upload.intake.is_some();
+        if uploads.values().filter(|upload| waiting(upload)).count() >= WAITING_MAX {
+            let oldest = uploads.iter().filter(|(_, upload)| waiting(upload));
+            let oldest = oldest.min_by_key(|(_, upload)| upload.touched);
+            if let Some(oldest) = oldest.map(|(id, _)| id.clone()) {
+                uploads.remove(&oldest);
+            }
+        }
+        uploads.insert(id, upload);
+    }
+
+    /// Where an upload stands.
+    fn offset(&self, id: &str, cache: i64) -> Result<u64, Refusal> {
+        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let upload = uploads.get_mut(id).filter(|upload| upload.cache == cache);
+        let upload = upload.ok_or_else(unknown)?;
+        upload.touched = Instant::now();
+        upload
+            .intake
+            .as_ref()
+            .map(Intake::offset)
+            .ok_or_else(being_filled)
+    }
+
+    /// Takes an upload out to be filled from an offset.
+    fn take(&self, id: &str, cache: i64, offset: u64) -> Result<(Intake, NarInfo), Refusal> {
+        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let upload = uploads.get_mut(id).filter(|upload| upload.cache == cache);
+        let upload = upload.ok_or_else(unknown)?;
+        upload.touched = Instant::now();
+        match upload.intake.take_if(|intake| intake.offset() == offset) {
+            Some(intake) => Ok((intake, upload.narinfo.clone())),
+            None => match &upload.intake {
+                None => Err(being_filled()),
+                Some(intake) => Err(Refusal::new(
+                    StatusCode::CONFLICT,
+                    "OtherOffset",
+                    format!(
+                        "the upload stands at byte {}, not at {offset}",
+                        intake.offset()
+                    ),
+                )),
+            },
+        }
+    }
+
+    /// Puts an upload back, to be continued.
+    fn put_back(&self, id: &str, intake: Intake) {
+        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(upload) = uploads.get_mut(id) {
+            upload.touched = Instant::now();
+            upload.intake = Some(intake);
+        }
+    }
+
+    fn remove(&self, id: &str) {
+        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        uploads.remove(id);
+    }
+}
+
+fn unknown() -> Refusal {
+    let message = "this upload is not known, begin it again";
+    Refusal::new(StatusCode::NOT_FOUND, "NoSuchUpload", message)
+}
+
+fn being_filled() -> Refusal {
+    let message = "another request is sending this upload";
+    Refusal::new(StatusCode::CONFLICT, "UploadBusy", message)
+}
+
+/// Answers what is about pushing below `/api/v1/caches/<cache>/`.
+pub async fn answer(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    cache: &str,
+    rest: &[&str],
+    body: &mut Incoming,
+) -> Answer {
+    let name = CacheName::new(cache)?;
+    let (cache, _) = anchor.cache_for(parts, &name, Permission::Push).await?;
+    match (rest, &parts.method) {
+        (["missing"], &Method::POST) => {
+            let question: Hashes = json_body(body, MISSING_BYTES_MAX).await?;
+            let hashes = parse_hashes(&question.hashes, MISSING_MAX)?;
+            let missing = anchor.catalog.missing(cache.id, hashes).await?;
+            let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
+            Ok(respond::json(
+                serde_json::json!({ "missing": missing }).to_string(),
+            ))
+        }
+        (["uploads"], &Method::POST) => begin(anchor, &cache, body).await,
+        (["uploads", id], &Method::GET) => {
+            let offset = anchor.uploads.offset(id, cache.id)?;
+            told(
+                StatusCode::OK,
+                &State {
+                    offset: Some(offset),
+                    ..State::default()
+                },
+            )
+        }
+        (["uploads", id], &Method::PUT) => fill(anchor, parts, &cache, id, body).await,
+        _ => Err(Refusal::not_found("there is nothing at this address")),
+    }
+}
+
+fn told(status: StatusCode, state: &State) -> Result<::http::Response<Body>, Refusal> {
+    let text = serde_json::to_string(state).map_err(|error| Refusal::ours(&error))?;
+    Ok(respond::small(status, "application/json", text))
+}
+
+async fn begin(anchor: &Arc<Anchor>, cache: &CacheRow, body: &mut Incoming) -> Answer {
+    let begin: Begin = json_body(body, BEGIN_BYTES_MAX).await?;
+    let dir = cache
+        .settings
+        .store_dir()
+        .map_err(|error| Refusal::ours(&error))?;
+    let narinfo = NarInfo::parse(&begin.narinfo, &dir);
+    let narinfo = narinfo.map_err(|error| Refusal::bad_request(error.to_string()))?;
+    if narinfo.nar_size > anchor.nar_bytes_max {
+        let message = format!(
+            "nars of more than {} bytes are not taken",
+            anchor.nar_bytes_max
+        );
+        return Err(Refusal::new(
+            StatusCode::PAYLOAD_TOO_LARGE,
+            "RequestError",
+            message,
+        ));
+    }
+    // Whoever names a path that is here may add signatures to it, as with `nix store sign`.
+    let known = anchor
+        .catalog
+        .path(cache.id, narinfo.store_path.hash())
+        .await?;
+    if let Some(known) = known {
+        if known.nar_hash == narinfo.nar_hash
+            && let Some(stored) = anchor.catalog.nar(known.nar_hash).await?
+        {
+            anchor.describe(cache, narinfo, stored).await?;
+        }
+        let published = Some("Known".to_owned());
+        return told(
+            StatusCode::OK,
+            &State {
+                published,
+                ..State::default()
+            },
+        );
+    }
+    anchor.check_claims(cache, &narinfo).await?;
+    // A NAR that is here is only hashed, as proof that its sender has it.
+    let stored = anchor.catalog.nar(narinfo.nar_hash).await?;
+    let spool = stored.is_none().then_some(anchor.spool.as_path());
+    let intake = Intake::new(spool, narinfo.nar_size).map_err(IngestError::from)?;
+    let mut random = [0; ID_BYTES];
+    getrandom::fill(&mut random)
+        .map_err(|error| Refusal::ours(&std::io::Error::other(error.to_string())))?;
+    let id = granary_protocol::nix32::encode(&random);
+    let upload = Upload {
+        cache: cache.id,
+        narinfo,
+        intake: Some(intake),
+        touched: Instant::now(),
+    };
+    anchor.uploads.insert(id.clone(), upload);
+    let state = State {
+        id: Some(id),
+        offset: Some(0),
+        published: None,
+    };
+    told(StatusCode::CREATED, &state)
+}
+
+async fn fill(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    cache: &CacheRow,
+    id: &str,
+    body: &mut Incoming,
+) -> Answer {
+    let offset = parts
+        .uri
+        .query()
+        .and_then(|query| query.strip_prefix("offset="));
+    let offset = offset.and_then(|offset| offset.parse().ok());
+    let offset = offset.ok_or_else(|| Refusal::bad_request("?offset= is missing or no number"))?;
+    let encoding = match parts
+        .headers
+        .get(CONTENT_TYPE)
+        .map(|value| value.as_bytes())
+    {
+        Some(b"application/zstd") => Encoding::Zstd,
+        _ => Encoding::None,
+    };
+    let _slot = anchor.intakes.acquire().await;
+    let (intake, narinfo) = anchor.uploads.take(id, cache.id, offset)?;
+    // Should this request be given up by hyper, the upload goes with it.
+    let mut forget = Forget {
+        uploads: &anchor.uploads,
+        id: Some(id),
+    };
+    let (intake, outcome) = intake.fill(BodyDataStream::new(body), encoding).await;
+    let Some(intake) = intake else {
+        let refused = outcome.err().unwrap_or(IntakeError::Stopped);
+        return Err(IngestError::from(refused).into());
+    };
+    if intake.offset() < narinfo.nar_size {
+        let offset = intake.offset();
+        anchor.uploads.put_back(id, intake);
+        forget.id = None;
+        outcome.map_err(IngestError::from)?;
+        return told(
+            StatusCode::OK,
+            &State {
+                offset: Some(offset),
+                ..State::default()
+            },
+        );
+    }
+    // All of it is here, however the body ended.
+    let taken = tokio::task::spawn_blocking(move || intake.finish()).await;
+    let taken: Taken = taken
+        .map_err(|error| Refusal::ours(&error))?
+        .map_err(IngestError::from)?;
+    let published = match anchor.publish(cache, narinfo, taken).await? {
+        Outcome::Stored { .. } => "Stored",
+        Outcome::Known => "Known",
+    };
+    let published = Some(published.to_owned());
+    told(
+        StatusCode::OK,
+        &State {
+            published,
+            ..State::default()
+        },
+    )
+}
+
+/// Removes an upload that is complete, refused, or whose request was dropped.
+struct Forget<'a> {
+    uploads: &'a Uploads,
+    id: Option<&'a str>,
+}
+
+impl Drop for Forget<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            self.uploads.remove(id);
+        }
+    }
+}

@@ -1,0 +1,478 @@
+//! `granary anchor`, `cache`, `token` and `rm`: the anchor from the machine that it runs on.
+//!
+//! All but `anchor` itself open the anchor's state folder and storage, beside a running anchor or
+//! without one; a running one sees what they did with its next request.
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use granary_protocol::certificate::UnixTime;
+use granary_protocol::signature::SecretKey;
+use granary_protocol::token::{Claims, Grant, Pattern, Permission};
+use zeroize::Zeroizing;
+
+use super::{ConfigFile, SECONDS_PER_DAY, print};
+use crate::anchor::admin::Changes;
+use crate::anchor::cache::CacheName;
+use crate::anchor::catalog::{CacheRow, Totals};
+use crate::anchor::object_store::S3Options;
+use crate::anchor::server::{Server, StateLock};
+use crate::anchor::tokens::token_key;
+use crate::anchor::{Anchor, Options, rebuild};
+use crate::clock::unix_time;
+use crate::config::Config;
+use crate::status;
+
+/// Days that a token is good for unless told otherwise.
+const TOKEN_DAYS: u64 = 365;
+
+/// Longest key file or token read from a file or standard input.
+const SECRET_BYTES_MAX: u64 = 64 * 1024;
+
+#[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Arguments {
+    #[command(flatten)]
+    config: ConfigFile,
+    #[command(subcommand)]
+    command: Option<AnchorCommand>,
+}
+
+#[derive(Subcommand)]
+enum AnchorCommand {
+    /// Make the catalog anew from what is in storage, while no anchor runs.
+    Rebuild(ConfigFile),
+}
+
+#[derive(Args)]
+pub struct CacheArguments {
+    #[command(subcommand)]
+    command: CacheCommand,
+}
+
+#[derive(Subcommand)]
+enum CacheCommand {
+    /// Make a cache and print its public key.
+    Create {
+        name: CacheName,
+        #[command(flatten)]
+        settings: Settings,
+        /// Sign with the key in this file (as `nix-store --generate-binary-cache-key` writes it).
+        #[arg(long)]
+        key_file: Option<PathBuf>,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+    /// List all caches.
+    List {
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+    /// Show a cache: its keys, settings and size.
+    Info {
+        name: CacheName,
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+    /// Change settings of a cache.
+    Configure {
+        name: CacheName,
+        #[command(flatten)]
+        settings: Settings,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+    /// Sign with another key; the old one goes on signing until it is retired.
+    RotateKey {
+        name: CacheName,
+        /// The key in this file rather than a new one.
+        #[arg(long, conflicts_with = "retire")]
+        key_file: Option<PathBuf>,
+        /// End the rotation: only the newest key signs, and older signatures are removed.
+        #[arg(long)]
+        retire: bool,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+    /// Delete a cache and everything in it.
+    Delete {
+        name: CacheName,
+        /// Really.
+        #[arg(long)]
+        yes: bool,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+}
+
+/// Settings that can be given and changed.
+#[derive(Args)]
+struct Settings {
+    /// Anybody may read it.
+    #[arg(long, conflicts_with = "private")]
+    public: bool,
+    /// Only bearers of a token may read it.
+    #[arg(long)]
+    private: bool,
+    /// Lower is asked earlier by Nix; cache.nixos.org has 40.
+    #[arg(long, allow_negative_numbers = true)]
+    priority: Option<i32>,
+    /// Name of a key whose paths need not be pushed; may be repeated. With any, references that the
+    /// cache does not hold are accepted.
+    #[arg(long = "upstream-key")]
+    upstream_keys: Vec<String>,
+}
+
+impl Settings {
+    fn changes(self) -> Changes {
+        Changes {
+            public: match (self.public, self.private) {
+                (true, _) => Some(true),
+                (_, true) => Some(false),
+                _ => None,
+            },
+            priority: self.priority,
+            store_dir: None,
+            upstream_keys: Some(self.upstream_keys).filter(|keys| !keys.is_empty()),
+            retention: None,
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct TokenArguments {
+    #[command(subcommand)]
+    command: TokenCommand,
+}
+
+#[derive(Subcommand)]
+enum TokenCommand {
+    /// Make a token and print it.
+    Create {
+        /// Who will use it: a person, a machine, a job.
+        #[arg(long)]
+        subject: String,
+        /// Cache, or pattern with `*`; may be repeated.
+        #[arg(long = "cache", required = true)]
+        caches: Vec<Pattern>,
+        /// What it allows: pull, push, delete, create, configure, retention, destroy.
+        #[arg(long, value_delimiter = ',', required = true)]
+        allow: Vec<Permission>,
+        #[arg(long, default_value_t = TOKEN_DAYS)]
+        days: u64,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+    /// List the tokens made here.
+    List {
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+    /// Revoke a token by its id; `-` reads a whole token from standard input.
+    Revoke {
+        id: String,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
+}
+
+#[derive(Args)]
+pub struct RmArguments {
+    cache: CacheName,
+    /// Store paths, their base names or hashes.
+    #[arg(required = true)]
+    paths: Vec<String>,
+    #[command(flatten)]
+    config: ConfigFile,
+}
+
+fn options(config: &Config) -> Options {
+    let server = &config.anchor_server;
+    Options {
+        state: config.anchor_dir(),
+        storage: config.anchor_storage(),
+        s3: S3Options {
+            endpoint: server.s3.endpoint.clone(),
+            region: server.s3.region.clone(),
+            credentials_file: server.s3.credentials_file.clone(),
+            ca_file: server.s3.ca_file.clone(),
+            virtual_hosted: server.s3.virtual_hosted,
+        },
+        trust: config.trusted_keys(),
+        attic_key: server.attic_token_key_file.clone(),
+        nar_bytes_max: server.nar_bytes_max,
+    }
+}
+
+async fn open(config: &ConfigFile) -> Result<(Config, Arc<Anchor>)> {
+    let config = config.load()?;
+    let anchor = Anchor::open(options(&config)).await?;
+    Ok((config, anchor))
+}
+
+pub async fn run(arguments: Arguments) -> Result<()> {
+    if let Some(AnchorCommand::Rebuild(config)) = arguments.command {
+        let options = options(&config.load()?);
+        let _lock = StateLock::take(&options.state)?;
+        let found = rebuild::rebuild(&options).await?;
+        return print(&format!(
+            "found {} caches with {} paths; left out {} objects\n",
+            found.caches, found.paths, found.left_out
+        ));
+    }
+    let config = arguments.config.load()?;
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let default_cache =
+        Some(config.anchor_server.default_cache.as_str()).filter(|name| !name.is_empty());
+    let server =
+        Server::start(options(&config), config.anchor_server.listen, default_cache).await?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
+    }
+    tracing::info!("stopping");
+    server.stop().await;
+    Ok(())
+}
+
+pub async fn cache(arguments: CacheArguments) -> Result<()> {
+    match arguments.command {
+        CacheCommand::Create {
+            name,
+            settings,
+            key_file,
+            config,
+        } => {
+            let key = key_file.as_deref().map(read_key).transpose()?;
+            let (_, anchor) = open(&config).await?;
+            let cache = anchor.create_cache(&name, &settings.changes(), key).await?;
+            print(&format!("{}\n", cache.settings.public_keys.join("\n")))
+        }
+        CacheCommand::List { json, config } => {
+            let (_, anchor) = open(&config).await?;
+            let mut rows = Vec::new();
+            for cache in anchor.catalog.caches().await? {
+                let totals = anchor.catalog.totals(Some(cache.id)).await?;
+                rows.push((cache, totals));
+            }
+            if json {
+                let rows: Vec<_> = rows
+                    .iter()
+                    .map(|(cache, totals)| as_json(cache, totals))
+                    .collect();
+                return print(&format!("{}\n", serde_json::to_string_pretty(&rows)?));
+            }
+            let lines = rows.iter().map(|(cache, totals)| {
+                let access = if cache.settings.public {
+                    "public"
+                } else {
+                    "private"
+                };
+                format!(
+                    "{}  {access}  {} paths, {} MiB in storage\n",
+                    cache.name,
+                    totals.paths,
+                    totals.file_bytes >> 20
+                )
+            });
+            print(&lines.collect::<String>())
+        }
+        CacheCommand::Info { name, json, config } => {
+            let (config, anchor) = open(&config).await?;
+            let cache = anchor.catalog.cache(&name).await?;
+            let cache = cache.with_context(|| format!("there is no cache {name}"))?;
+            let totals = anchor.catalog.totals(Some(cache.id)).await?;
+            if json {
+                return print(&format!(
+                    "{}\n",
+                    serde_json::to_string_pretty(&as_json(&cache, &totals))?
+                ));
+            }
+            let port = config.anchor_server.listen.port();
+            print(&info(&cache, &totals, port))
+        }
+        CacheCommand::Configure {
+            name,
+            settings,
+            config,
+        } => {
+            let (_, anchor) = open(&config).await?;
+            let changes = settings.changes();
+            if changes == Changes::default() {
+                bail!("nothing is to be changed; see granary cache configure --help");
+            }
+            anchor.configure_cache(&name, &changes).await?;
+            Ok(())
+        }
+        CacheCommand::RotateKey {
+            name,
+            key_file,
+            retire,
+            config,
+        } => {
+            let key = key_file.as_deref().map(read_key).transpose()?;
+            let (_, anchor) = open(&config).await?;
+            let cache = anchor.rotate_key(&name, key, retire).await?;
+            print(&format!("{}\n", cache.settings.public_keys.join("\n")))
+        }
+        CacheCommand::Delete { name, yes, config } => {
+            if !yes {
+                bail!("this deletes cache {name} and every path in it; say --yes");
+            }
+            let (_, anchor) = open(&config).await?;
+            Ok(anchor.delete_cache(&name).await?)
+        }
+    }
+}
+
+fn info(cache: &CacheRow, totals: &Totals, port: u16) -> String {
+    let settings = &cache.settings;
+    let access = if settings.public { "public" } else { "private" };
+    let mut text = format!("{}  {access}, priority {}\n", cache.name, settings.priority);
+    text.push_str(&format!(
+        "  address           http://<this machine>:{port}/{}\n",
+        cache.name
+    ));
+    for key in &settings.public_keys {
+        text.push_str(&format!("  public key        {key}\n"));
+    }
+    for name in &settings.upstream_keys {
+        text.push_str(&format!("  upstream key      {name}\n"));
+    }
+    text.push_str(&format!(
+        "  paths             {}\n  nars              {} MiB, {} MiB in storage\n",
+        totals.paths,
+        totals.nar_bytes >> 20,
+        totals.file_bytes >> 20,
+    ));
+    text
+}
+
+fn as_json(cache: &CacheRow, totals: &Totals) -> serde_json::Value {
+    serde_json::json!({
+        "name": cache.name.as_str(),
+        "settings": cache.settings,
+        "paths": totals.paths,
+        "nar_bytes": totals.nar_bytes,
+        "file_bytes": totals.file_bytes,
+    })
+}
+
+fn read_key(path: &Path) -> Result<SecretKey> {
+    let read = || format!("cannot read the signing key {}", path.display());
+    let file = std::fs::File::open(path).with_context(read)?;
+    let mut text = Zeroizing::new(String::new());
+    file.take(SECRET_BYTES_MAX)
+        .read_to_string(&mut text)
+        .with_context(read)?;
+    text.trim()
+        .parse()
+        .with_context(|| format!("{} is no signing key", path.display()))
+}
+
+pub async fn token(arguments: TokenArguments) -> Result<()> {
+    match arguments.command {
+        TokenCommand::Create {
+            subject,
+            caches,
+            allow,
+            days,
+            config,
+        } => {
+            let (config, anchor) = open(&config).await?;
+            let now = unix_time();
+            let mut id = [0u8; 10];
+            getrandom::fill(&mut id).context("the system gave no random bytes")?;
+            let lifetime = days
+                .checked_mul(SECONDS_PER_DAY)
+                .and_then(|seconds| now.0.checked_add(seconds));
+            let grant = |pattern| Grant {
+                pattern,
+                permissions: allow.clone(),
+            };
+            let claims = Claims {
+                id: Some(granary_protocol::nix32::encode(&id)),
+                subject,
+                not_before: None,
+                expires: Some(UnixTime(lifetime.context("--days is too large")?)),
+                grants: caches.into_iter().map(grant).collect(),
+            };
+            let text = claims.mint(&token_key(&config.anchor_dir())?);
+            // Proves that whoever reads it will take it: a subject may be too long.
+            granary_protocol::token::Token::parse(&text)?;
+            anchor.tokens.issued(claims, now).await?;
+            print(&format!("{text}\n"))
+        }
+        TokenCommand::List { json, config } => {
+            let (_, anchor) = open(&config).await?;
+            let tokens = anchor.tokens.list().await?;
+            if json {
+                return print(&format!("{}\n", serde_json::to_string_pretty(&tokens)?));
+            }
+            let now = unix_time().0;
+            let lines = tokens.iter().map(|token| {
+                let state = match (token.revoked, token.expires) {
+                    (Some(_), _) => "revoked".to_owned(),
+                    (None, Some(expires)) if expires < now => "expired".to_owned(),
+                    (None, Some(expires)) => {
+                        format!("{} days left", (expires - now) / SECONDS_PER_DAY)
+                    }
+                    (None, None) => "does not expire".to_owned(),
+                };
+                format!("{}  {}  {state}\n", token.id, token.subject)
+            });
+            print(&lines.collect::<String>())
+        }
+        TokenCommand::Revoke { id, config } => {
+            let id = match id.as_str() {
+                "-" => {
+                    let mut text = String::new();
+                    std::io::stdin()
+                        .take(SECRET_BYTES_MAX)
+                        .read_to_string(&mut text)?;
+                    text.trim().to_owned()
+                }
+                _ => id,
+            };
+            let (_, anchor) = open(&config).await?;
+            let is_listed = anchor
+                .tokens
+                .list()
+                .await?
+                .iter()
+                .any(|token| token.id == id);
+            if !is_listed && granary_protocol::token::Token::parse(&id).is_err() {
+                bail!("there is no token {id}; see granary token list");
+            }
+            match anchor.tokens.revoke(&id, unix_time()).await? {
+                true => Ok(()),
+                false => bail!("the token was revoked before"),
+            }
+        }
+    }
+}
+
+pub async fn rm(arguments: RmArguments) -> Result<()> {
+    let (_, anchor) = open(&arguments.config).await?;
+    let name = &arguments.cache;
+    let cache = anchor.catalog.cache(name).await?;
+    let cache = cache.with_context(|| format!("there is no cache {name}"))?;
+    let dir = cache.settings.store_dir()?;
+    for path in &arguments.paths {
+        let hash = status::hash_of(path, &dir);
+        let hash = hash.with_context(|| format!("{path:?} is no store path and no hash of one"))?;
+        if !anchor.remove_path(&cache, hash).await? {
+            bail!("cache {name} does not hold {path}");
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,251 @@
+//! Who may do what, and what a refusal gives away.
+
+use granary_protocol::certificate::UnixTime;
+use granary_protocol::signature::SecretKey;
+use granary_protocol::token::Permission::{self, Configure, Pull, Push};
+
+use crate::rig::{Rig, Sample, bearer, claims};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_private_cache_is_no_oracle() {
+    let rig = Rig::new().await;
+    rig.cache("secret", false).await;
+    rig.cache("other", true).await;
+    let token = rig.token(&[("secret", &[Push, Pull])]).await;
+    let stranger = rig.token(&[("other", &[Push, Pull])]).await;
+    let sample = Sample::new(1, 100);
+    assert_eq!(rig.upload(&token, "secret", &sample).status, 200);
+    let nar = format!("nar/{}.nar.zst", sample.nar_hash().nix32());
+    let rest = [
+        "nix-cache-info".to_owned(),
+        format!("{}.narinfo", sample.hash()),
+        "00000000000000000000000000000000.narinfo".to_owned(),
+        nar.clone(),
+        "nar/x".to_owned(),
+        "log/x".to_owned(),
+        "x".to_owned(),
+    ];
+    // Timing aside, nothing tells a path that is there from one that is not, nor from a cache that is not.
+    let stranger = bearer(&stranger);
+    for headers in [&[][..], &[("Authorization", stranger.as_str())]] {
+        let mut answers = Vec::new();
+        for cache in ["secret", "absent"] {
+            for rest in &rest {
+                for method in ["GET", "HEAD"] {
+                    let answer = rig.ask(method, &format!("/{cache}/{rest}"), headers, b"");
+                    let text = String::from_utf8(answer.body)
+                        .unwrap()
+                        .replace("absent", "secret");
+                    answers.push((answer.status, text, method));
+                }
+            }
+        }
+        answers.sort();
+        answers.dedup();
+        // One for each method.
+        assert_eq!(answers.len(), 2, "{answers:?}");
+        assert_eq!(answers[0].0, if headers.is_empty() { 401 } else { 403 });
+    }
+    // The NAR is not to be had by way of a cache that does not have it.
+    assert_eq!(rig.get(&format!("/other/{nar}")).status, 404);
+    let token = bearer(&token);
+    assert_eq!(
+        rig.ask(
+            "GET",
+            &format!("/secret/{nar}"),
+            &[("Authorization", &token)],
+            b""
+        )
+        .status,
+        200
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_says_why() {
+    let rig = Rig::new().await;
+    rig.cache("main", false).await;
+    let key = granary::anchor::tokens::token_key(&rig.state()).unwrap();
+    let other = SecretKey::from_seed("granary-tokens".parse().unwrap(), [7; 32]);
+    let check = |token: &str, status: u16, error: &str| {
+        let answer = rig.ask(
+            "GET",
+            "/main/nix-cache-info",
+            &[("Authorization", &bearer(token))],
+            b"",
+        );
+        assert_eq!(
+            (answer.status, answer.error().as_str()),
+            (status, error),
+            "{answer:?}"
+        );
+        let challenge = answer.header("www-authenticate");
+        assert_eq!(challenge.is_some(), status == 401, "{challenge:?}");
+    };
+    let mut claims = claims(&[("main", &[Pull])]);
+    claims.expires = Some(UnixTime(1));
+    check(&claims.mint(&key), 401, "TokenExpired");
+    claims.expires = None;
+    claims.not_before = Some(UnixTime(u64::MAX / 2));
+    check(&claims.mint(&key), 401, "TokenNotYetValid");
+    claims.not_before = None;
+    check(&claims.mint(&other), 401, "TokenInvalid");
+    check("garbage", 401, "TokenInvalid");
+    claims.grants[0].permissions = vec![Push];
+    check(&claims.mint(&key), 403, "MissingPermission");
+    claims.grants[0].permissions = vec![Pull];
+    let good = claims.mint(&key);
+    let answer = rig.ask(
+        "GET",
+        "/main/nix-cache-info",
+        &[("Authorization", &bearer(&good))],
+        b"",
+    );
+    assert_eq!(answer.status, 200);
+
+    // Revoked, it is refused with the next request.
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    let id = claims.id.clone().unwrap();
+    assert!(anchor.tokens.revoke(&id, UnixTime(5)).await.unwrap());
+    check(&good, 401, "TokenRevoked");
+    let anonymous = rig.get("/main/nix-cache-info");
+    assert_eq!(
+        (anonymous.status, anonymous.error().as_str()),
+        (401, "Unauthorized")
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stale_token_does_not_keep_anybody_from_a_public_cache() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let stale = [("Authorization", "Basic eDpnYXJiYWdl")];
+    assert_eq!(
+        rig.ask("GET", "/main/nix-cache-info", &stale, b"").status,
+        200
+    );
+    assert_eq!(
+        rig.ask("PUT", "/main/nix-cache-info", &stale, b"").status,
+        401
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_are_listed_with_what_became_of_them() {
+    let rig = Rig::new().await;
+    rig.token(&[("a*", &[Pull])]).await;
+    let second = claims(&[("*", &Permission::ALL)]);
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    anchor
+        .tokens
+        .issued(second.clone(), UnixTime(100))
+        .await
+        .unwrap();
+    anchor
+        .tokens
+        .revoke(second.id.as_ref().unwrap(), UnixTime(200))
+        .await
+        .unwrap();
+    let listed = anchor.tokens.list().await.unwrap();
+    assert_eq!(listed.len(), 2);
+    assert_eq!((listed[0].issued, listed[0].revoked), (100, Some(200)));
+    assert_eq!(listed[0].claims, second.to_json());
+    assert_eq!(listed[1].revoked, None);
+    let again = anchor
+        .tokens
+        .revoke(second.id.as_ref().unwrap(), UnixTime(300))
+        .await
+        .unwrap();
+    assert!(!again);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_that_attic_made_are_taken_when_its_key_is_configured() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut rig = Rig::new().await;
+    rig.cache("dev-x", false).await;
+    rig.stop().await;
+    // HS256 over a token as `atticadm make-token` writes it.
+    let secret = b"a secret that atticd and we share";
+    let claims = serde_json::json!({
+        "sub": "alice", "exp": 4102324986u64, "nbf": 1700000000,
+        "https://jwt.attic.rs/v1": {"caches": {"dev-*": {"r": 1, "w": 1}}},
+    });
+    let header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::HS256);
+    let sign = |secret: &[u8]| {
+        let key = jsonwebtoken::EncodingKey::from_secret(secret);
+        jsonwebtoken::encode(&header, &claims, &key).unwrap()
+    };
+    let (genuine, forged) = (sign(secret), sign(b"another secret"));
+    let file = rig.folder.path().join("attic-key");
+    std::fs::write(
+        &file,
+        format!("hs256:{}\n", data_encoding::BASE64.encode(secret)),
+    )
+    .unwrap();
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let mut options = rig.options();
+    options.attic_key = Some(file);
+    let listen = "127.0.0.1:0".parse().unwrap();
+    rig.server = Some(
+        granary::anchor::server::Server::start(options, listen, None)
+            .await
+            .unwrap(),
+    );
+
+    let status = |token: &str| {
+        let basic = data_encoding::BASE64.encode(format!("x:{token}").as_bytes());
+        rig.ask(
+            "GET",
+            "/dev-x/nix-cache-info",
+            &[("Authorization", &format!("Basic {basic}"))],
+            b"",
+        )
+        .status
+    };
+    assert_eq!(status(&genuine), 200);
+    assert_eq!(status(&forged), 401);
+    // Without an id it is revoked by its own text.
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    assert!(anchor.tokens.revoke(&genuine, UnixTime(5)).await.unwrap());
+    assert_eq!(status(&genuine), 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn each_permission_opens_its_own_door() {
+    let rig = Rig::new().await;
+    rig.cache("main", false).await;
+    for permission in Permission::ALL {
+        let token = bearer(&rig.token(&[("main", &[permission])]).await);
+        let status = |method: &str, target: &str, body: &[u8]| {
+            rig.ask(method, target, &[("Authorization", &token)], body)
+                .status
+        };
+        let may =
+            |wanted: Permission, allowed: u16| if permission == wanted { allowed } else { 403 };
+        assert_eq!(
+            status("GET", "/main/nix-cache-info", b""),
+            may(Pull, 200),
+            "{permission}"
+        );
+        assert_eq!(
+            status("PUT", "/main/log/x", b"x"),
+            may(Push, 201),
+            "{permission}"
+        );
+        let missing = br#"{"cache":"main","store_path_hashes":[]}"#;
+        assert_eq!(
+            status("POST", "/_api/v1/get-missing-paths", missing),
+            may(Push, 200),
+            "{permission}"
+        );
+        let configured = status("PATCH", "/_api/v1/cache-config/main", br#"{"priority":7}"#);
+        assert_eq!(configured, may(Configure, 200), "{permission}");
+        // Whoever may do anything may know what it is.
+        assert_eq!(
+            status("GET", "/_api/v1/cache-config/main", b""),
+            200,
+            "{permission}"
+        );
+    }
+}

@@ -1,0 +1,415 @@
+//! The `granary` program as an anchor: started, administered, killed.
+
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::Instant;
+
+use tempfile::TempDir;
+
+use crate::rig::{Answer, GENEROUS, Machine, Sample, ask, bearer, hash};
+
+/// A process that is killed when it is dropped.
+pub struct Anchor {
+    process: Child,
+    pub address: SocketAddr,
+}
+
+impl Drop for Anchor {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+pub struct Place {
+    pub folder: TempDir,
+}
+
+impl Place {
+    pub fn new() -> Place {
+        let place = Place {
+            folder: TempDir::new().unwrap(),
+        };
+        let text = format!(
+            "state-dir = \"{}/state\"\n[anchor-server]\nlisten = \"127.0.0.1:0\"\n",
+            place.folder.path().display()
+        );
+        std::fs::write(place.config(), text).unwrap();
+        place
+    }
+
+    fn config(&self) -> PathBuf {
+        self.folder.path().join("granary.toml")
+    }
+
+    pub fn path(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn granary(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_granary"))
+            .args(arguments)
+            .env("GRANARY_CONFIG", self.config())
+            .env_remove("RUST_LOG")
+            .output()
+            .unwrap()
+    }
+
+    /// What a command that must succeed prints.
+    pub fn run(&self, arguments: &[&str]) -> String {
+        let output = self.granary(arguments);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "granary {arguments:?}: {said}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    }
+
+    /// Why a command that must fail says that it failed.
+    pub fn fail(&self, arguments: &[&str]) -> String {
+        let output = self.granary(arguments);
+        assert!(!output.status.success(), "granary {arguments:?} succeeded");
+        String::from_utf8(output.stderr).unwrap()
+    }
+
+    pub fn start(&self) -> Anchor {
+        let mut process = Command::new(env!("CARGO_BIN_EXE_granary"))
+            .arg("anchor")
+            .env("GRANARY_CONFIG", self.config())
+            .env("RUST_LOG", "granary=info")
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();
+        let mut said = String::new();
+        let address = loop {
+            let Some(Ok(line)) = lines.next() else {
+                panic!("the anchor did not start: {said}");
+            };
+            said.push_str(&line);
+            if let Some((_, rest)) = line.split_once("anchor is answering address=") {
+                break rest.split(' ').next().unwrap().parse().unwrap();
+            }
+        };
+        // Its pipe must not fill up.
+        std::thread::spawn(move || lines.for_each(drop));
+        Anchor { process, address }
+    }
+}
+
+impl Anchor {
+    /// kill -9.
+    pub fn kill(&mut self) {
+        // It may have been killed before.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+
+    pub fn get(&self, target: &str, token: &str) -> Answer {
+        ask(
+            self.address,
+            "GET",
+            target,
+            &[("Authorization", &bearer(token))],
+            b"",
+        )
+    }
+}
+
+#[test]
+fn an_anchor_is_run_and_administered_from_the_command_line() {
+    let place = Place::new();
+    let anchor = place.start();
+    // It made its default cache; others are made beside it while it runs.
+    assert!(
+        place
+            .run(&["cache", "list"])
+            .starts_with("main  private  0 paths")
+    );
+    let key = place.run(&["cache", "create", "team", "--priority", "30"]);
+    assert!(key.starts_with("team-1:"), "{key}");
+    assert!(
+        place
+            .fail(&["cache", "create", "team"])
+            .contains("cache team exists already")
+    );
+    assert!(
+        place
+            .fail(&["cache", "create", "../x"])
+            .contains("cannot be called")
+    );
+    let token = place.run(&[
+        "token",
+        "create",
+        "--subject",
+        "ci",
+        "--cache",
+        "te*",
+        "--allow",
+        "pull,push",
+    ]);
+
+    let builder = Machine::new(&[]);
+    builder.login(&token);
+    let closure = builder.build();
+    let url = format!("http://{}/team", anchor.address);
+    builder.nix("nix", &["copy", "--to", &url, &closure[2]]);
+    let info = place.run(&["cache", "info", "team", "--json"]);
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    assert_eq!(
+        (&info["paths"], &info["settings"]["priority"]),
+        (&3.into(), &30.into())
+    );
+
+    // Rotation: a client that trusts either key is content until the old one is retired.
+    let keys = place.run(&["cache", "rotate-key", "team"]);
+    let keys: Vec<&str> = keys.lines().collect();
+    assert_eq!((keys.len(), keys[1]), (2, key.as_str()));
+    for key in &keys {
+        let client = Machine::new(&[key]);
+        client.login(&token);
+        client.nix("nix", &["copy", "--from", &url, &closure[2]]);
+    }
+    assert_eq!(
+        place.run(&["cache", "rotate-key", "team", "--retire"]),
+        keys[0]
+    );
+    let narinfo = anchor.get(&format!("/team/{}.narinfo", hash(&closure[0])), &token);
+    assert!(
+        narinfo.text().contains("Sig: team-2:") && !narinfo.text().contains("Sig: team-1:"),
+        "{}",
+        narinfo.text()
+    );
+
+    // A path that is removed is gone with the next request; the others stay.
+    place.run(&["rm", "team", &closure[2]]);
+    assert_eq!(
+        anchor
+            .get(&format!("/team/{}.narinfo", hash(&closure[2])), &token)
+            .status,
+        404
+    );
+    assert_eq!(
+        anchor
+            .get(&format!("/team/{}.narinfo", hash(&closure[1])), &token)
+            .status,
+        200
+    );
+    assert!(
+        place
+            .fail(&["rm", "team", &closure[2]])
+            .contains("does not hold")
+    );
+
+    // Everybody may read it, then nobody with that token.
+    place.run(&["cache", "configure", "team", "--public"]);
+    assert_eq!(anchor.get("/team/nix-cache-info", "garbage").status, 200);
+    place.run(&["cache", "configure", "team", "--private"]);
+    let listed = place.run(&["token", "list"]);
+    let id = listed.split(' ').next().unwrap();
+    assert!(
+        listed.contains("ci  364 days left") || listed.contains("ci  365 days left"),
+        "{listed}"
+    );
+    place.run(&["token", "revoke", id]);
+    assert_eq!(
+        anchor.get("/team/nix-cache-info", &token).error(),
+        "TokenRevoked"
+    );
+    assert!(place.run(&["token", "list"]).contains("revoked"));
+    assert!(
+        place
+            .fail(&["token", "revoke", "nonsense"])
+            .contains("there is no token nonsense")
+    );
+    assert!(place.fail(&["cache", "delete", "team"]).contains("--yes"));
+    place.run(&["cache", "delete", "team", "--yes"]);
+    assert!(!place.run(&["cache", "list"]).contains("team"));
+}
+
+#[test]
+fn a_second_anchor_and_a_rebuild_keep_away_from_a_running_one() {
+    let place = Place::new();
+    let anchor = place.start();
+    assert!(
+        place
+            .fail(&["anchor"])
+            .contains("another granary anchor works in")
+    );
+    assert!(
+        place
+            .fail(&["anchor", "rebuild"])
+            .contains("another granary anchor works in")
+    );
+    drop(anchor);
+    assert!(
+        place
+            .run(&["anchor", "rebuild"])
+            .starts_with("found 1 caches with 0 paths")
+    );
+    drop(place.start());
+}
+
+#[test]
+fn secrets_are_for_the_owner_alone() {
+    use std::os::unix::fs::MetadataExt;
+    let place = Place::new();
+    place.run(&["cache", "create", "main"]);
+    let state = place.path().join("state/anchor");
+    for file in ["keys/main", "token-key"] {
+        assert_eq!(
+            std::fs::metadata(state.join(file)).unwrap().mode() & 0o777,
+            0o600,
+            "{file}"
+        );
+    }
+    assert_eq!(std::fs::metadata(&state).unwrap().mode() & 0o777, 0o700);
+    // Nothing of it is in storage.
+    let key = std::fs::read_to_string(state.join("keys/main")).unwrap();
+    let secret = key.trim().split(':').nth(1).unwrap();
+    let settings =
+        std::fs::read_to_string(place.path().join("state/storage/caches/main/cache.json")).unwrap();
+    assert!(
+        !settings.contains(&secret[..40]) && settings.contains("main-1:"),
+        "{settings}"
+    );
+}
+
+/// What must hold however the anchor ended: no narinfo without its NAR, and what was acknowledged is
+/// there and right.
+fn assert_consistent(place: &Place, anchor: &Anchor, token: &str, acknowledged: &[Sample]) {
+    let storage = place.path().join("state/storage");
+    let narinfos = std::fs::read_dir(storage.join("caches/main/narinfo"));
+    for entry in narinfos.into_iter().flatten() {
+        let path = entry.unwrap().path();
+        if path
+            .extension()
+            .is_none_or(|extension| extension != "narinfo")
+        {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let narinfo =
+            granary_protocol::narinfo::NarInfo::parse(&text, &Default::default()).unwrap();
+        let nar = storage.join(granary::anchor::nar_key(&narinfo.nar_hash));
+        let size = std::fs::metadata(&nar)
+            .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+            .len();
+        assert_eq!(Some(size), narinfo.file_size);
+        // What is in the bucket is what is answered.
+        let target = format!("/main/{}.narinfo", narinfo.store_path.hash());
+        assert_eq!(anchor.get(&target, token).text(), text);
+    }
+    for sample in acknowledged {
+        let narinfo = anchor.get(&format!("/main/{}.narinfo", sample.hash()), token);
+        assert_eq!(
+            narinfo.status, 200,
+            "an acknowledged push is lost: {}",
+            sample.path
+        );
+        let url = narinfo
+            .text()
+            .lines()
+            .find_map(|line| line.strip_prefix("URL: "))
+            .unwrap();
+        let nar = anchor.get(&format!("/main/{url}"), token);
+        assert!(zstd::decode_all(&nar.body[..]).unwrap() == sample.nar);
+    }
+}
+
+#[test]
+fn an_anchor_that_is_killed_again_and_again_loses_nothing_it_acknowledged() {
+    const ROUNDS: u64 = 50;
+    let place = Place::new();
+    let token = {
+        let _anchor = place.start();
+        place.run(&[
+            "token",
+            "create",
+            "--subject",
+            "t",
+            "--cache",
+            "*",
+            "--allow",
+            "pull,push",
+        ])
+    };
+    let mut acknowledged = Vec::new();
+    let mut interrupted = 0;
+    for round in 0..ROUNDS {
+        let mut anchor = place.start();
+        assert_consistent(
+            &place,
+            &anchor,
+            &token,
+            &acknowledged[acknowledged.len().saturating_sub(6)..],
+        );
+        // Pushes go on while the kill comes, a little later in each round, so that every step is hit.
+        let address = anchor.address;
+        let pushing = std::thread::spawn({
+            let token = token.clone();
+            move || {
+                let mut done = Vec::new();
+                for number in 0..40 {
+                    let sample = Sample::new(round * 1000 + number, 20_000);
+                    let pushed = std::panic::catch_unwind(|| {
+                        let (metadata, token) =
+                            (sample.metadata("main").to_string(), bearer(&token));
+                        let headers = [
+                            ("Authorization", token.as_str()),
+                            ("X-Attic-Nar-Info", &metadata),
+                        ];
+                        ask(
+                            address,
+                            "PUT",
+                            "/_api/v1/upload-path",
+                            &headers,
+                            &sample.nar,
+                        )
+                        .status
+                    });
+                    match pushed {
+                        Ok(200) => done.push(sample),
+                        Ok(status) => panic!("a push was answered {status}"),
+                        // The connection broke.
+                        Err(_) => return (done, true),
+                    }
+                }
+                (done, false)
+            }
+        });
+        let end = Instant::now() + std::time::Duration::from_micros(round * 1_700);
+        while Instant::now() < end {
+            std::hint::spin_loop();
+        }
+        anchor.kill();
+        let (done, was_interrupted) = pushing.join().unwrap();
+        interrupted += u64::from(was_interrupted);
+        acknowledged.extend(done);
+    }
+    assert!(
+        interrupted > ROUNDS / 2,
+        "the kill came too late in most rounds"
+    );
+    assert!(
+        acknowledged.len() > 10,
+        "the kill came too early in most rounds"
+    );
+    let anchor = place.start();
+    let started = Instant::now();
+    assert_consistent(&place, &anchor, &token, &acknowledged);
+    assert!(started.elapsed() < GENEROUS * 4);
+    drop(anchor);
+
+    // And the bucket alone tells the same.
+    std::fs::remove_file(place.path().join("state/anchor/catalog.sqlite")).unwrap();
+    for suffix in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(
+            place
+                .path()
+                .join(format!("state/anchor/catalog.sqlite{suffix}")),
+        );
+    }
+    place.run(&["anchor", "rebuild"]);
+    let anchor = place.start();
+    assert_consistent(&place, &anchor, &token, &acknowledged);
+}

@@ -1,0 +1,14 @@
+//! The anchor: its storage, what it keeps, and what real clients see.
+//!
+//! S3 is served in process by `s3s-fs` behind a lock, with a hook that makes it fail ([`s3`]).
+
+mod access;
+mod attic;
+mod command;
+mod hostile;
+mod nix;
+mod pushing;
+mod reading;
+mod rig;
+mod s3;
+mod storage;
