@@ -1,6 +1,7 @@
 //! The command line. Parses, calls, prints; exit status 0 for success, 1 for failure, 2 for misuse.
 
 use std::io::{self, IsTerminal, Write};
+use std::net::SocketAddr;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -11,7 +12,6 @@ use clap::{Args, Parser, Subcommand};
 use granary_protocol::certificate::{Certificate, Permissions, UnixTime};
 use granary_protocol::peer::PeerId;
 use granary_protocol::signature::{KeyName, SecretKey};
-use rustix::process::{Resource, Rlimit};
 use tracing_subscriber::EnvFilter;
 use zeroize::Zeroizing;
 
@@ -20,11 +20,9 @@ use crate::config::Config;
 use crate::daemon::{self, Daemon};
 use crate::demo;
 use crate::identity::Identity;
-use crate::listener::Listener;
 use crate::loopback;
 use crate::status::{self, Report, Why};
 use crate::store::NixStore;
-use crate::supervisor;
 
 /// Lifetime of a certificate unless told otherwise.
 const CERTIFICATE_DAYS: u64 = 30;
@@ -178,7 +176,7 @@ async fn execute(command: Command) -> Result<()> {
             days,
         }) => mesh_admit(peer_id, &key_file, &out, name, allow, days),
         Command::Status { config, json } => {
-            let text = ask(&config.load()?, "/api/v1/status").await?;
+            let text = ask(config.load()?.substituter.listen, "/api/v1/status").await?;
             let text = text.context("the node is still opening its store")?;
             let report: Report =
                 serde_json::from_str(&text).context("the answer is no status report")?;
@@ -189,7 +187,7 @@ async fn execute(command: Command) -> Result<()> {
             // Asked by hash: a name may contain what a URL gives another meaning, such as `?`.
             let hash = status::hash_of(&path, &config.store.dir)
                 .with_context(|| format!("{path:?} is no store path and no hash of one"))?;
-            let text = ask(&config, &format!("/api/v1/why/{hash}")).await?;
+            let text = ask(config.substituter.listen, &format!("/api/v1/why/{hash}")).await?;
             let text = text.context("the node is still opening its store")?;
             let why: Why = serde_json::from_str(&text).context("the answer is no explanation")?;
             print(&if json { text } else { why.to_string() })
@@ -213,45 +211,15 @@ impl ConfigFile {
 }
 
 async fn node(config: Config) -> Result<()> {
-    raise_file_limit();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    let inherited = Listener::inherited()?;
-    let daemon = match inherited.is_empty() {
-        true => Daemon::start(config).await?,
-        false => Daemon::start_on(inherited, config).await?,
-    };
-    supervisor::ready();
-    let end = async {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            interrupted = tokio::signal::ctrl_c() => interrupted?,
-        }
-        tracing::info!("stopping");
-        supervisor::stopping(Daemon::STOP_TIMEOUT);
-        daemon.stop().await;
-        Ok(())
-    };
-    let watch = async {
-        supervisor::watch(|| daemon.is_alive()).await;
-        std::future::pending().await
-    };
+    let daemon = Daemon::start(config).await?;
     tokio::select! {
-        ended = end => ended,
-        () = watch => unreachable!("it has no end"),
+        _ = terminate.recv() => {}
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
     }
-}
-
-/// Takes as many file descriptors as the system lets us: the usual 1,024 are fewer than the
-/// connections and files of a busy machine.
-fn raise_file_limit() {
-    let limit = rustix::process::getrlimit(Resource::Nofile);
-    let raised = Rlimit {
-        current: limit.maximum,
-        maximum: limit.maximum,
-    };
-    if let Err(error) = rustix::process::setrlimit(Resource::Nofile, raised) {
-        tracing::warn!(%error, "could not raise the limit on open files");
-    }
+    tracing::info!("stopping");
+    daemon.stop().await;
+    Ok(())
 }
 
 fn identity(config: &ConfigFile, state_dir: Option<PathBuf>) -> Result<()> {
@@ -382,10 +350,7 @@ async fn check_config(config: &ConfigFile, offline: bool) -> Result<()> {
 }
 
 /// Asks the running node; `None` for 404.
-async fn ask(config: &Config, target: &str) -> Result<Option<String>> {
-    // A configuration names at least one address.
-    let address = config.substituter.listen.first();
-    let address = address.context("substituter.listen is empty")?;
+async fn ask(address: SocketAddr, target: &str) -> Result<Option<String>> {
     let answer = loopback::get(address, target).await?;
     Ok(answer.map(String::from_utf8).transpose()?)
 }

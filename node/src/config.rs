@@ -15,7 +15,6 @@ use granary_protocol::store_path::StoreDir;
 use regex::Regex;
 use serde::{Deserialize, Deserializer, de};
 
-use crate::listener::Address;
 use crate::store::StoreConfig;
 
 /// Largest configuration file read; a real one has a few kilobytes.
@@ -46,17 +45,13 @@ pub struct Store {
     /// Where the files are, if elsewhere (a chroot store: `<root>/nix/store`).
     pub real_dir: Option<PathBuf>,
     pub database: PathBuf,
-    /// Where Nix keeps build logs. Default: `log/nix` beside the folder of the database's folder.
-    pub log_dir: Option<PathBuf>,
 }
 
 /// `[substituter]`: the endpoint that Nix asks.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Substituter {
-    /// Addresses, or one: `ip:port` or `unix:/path`. Sockets that systemd passes stand in for them.
-    #[serde(deserialize_with = "one_or_several")]
-    pub listen: Vec<Address>,
+    pub listen: SocketAddr,
     /// Lower is asked first; cache.nixos.org has 40.
     pub priority: i32,
 }
@@ -145,7 +140,6 @@ impl Default for Store {
             dir: StoreDir::default(),
             real_dir: None,
             database: PathBuf::from("/nix/var/nix/db/db.sqlite"),
-            log_dir: None,
         }
     }
 }
@@ -153,7 +147,7 @@ impl Default for Store {
 impl Default for Substituter {
     fn default() -> Substituter {
         Substituter {
-            listen: vec![Address::Tcp(SocketAddr::from(([127, 0, 0, 1], 4726)))],
+            listen: SocketAddr::from(([127, 0, 0, 1], 4726)),
             priority: 10,
         }
     }
@@ -280,13 +274,6 @@ impl Config {
         }
     }
 
-    /// The folder of build logs: for `/nix/var/nix/db/db.sqlite`, `/nix/var/log/nix`.
-    pub fn log_dir(&self) -> PathBuf {
-        let beside = || Some(self.store.database.ancestors().nth(3)?.join("log/nix"));
-        let log_dir = self.store.log_dir.clone().or_else(beside);
-        log_dir.unwrap_or_else(|| PathBuf::from("/nix/var/log/nix"))
-    }
-
     pub fn trusted_keys(&self) -> TrustedKeys {
         self.trust.keys.iter().cloned().collect()
     }
@@ -303,9 +290,6 @@ impl Config {
         }
         if self.mesh.key.is_some() && self.mesh.listen.is_empty() {
             return Some("mesh.listen is empty, no peer could reach this node; remove mesh.key to serve this machine only".into());
-        }
-        if self.substituter.listen.is_empty() {
-            return Some("substituter.listen is empty, Nix could not ask this node".into());
         }
         if self.limits.streams_per_peer == 0 {
             return Some("limits.streams-per-peer is 0, nobody could fetch; use share.enable = false to share nothing".into());
@@ -361,27 +345,6 @@ where
     parsed(deserializer).map(Some)
 }
 
-fn one_or_several<'de, D: Deserializer<'de>, T>(deserializer: D) -> Result<Vec<T>, D::Error>
-where
-    T: std::str::FromStr<Err: std::fmt::Display>,
-{
-    #[derive(Deserialize)]
-    #[serde(untagged)]
-    enum Texts {
-        One(String),
-        Several(Vec<String>),
-    }
-    let texts = match Texts::deserialize(deserializer) {
-        Ok(Texts::One(text)) => vec![text],
-        Ok(Texts::Several(texts)) => texts,
-        Err(_) => return Err(de::Error::custom("expected a text or a list of texts")),
-    };
-    texts
-        .iter()
-        .map(|text| parse(text).map_err(de::Error::custom))
-        .collect()
-}
-
 fn parsed_list<'de, D: Deserializer<'de>, T>(deserializer: D) -> Result<Vec<T>, D::Error>
 where
     T: std::str::FromStr<Err: std::fmt::Display>,
@@ -400,7 +363,7 @@ mod tests {
     #[test]
     fn an_empty_file_is_the_defaults() {
         let config = Config::parse("").unwrap();
-        assert_eq!(config.substituter.listen[0].to_string(), "127.0.0.1:4726");
+        assert_eq!(config.substituter.listen.to_string(), "127.0.0.1:4726");
         assert_eq!(config.mesh.listen.len(), 2);
         assert!(config.share.enable && config.mesh.mdns);
         assert_eq!(config.trust.keys[0].name().as_str(), "cache.nixos.org-1");
@@ -416,7 +379,7 @@ mod tests {
             real-dir = "/x/nix/store"
             database = "/x/nix/var/nix/db/db.sqlite"
             [substituter]
-            listen = ["127.0.0.1:1", "unix:/run/granary/socket"]
+            listen = "127.0.0.1:1"
             priority = 5
             [mesh]
             key = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
@@ -438,8 +401,6 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.certificate_file(), PathBuf::from("/c"));
-        assert_eq!(config.log_dir(), PathBuf::from("/x/nix/var/log/nix"));
-        assert_eq!(config.substituter.listen.len(), 2);
         assert_eq!(config.identity_file(), PathBuf::from("/s/identity"));
         assert!(config.share.deny[1].is_match("my.key"));
         assert_eq!(
@@ -470,9 +431,6 @@ mod tests {
     #[test]
     fn wrong_values_are_named() {
         assert!(problem("[substituter]\nlisten = \"here\"").contains("line 2"));
-        assert!(problem("[substituter]\nlisten = [\"unix:here\"]").contains("unix:here"));
-        assert!(problem("[substituter]\nlisten = 4726").contains("line 2"));
-        assert!(problem("[substituter]\nlisten = []").contains("substituter.listen"));
         // The value is not repeated: it may be a secret key in the wrong place.
         assert!(problem("[mesh]\nkey = \"home\"").contains("line 2: public key"));
         assert!(problem("[mesh]\npeers = [\"nas\"]").contains("nas"));

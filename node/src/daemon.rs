@@ -1,6 +1,6 @@
 //! The daemon: wires everything up, in the order that keeps Nix content.
 //!
-//! The endpoint's listeners come first and go last. A store that cannot be opened, or a certificate
+//! The loopback listener comes first and goes last. A store that cannot be opened, or a certificate
 //! that is not there yet, does not stop the endpoint from answering: both are waited for.
 
 use std::fs;
@@ -24,7 +24,6 @@ use crate::binary_cache::PeerCaches;
 use crate::clock::unix_time;
 use crate::config::Config;
 use crate::identity::Identity;
-use crate::listener::{Address, Listener, bind_tcp};
 use crate::mesh;
 use crate::serve::members::MembersPort;
 use crate::serve::tls;
@@ -47,8 +46,7 @@ const CERTIFICATE_FILE_BYTES_MAX: u64 = 16 * 1024;
 
 /// A running node.
 pub struct Daemon {
-    /// Where Nix is answered.
-    pub listening: Vec<Address>,
+    pub substituter: SocketAddr,
     endpoint: Arc<Substituter>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
@@ -61,7 +59,7 @@ pub enum StartError {
         "cannot listen on {address} for {purpose}: {source}\nhint: is another granary running? see [{key}] in the configuration"
     )]
     Listen {
-        address: Address,
+        address: SocketAddr,
         purpose: &'static str,
         key: &'static str,
         source: io::Error,
@@ -77,48 +75,28 @@ pub enum StartError {
 }
 
 impl Daemon {
-    /// Starts a node that listens where the configuration says.
+    /// Starts a node. Returns once Nix is answered; store and mesh follow by themselves.
     ///
     /// # Errors
     /// What a person must mend: a port that is taken, a state folder or identity that is unusable.
     pub async fn start(config: Config) -> Result<Daemon, StartError> {
-        let mut listeners = Vec::new();
-        for address in &config.substituter.listen {
-            let listener = Listener::bind(address).map_err(|source| StartError::Listen {
-                address: address.clone(),
-                purpose: "Nix",
-                key: "substituter",
-                source,
-            })?;
-            listeners.push(listener);
+        let listener = listen(config.substituter.listen, "Nix", "substituter").await?;
+        let address = listener.local_addr().map_err(|source| StartError::Listen {
+            address: config.substituter.listen,
+            purpose: "Nix",
+            key: "substituter",
+            source,
+        })?;
+        if !address.ip().is_loopback() {
+            // Nix's own endpoint shows everything in the store, shared or not.
+            warn!(%address, "substituter.listen is not a loopback address: whoever reaches it may read the whole store");
         }
-        Daemon::start_on(listeners, config).await
-    }
-
-    /// Starts a node on these listeners. Returns once Nix is answered; store and mesh follow by
-    /// themselves.
-    ///
-    /// # Errors
-    /// As [`Daemon::start`].
-    pub async fn start_on(listeners: Vec<Listener>, config: Config) -> Result<Daemon, StartError> {
         let shutdown = CancellationToken::new();
-        // A start that fails leaves nothing behind.
+        // A start that fails leaves no listener behind.
         let guard = shutdown.clone().drop_guard();
         let tasks = TaskTracker::new();
-        let endpoint = Substituter::new(&config, tasks.clone());
-        let closing = endpoint.close_on_drop();
-        let mut listening = Vec::new();
-        for listener in listeners {
-            let address = listener.address().clone();
-            if let Address::Tcp(tcp) = &address
-                && !tcp.ip().is_loopback()
-            {
-                // Nix's own endpoint shows everything in the store, shared or not.
-                warn!(%address, "the substituter listens on more than loopback: whoever reaches it may read the whole store");
-            }
-            listening.push(address);
-            endpoint.open(listener);
-        }
+        let endpoint = Substituter::new(&config, address, shutdown.clone(), tasks.clone());
+        tasks.spawn(endpoint.clone().accept(listener));
 
         make_state_dir(&config.state_dir).map_err(|source| StartError::StateDir {
             path: config.state_dir.clone(),
@@ -128,7 +106,7 @@ impl Daemon {
         let mut transfer = Vec::new();
         if config.mesh.key.is_some() {
             for address in &config.mesh.transfer {
-                match listen(*address, "transfers", "mesh") {
+                match listen(*address, "transfers", "mesh").await {
                     Ok(listener) => transfer.push(listener),
                     // The IPv6 half of the default, on a machine without IPv6.
                     Err(StartError::Listen { source, .. })
@@ -142,7 +120,7 @@ impl Daemon {
         }
         // Taken now, so that a port in use is an error at start and not a warning later.
         let mesh_ports = match config.mesh.key {
-            Some(_) => probe(&config.mesh.listen)?,
+            Some(_) => probe(&config.mesh.listen).await?,
             None => config.mesh.listen.clone(),
         };
         let start = Start {
@@ -153,65 +131,39 @@ impl Daemon {
             tasks: tasks.clone(),
         };
         tasks.spawn(start.run(mesh_ports, transfer));
-        for address in &listening {
-            info!(%address, "answering Nix");
-        }
+        info!(%address, "answering Nix");
         guard.disarm();
-        closing.disarm();
         Ok(Daemon {
-            listening,
+            substituter: address,
             endpoint,
             shutdown,
             tasks,
         })
     }
 
-    /// The first TCP address on which Nix is answered.
-    pub fn tcp(&self) -> Option<SocketAddr> {
-        self.listening.iter().find_map(|address| match address {
-            Address::Tcp(address) => Some(*address),
-            Address::Unix(_) => None,
-        })
-    }
-
-    /// Whether the node does its work: the mesh's loop answers, if there is one.
-    pub async fn is_alive(&self) -> bool {
-        match self.mesh() {
-            Some(mesh) => mesh.snapshot().await.is_some() || self.shutdown.is_cancelled(),
-            None => true,
-        }
-    }
-
-    /// Finishes what runs, says goodbye to the mesh, and closes the listeners last.
+    /// Finishes running answers and says goodbye to the mesh.
     ///
-    /// In this order: who leaves the mesh is no member any more, and its transfers are closed; and Nix
-    /// is answered as long as possible. Takes at most [`Daemon::STOP_TIMEOUT`].
-    pub async fn stop(&self) {
-        self.endpoint.retire();
+    /// In this order: who leaves the mesh is no member any more, and its transfers are closed.
+    pub async fn stop(self) {
         self.shutdown.cancel();
         self.tasks.close();
-        let (drained, ()) = tokio::join!(
-            tokio::time::timeout(DRAIN_TIMEOUT, self.tasks.wait()),
-            self.endpoint.drain(DRAIN_TIMEOUT),
-        );
-        if drained.is_err() {
+        if tokio::time::timeout(DRAIN_TIMEOUT, self.tasks.wait())
+            .await
+            .is_err()
+        {
             info!(
                 tasks = self.tasks.len(),
-                "cut the transfers that were still running"
+                "cut the answers that were still running"
             );
         }
-        if let Some(mesh) = self.mesh() {
+        if let Some(joined) = self
+            .endpoint
+            .engine()
+            .and_then(|engine| engine.joined.get())
+        {
             // A mesh whose disk hangs must not hold up the end.
-            let _ = tokio::time::timeout(DRAIN_TIMEOUT, mesh.shutdown()).await;
+            let _ = tokio::time::timeout(DRAIN_TIMEOUT, joined.mesh.shutdown()).await;
         }
-        self.endpoint.close(DRAIN_TIMEOUT).await;
-    }
-
-    /// The longest that [`Daemon::stop`] takes.
-    pub const STOP_TIMEOUT: Duration = Duration::from_secs(3 * DRAIN_TIMEOUT.as_secs() + 1);
-
-    fn mesh(&self) -> Option<&mesh::MeshHandle> {
-        Some(&self.endpoint.engine()?.joined.get()?.mesh)
     }
 }
 
@@ -241,7 +193,6 @@ impl Start {
             trust: self.config.trusted_keys(),
         });
         self.endpoint.start(Engine {
-            records: store.records(self.config.log_dir()),
             store: store.clone(),
             rules: rules.clone(),
             joined: OnceLock::new(),
@@ -261,7 +212,7 @@ impl Start {
         }
     }
 
-    async fn open_store(&self) -> Arc<NixStore> {
+    async fn open_store(&self) -> Arc<dyn LocalStore> {
         let mut is_first = true;
         loop {
             match NixStore::open(self.config.store_config()).await {
@@ -414,13 +365,26 @@ async fn drop_departed(
     }
 }
 
-fn listen(
+async fn listen(
     address: SocketAddr,
     purpose: &'static str,
     key: &'static str,
 ) -> Result<TcpListener, StartError> {
-    bind_tcp(address).map_err(|source| StartError::Listen {
-        address: Address::Tcp(address),
+    // IPv4 and IPv6 sockets are separate, as the configuration writes them.
+    let bind = || {
+        let socket = match address {
+            SocketAddr::V4(_) => tokio::net::TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => tokio::net::TcpSocket::new_v6()?,
+        };
+        if address.is_ipv6() {
+            rustix::net::sockopt::set_ipv6_v6only(&socket, true)?;
+        }
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        socket.listen(1024)
+    };
+    bind().map_err(|source| StartError::Listen {
+        address,
         purpose,
         key,
         source,
@@ -428,18 +392,23 @@ fn listen(
 }
 
 /// Finds out whether the control plane's ports are free; the swarm binds them later, on its thread.
-fn probe(addresses: &[SocketAddr]) -> Result<Vec<SocketAddr>, StartError> {
+async fn probe(addresses: &[SocketAddr]) -> Result<Vec<SocketAddr>, StartError> {
     let mut free = Vec::new();
     let mut missing = None;
     for address in addresses {
-        match listen(*address, "peers", "mesh") {
+        match listen(*address, "peers", "mesh").await {
             Ok(_) => free.push(*address),
-            Err(StartError::Listen { source, .. }) if is_missing_ipv6(*address, &source) => {
+            Err(StartError::Listen {
+                source,
+                purpose,
+                key,
+                address,
+            }) if is_missing_ipv6(address, &source) => {
                 missing = Some(StartError::Listen {
                     source,
-                    purpose: "peers",
-                    key: "mesh",
-                    address: Address::Tcp(*address),
+                    purpose,
+                    key,
+                    address,
                 });
             }
             Err(error) => return Err(error),

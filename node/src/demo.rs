@@ -24,7 +24,6 @@ use crate::clock::unix_time;
 use crate::config::Config;
 use crate::daemon::Daemon;
 use crate::identity::Identity;
-use crate::listener::Address;
 use crate::loopback;
 use crate::status::{Report, human_bytes};
 use crate::store::{LocalStore, NixStore, StoreConfig};
@@ -85,12 +84,12 @@ pub async fn run() -> Result<()> {
     let laptop_node = laptop.start(&mesh, &closure, mdns_port).await?;
     say!(
         "nodes    desktop on http://{}, laptop on http://{}",
-        desktop_node.listening[0],
-        laptop_node.listening[0]
+        desktop_node.substituter,
+        laptop_node.substituter
     );
 
     let started = Instant::now();
-    let peer = wait_until_linked(&laptop_node.listening[0], closure.paths.len() as u64).await?;
+    let peer = wait_until_linked(laptop_node.substituter, closure.paths.len() as u64).await?;
     say!(
         "mesh     found each other by mDNS, linked, and exchanged {} paths in {:.1} s",
         peer.paths,
@@ -98,9 +97,7 @@ pub async fn run() -> Result<()> {
     );
 
     let started = Instant::now();
-    laptop
-        .substitute(&closure, &laptop_node.listening[0])
-        .await?;
+    laptop.substitute(&closure, laptop_node.substituter).await?;
     let elapsed = started.elapsed();
     say!(
         "fetched  {} paths, {} in {:.2} s ({}/s) with {}",
@@ -117,7 +114,7 @@ pub async fn run() -> Result<()> {
 
     let verified = laptop.verify(&closure).await?;
     say!("verified {verified} NarHashes, read back from the laptop's disk");
-    let report = report(&laptop_node.listening[0]).await?;
+    let report = report(laptop_node.substituter).await?;
     say!(
         "moved    {} from the desktop over mutual TLS",
         human_bytes(report.bytes.received)
@@ -198,7 +195,7 @@ impl Machine {
         let store = self.store();
         config.store.real_dir = Some(store.real_dir);
         config.store.database = store.database;
-        config.substituter.listen = vec![Address::Tcp(loopback)];
+        config.substituter.listen = loopback;
         config.mesh.key = Some(mesh.public_key());
         config.mesh.listen = vec![loopback];
         config.mesh.transfer = vec![loopback];
@@ -222,7 +219,7 @@ impl Machine {
     }
 
     /// Brings the closure into this machine's store through its own node.
-    async fn substitute(&self, closure: &Closure, node: &Address) -> Result<()> {
+    async fn substitute(&self, closure: &Closure, node: SocketAddr) -> Result<()> {
         if self.has_nix {
             return self.copy(closure, &format!("http://{node}")).await;
         }
@@ -340,14 +337,14 @@ async fn nix_version() -> Option<String> {
         .then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-async fn report(node: &Address) -> Result<Report> {
+async fn report(node: SocketAddr) -> Result<Report> {
     let text = loopback::get(node, "/api/v1/status")
         .await?
         .context("the node is not ready")?;
     Ok(serde_json::from_slice(&text)?)
 }
 
-async fn wait_until_linked(node: &Address, paths: u64) -> Result<crate::status::Peer> {
+async fn wait_until_linked(node: SocketAddr, paths: u64) -> Result<crate::status::Peer> {
     let wait = async {
         loop {
             // Not ready yet is what is being waited for.

@@ -3,8 +3,6 @@
 pub mod clock;
 pub mod identity;
 pub mod metrics;
-pub mod listener;
-pub mod supervisor;
 pub mod store;
 pub mod config;
 pub mod index;

@@ -1,61 +1,17 @@
-//! Metrics: what this node counts about itself, shown by `granary status` and `/metrics`.
+//! Metrics: what this node counts about itself, shown by `granary status`.
 //!
-//! Counters only grow, and each is there from the start, so that the first failure is a change.
-//! Peers are not labels of anything; the bytes moved with each are kept apart in [`Traffic`],
-//! bounded by the number of members. `/metrics` ([`Metrics::exposition`]) is Prometheus' text format,
-//! version 0.0.4; the unit is the last word of a name, before `_total`:
-//!
-//! | name | labels | |
-//! |---|---|---|
-//! | `granary_build_info` | `version` | always 1 |
-//! | `granary_http_requests_total` | `route`, `status` | requests of Nix and others on the endpoint; `route` one of [`ROUTES`] |
-//! | `granary_narinfo_seconds` | `le` | time to an answer about a narinfo |
-//! | `granary_narinfos_total` | `source`: `local`, `peer`, `absent` | narinfos, by where the answer came from |
-//! | `granary_nars_total` | the same | NARs |
-//! | `granary_nars_mismatched_total` | | NARs whose bytes had another hash than promised |
-//! | `granary_transfers_refused_total` | | connections to the transfer port without admission |
-//! | `granary_transfer_bytes_total` | `direction`: `sent`, `received` | NAR bytes moved with peers |
-//! | `granary_store_errors_total` | | the local store could not be read |
-//! | `granary_index_errors_total` | | writes of the availability index that failed |
-//! | `granary_ready` | | 1 once the store is open |
-//! | `granary_mesh_joined` | | 1 while the mesh answers |
-//! | `granary_peers_linked` | | members this node is linked to |
-//! | `granary_paths_held` | | paths offered to others |
+//! Counters only grow. Peers are not labels of anything that outlives them; the bytes moved with
+//! each are kept apart in [`Traffic`], bounded by the number of members.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
 
 use granary_protocol::peer::PeerId;
 use serde::Serialize;
 
 /// Peers whose traffic is remembered; more than a mesh has members.
 const PEERS_MAX: usize = 1024;
-
-/// The values of the label `route`.
-pub const ROUTES: [&str; 10] = [
-    "about",
-    "browse",
-    "cache-info",
-    "debuginfo",
-    "listing",
-    "log",
-    "nar",
-    "narinfo",
-    "trace",
-    "unknown",
-];
-
-/// The values of the label `status`; any other is counted as the last.
-const STATUSES: [u16; 6] = [200, 206, 403, 404, 416, 503];
-
-/// Upper bounds of the buckets of [`Histogram`], in microseconds: from a hit in memory to the
-/// longest that a narinfo may wait.
-const BUCKETS_US: [u64; 10] = [
-    500, 1_000, 2_500, 5_000, 20_000, 50_000, 100_000, 250_000, 1_000_000, 2_500_000,
-];
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -94,184 +50,6 @@ pub struct Metrics {
     pub store_errors: Counter,
     /// NAR bytes moved with peers.
     pub traffic: Traffic,
-    /// Requests to the endpoint.
-    pub requests: Requests,
-    /// Time to an answer about a narinfo.
-    pub narinfo_time: Histogram,
-}
-
-/// What `/metrics` shows beside the counters: how things stand.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Gauges {
-    pub is_ready: bool,
-    pub is_mesh_joined: bool,
-    pub peers_linked: u64,
-    pub paths_held: u64,
-    /// Counted by the mesh.
-    pub index_errors: u64,
-}
-
-/// Requests by route and status.
-#[derive(Debug, Default)]
-pub struct Requests([[Counter; STATUSES.len()]; ROUTES.len()]);
-
-impl Requests {
-    /// Counts one; `route` is one of [`ROUTES`].
-    pub fn count(&self, route: &str, status: u16) {
-        let row = ROUTES.iter().position(|known| *known == route);
-        let column = STATUSES.iter().position(|known| *known == status);
-        let row = &self.0[row.unwrap_or(ROUTES.len() - 1)];
-        row[column.unwrap_or(STATUSES.len() - 1)].add(1);
-    }
-}
-
-/// How long something took, in buckets.
-#[derive(Debug, Default)]
-pub struct Histogram {
-    /// Each counts what fell into it alone; the last has what is longer than every bound.
-    buckets: [Counter; BUCKETS_US.len() + 1],
-    sum_us: Counter,
-}
-
-impl Histogram {
-    pub fn observe(&self, time: Duration) {
-        let us = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let bucket = BUCKETS_US.partition_point(|bound| *bound < us);
-        self.buckets[bucket].add(1);
-        self.sum_us.add(us);
-    }
-}
-
-impl Metrics {
-    /// Writes everything in Prometheus' text format.
-    pub fn exposition(&self, gauges: Gauges) -> String {
-        let mut out = Exposition::default();
-        let version = env!("CARGO_PKG_VERSION");
-        out.family("granary_build_info", "gauge", "The version that runs.");
-        out.sample("granary_build_info", &format!("version=\"{version}\""), 1);
-
-        let name = "granary_http_requests_total";
-        out.family(name, "counter", "Requests to the endpoint that Nix asks.");
-        for (route, row) in ROUTES.iter().zip(&self.requests.0) {
-            for (status, count) in STATUSES.iter().zip(row) {
-                let labels = format!("route=\"{route}\",status=\"{status}\"");
-                out.sample(name, &labels, count.get());
-            }
-        }
-        out.histogram(
-            "granary_narinfo_seconds",
-            "Time to an answer about a narinfo.",
-            &self.narinfo_time,
-        );
-        let sources = |out: &mut Exposition, name, help, counts: [&Counter; 3]| {
-            out.family(name, "counter", help);
-            for (source, count) in ["local", "peer", "absent"].iter().zip(counts) {
-                out.sample(name, &format!("source=\"{source}\""), count.get());
-            }
-        };
-        sources(
-            &mut out,
-            "granary_narinfos_total",
-            "Narinfos by where the answer came from.",
-            [
-                &self.narinfos_local,
-                &self.narinfos_peer,
-                &self.narinfos_absent,
-            ],
-        );
-        sources(
-            &mut out,
-            "granary_nars_total",
-            "NARs by where they came from.",
-            [&self.nars_local, &self.nars_peer, &self.nars_absent],
-        );
-        for (name, help, count) in [
-            (
-                "granary_nars_mismatched_total",
-                "NARs whose bytes had another hash than promised.",
-                self.nars_mismatched.get(),
-            ),
-            (
-                "granary_transfers_refused_total",
-                "Connections to the transfer port without admission.",
-                self.transfers_refused.get(),
-            ),
-            (
-                "granary_store_errors_total",
-                "Times that the local store could not be read.",
-                self.store_errors.get(),
-            ),
-            (
-                "granary_index_errors_total",
-                "Writes of the availability index that failed.",
-                gauges.index_errors,
-            ),
-        ] {
-            out.family(name, "counter", help);
-            out.sample(name, "", count);
-        }
-        let moved = self.traffic.total();
-        let name = "granary_transfer_bytes_total";
-        out.family(name, "counter", "NAR bytes moved with peers.");
-        out.sample(name, "direction=\"sent\"", moved.sent);
-        out.sample(name, "direction=\"received\"", moved.received);
-        for (name, help, value) in [
-            (
-                "granary_ready",
-                "1 once the store is open.",
-                u64::from(gauges.is_ready),
-            ),
-            (
-                "granary_mesh_joined",
-                "1 while the mesh answers.",
-                u64::from(gauges.is_mesh_joined),
-            ),
-            (
-                "granary_peers_linked",
-                "Members this node is linked to.",
-                gauges.peers_linked,
-            ),
-            (
-                "granary_paths_held",
-                "Paths offered to others.",
-                gauges.paths_held,
-            ),
-        ] {
-            out.family(name, "gauge", help);
-            out.sample(name, "", value);
-        }
-        out.0
-    }
-}
-
-/// The text format as it is written. Writing to text does not fail.
-#[derive(Default)]
-struct Exposition(String);
-
-impl Exposition {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
-        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
-    }
-
-    fn sample(&mut self, name: &str, labels: &str, value: u64) {
-        let _ = match labels {
-            "" => writeln!(self.0, "{name} {value}"),
-            labels => writeln!(self.0, "{name}{{{labels}}} {value}"),
-        };
-    }
-
-    fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) {
-        self.family(name, "histogram", help);
-        let mut count = 0;
-        let bounds = BUCKETS_US.iter().map(|us| (*us as f64 / 1e6).to_string());
-        let bounds = bounds.chain(["+Inf".to_owned()]);
-        for (bound, bucket) in bounds.zip(&histogram.buckets) {
-            count += bucket.get();
-            self.sample(&format!("{name}_bucket"), &format!("le=\"{bound}\""), count);
-        }
-        let _ = writeln!(self.0, "{name}_sum {}", histogram.sum_us.get() as f64 / 1e6);
-        self.sample(&format!("{name}_count"), "", count);
-    }
 }
 
 /// NAR bytes moved with each peer.

@@ -12,7 +12,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use granary_protocol::narinfo::NarUrl;
-use granary_protocol::store_path::{StorePath, StorePathHash};
+use granary_protocol::store_path::StorePathHash;
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
@@ -22,21 +22,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
 
 pub mod respond;
-pub mod narinfo;
 pub mod nar;
-pub mod listing;
-pub mod log;
-pub mod trace;
-pub mod debug;
-pub mod browse;
 pub mod members;
 pub mod tls;
 
-use browse::FilePath;
 use respond::Body;
-
-use crate::store::debug::BuildId;
-use crate::store::trace::{OutputName, RealisationId};
 
 /// Longest path and query looked at. The longest of ours is a NAR's, with 100 bytes.
 const TARGET_BYTES_MAX: usize = 4096;
@@ -49,21 +39,8 @@ const HEAD_BYTES_MAX: usize = 16 * 1024;
 pub enum Route {
     CacheInfo,
     NarInfo(StorePathHash),
-    /// The same as JSON, for people and their scripts.
-    NarInfoJson(StorePathHash),
-    Listing(StorePathHash),
     Nar(NarUrl),
-    /// The build log of a derivation.
-    Log(StorePath),
-    /// What a derivation's output turned out to be, as Nix 2.4 to 2.34 asks.
-    Realisation(RealisationId),
-    /// The same as Nix 2.35 asks.
-    TraceEntry(StorePath, OutputName),
-    DebugInfo(BuildId),
-    /// A file or folder of a store path, for a browser.
-    Browse(StorePathHash, FilePath),
     Health,
-    Metrics,
     Status,
     /// A store path or its hash.
     Why(String),
@@ -84,106 +61,28 @@ impl Route {
         if target.len() > TARGET_BYTES_MAX {
             return unknown;
         }
-        Route::find(path, target).unwrap_or(unknown)
-    }
-
-    fn find(path: &str, target: &str) -> Option<Route> {
         match path {
-            "/nix-cache-info" => return Some(Route::CacheInfo),
-            "/health" => return Some(Route::Health),
-            "/metrics" => return Some(Route::Metrics),
-            "/api/v1/status" => return Some(Route::Status),
+            "/nix-cache-info" => return Route::CacheInfo,
+            "/health" => return Route::Health,
+            "/api/v1/status" => return Route::Status,
             _ => {}
         }
         if let Some(path) = path.strip_prefix("/api/v1/why/") {
-            return Some(Route::Why(path.to_owned()));
+            return Route::Why(path.to_owned());
         }
         if target.starts_with("/nar/") {
-            return NarUrl::parse(&target[1..]).map(Route::Nar);
+            return NarUrl::parse(&target[1..]).map_or(unknown, Route::Nar);
         }
-        if let Some(path) = path.strip_prefix("/serve/") {
-            let (hash, path) = match path.split_once('/') {
-                Some((hash, path)) => (hash, FilePath::parse(path)?),
-                None => (path, FilePath::root()),
-            };
-            return Some(Route::Browse(hash.parse().ok()?, path));
-        }
-        // Names of store paths may have a `?`, which Nix does not escape.
-        if let Some(name) = target.strip_prefix("/log/") {
-            let derivation = StorePath::from_base_name(&decoded(name)?).ok()?;
-            return derivation.is_derivation().then_some(Route::Log(derivation));
-        }
-        if let Some(name) = target.strip_prefix("/realisations/") {
-            let id = decoded(name.strip_suffix(".doi")?)?;
-            return id.parse().ok().map(Route::Realisation);
-        }
-        if let Some(name) = target.strip_prefix("/build-trace-v2/") {
-            let (derivation, output) = name.strip_suffix(".doi")?.split_once('/')?;
-            let derivation = StorePath::from_base_name(&decoded(derivation)?).ok()?;
-            let output = decoded(output)?.parse().ok()?;
-            return derivation
-                .is_derivation()
-                .then_some(Route::TraceEntry(derivation, output));
-        }
-        if let Some(id) = path.strip_prefix("/debuginfo/") {
-            let id = id.strip_suffix(".debug").unwrap_or(id);
-            return id.parse().ok().map(Route::DebugInfo);
-        }
-        let (hash, kind) = path.strip_prefix('/')?.split_once('.')?;
-        let hash = hash.parse().ok()?;
-        let query = target.split_once('?').map(|(_, query)| query);
-        match kind {
-            "narinfo" if query == Some("json") => Some(Route::NarInfoJson(hash)),
-            "narinfo" => Some(Route::NarInfo(hash)),
-            "ls" => Some(Route::Listing(hash)),
-            _ => None,
-        }
-    }
-
-    /// The route's name in the metrics: one of [`crate::metrics::ROUTES`].
-    pub fn word(&self) -> &'static str {
-        match self {
-            Route::CacheInfo => "cache-info",
-            Route::NarInfo(_) | Route::NarInfoJson(_) => "narinfo",
-            Route::Listing(_) => "listing",
-            Route::Nar(_) => "nar",
-            Route::Log(_) => "log",
-            Route::Realisation(_) | Route::TraceEntry(..) => "trace",
-            Route::DebugInfo(_) => "debuginfo",
-            Route::Browse(..) => "browse",
-            Route::Health | Route::Metrics | Route::Status | Route::Why(_) => "about",
-            Route::Unknown { .. } => "unknown",
-        }
+        let hash = path
+            .strip_prefix('/')
+            .and_then(|path| path.strip_suffix(".narinfo"));
+        hash.and_then(|hash| hash.parse().ok())
+            .map_or(unknown, Route::NarInfo)
     }
 
     pub fn is_nar(&self) -> bool {
         matches!(self, Route::Nar(_) | Route::Unknown { is_nar: true })
     }
-}
-
-/// Undoes percent-encoding; `None` when that gives no text.
-fn decoded(text: &str) -> Option<String> {
-    String::from_utf8(decoded_bytes(text)?).ok()
-}
-
-/// Undoes percent-encoding; `None` when a `%` is followed by something else than two digits.
-fn decoded_bytes(text: &str) -> Option<Vec<u8>> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((&first, after)) = rest.split_first() {
-        rest = after;
-        bytes.push(match first {
-            b'%' => {
-                let (digits, after) = rest.split_at_checked(2)?;
-                rest = after;
-                let digit = |byte: u8| char::from(byte).to_digit(16);
-                // Two digits make less than 256.
-                (digit(digits[0])? * 16 + digit(digits[1])?) as u8
-            }
-            byte => byte,
-        });
-    }
-    Some(bytes)
 }
 
 /// Serves one connection until it ends, or until `shutdown` lets it finish its last answer.

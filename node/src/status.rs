@@ -6,7 +6,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::Duration;
 
 use granary_protocol::mesh::{LookupOutcome, PeerState};
 use granary_protocol::narinfo::{Proof, VerifiedNarInfo};
@@ -15,12 +14,9 @@ use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
 use serde::{Deserialize, Serialize};
 
 use crate::mesh::MeshHandle;
-use crate::metrics::{Gauges, Metrics};
+use crate::metrics::Metrics;
 use crate::store::LocalStore;
 use crate::store::shared::SharingRules;
-
-/// How long `/metrics` waits for the mesh: less than the patience of whoever scrapes it.
-const GAUGES_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What does not change while the node runs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -209,29 +205,6 @@ pub async fn report(sources: Sources<'_>) -> String {
         index_errors,
         refusals,
     })
-}
-
-/// Gathers what `/metrics` shows beside the counters. A mesh that does not answer in time counts as
-/// not joined.
-pub async fn gauges(is_ready: bool, mesh: Option<&MeshHandle>) -> Gauges {
-    let snapshot = match mesh {
-        Some(mesh) => tokio::time::timeout(GAUGES_TIMEOUT, mesh.snapshot()).await,
-        None => Ok(None),
-    };
-    let Ok(Some(snapshot)) = snapshot else {
-        return Gauges {
-            is_ready,
-            ..Gauges::default()
-        };
-    };
-    let is_linked = |view: &&granary_protocol::mesh::PeerView| view.state == PeerState::Linked;
-    Gauges {
-        is_ready,
-        is_mesh_joined: true,
-        peers_linked: snapshot.peers.iter().filter(is_linked).count() as u64,
-        paths_held: snapshot.paths,
-        index_errors: snapshot.index_errors,
-    }
 }
 
 /// Explains what Nix would be told about a path; `None` when the text names none.

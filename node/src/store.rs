@@ -9,18 +9,12 @@
 //! from the registered one is refused before its first byte; a stream that cannot continue ends
 //! in an error and never in padding. Holding a [`Nar`] keeps a file descriptor on the path, which
 //! Nix's garbage collector takes for a root if it was open before the collection started.
-//!
-//! Build logs, the build trace and debug information ([`Records`]) stand beside the seam, so that
-//! nothing which faces peers can come by them.
 
 pub mod database;
 pub mod nar;
 pub mod watcher;
 pub mod memory;
 pub mod shared;
-pub mod log;
-pub mod trace;
-pub mod debug;
 
 use std::{collections::BTreeSet, io, path::PathBuf, sync::Arc, time::SystemTime};
 
@@ -129,14 +123,6 @@ pub struct StoreConfig {
     pub database: PathBuf,
 }
 
-/// What Nix keeps beside the store paths. None of it is ever shared with peers.
-pub struct Records {
-    pub logs: log::BuildLogs,
-    /// For the build trace.
-    pub database: Arc<Database>,
-    pub debug_info: debug::DebugInfo,
-}
-
 /// Why the store could not answer. Absence is not an error.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -201,15 +187,6 @@ impl NixStore {
             database: Arc::new(database),
             layouts: LayoutCache::default(),
         })
-    }
-
-    /// Returns what is kept beside the paths; build logs are in `log_dir` (`/nix/var/log/nix`).
-    pub fn records(&self, log_dir: PathBuf) -> Records {
-        Records {
-            logs: log::BuildLogs::new(log_dir),
-            database: self.database.clone(),
-            debug_info: debug::DebugInfo::new(self.config.clone(), self.database.clone()),
-        }
     }
 
     async fn is_valid(&self, info: &PathInfo) -> Result<bool, StoreError> {

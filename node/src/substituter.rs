@@ -5,49 +5,44 @@
 //! ends; a NAR without a source is 404 before its first byte; a NAR that turns out wrong is cut
 //! before its last 64 KiB ([`assembly`]).
 
-use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use bytes::Bytes;
 use futures::stream;
 use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::mesh::LookupOutcome;
-use granary_protocol::narinfo::{NarInfo, NarUrl, VerifiedNarInfo};
+use granary_protocol::narinfo::{NarUrl, VerifiedNarInfo};
 use granary_protocol::store_path::{StoreDir, StorePathHash};
-use http::header::{CONNECTION, HOST};
-use http::{HeaderMap, HeaderValue, Method, Request, Response};
+use http::header::HOST;
+use http::{HeaderMap, Method, Request, Response};
 use hyper::body::Incoming;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, mpsc};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use crate::binary_cache::PeerCaches;
 use crate::config::Config;
-use crate::listener::{Address, Listener, Socket};
 use crate::mesh::MeshHandle;
 use crate::metrics::Metrics;
-use crate::serve::listing::{self, FetchedListing, Listings};
-use crate::serve::log::LogPlaces;
 use crate::serve::nar::{self, Part};
-use crate::serve::narinfo as narinfo_json;
 use crate::serve::respond::{self, Body};
-use crate::serve::{Route, browse, connection, debug as debug_info, is_own_host, log, trace};
+use crate::serve::{Route, connection, is_own_host};
 use crate::status;
+use crate::store::LocalStore;
 use crate::store::shared::SharingRules;
-use crate::store::{LocalStore, PathInfo, Records, StoreError};
 
 mod assembly;
 
-use assembly::{Assembly, Cut, Tainted};
+use assembly::{Assembly, Tainted};
 
 /// How long an idle connection is kept. curl reuses connections for 118 s and is annoyed by one
 /// that closes as it writes.
 const PATIENCE: Duration = Duration::from_secs(300);
 
-/// Connections at once on one listener. Nix opens 25 per process.
+/// Connections at once. Nix opens 25 per process.
 const CONNECTIONS_MAX: usize = 4096;
 
 /// Pause after accept failed, which it does when file descriptors run out.
@@ -61,18 +56,9 @@ const CHUNKS_WAITING_MAX: usize = 4;
 /// disk hangs.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// How long the store gets to say whether it has a path: a query takes 20 µs, and a disk that hangs
-/// must not hold up Nix, which asks for one path after another.
-const STORE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// How long clients whose connections are idle have to ask something, so as to learn from the answer
-/// that the connection ends. One that asks later finds it closed, and asks on another.
-const GOODBYE: Duration = Duration::from_millis(250);
-
 /// What stands behind the listener once everything is open.
 pub struct Engine {
     pub store: Arc<dyn LocalStore>,
-    pub records: Records,
     pub rules: Arc<SharingRules>,
     /// Empty on a machine that belongs to no mesh, or not yet.
     pub joined: OnceLock<Joined>,
@@ -87,68 +73,34 @@ pub struct Joined {
     pub certificate: Option<status::CertificateAbout>,
 }
 
-/// Connections that end together.
-#[derive(Default)]
-struct Connections {
-    /// Lets each finish the answer that it has running.
-    ending: CancellationToken,
-    tasks: TaskTracker,
-}
-
-impl Connections {
-    async fn end(&self, limit: Duration) {
-        self.ending.cancel();
-        self.tasks.close();
-        if tokio::time::timeout(limit, self.tasks.wait())
-            .await
-            .is_err()
-        {
-            info!(
-                connections = self.tasks.len(),
-                "cut the answers that were still running"
-            );
-        }
-    }
-}
-
 /// The endpoint; answers from its first moment on, with 404 until the engine is there.
 pub struct Substituter {
     engine: OnceLock<Engine>,
     store_dir: StoreDir,
     priority: i32,
-    is_in_mesh: bool,
+    listen: SocketAddr,
     pub metrics: Arc<Metrics>,
     tainted: Arc<Tainted>,
-    listings: Listings,
-    log_places: LogPlaces,
-    /// Set when the end begins: nothing long is begun any more, and clients are told to go.
-    is_retiring: AtomicBool,
-    closing: CancellationToken,
-    listeners: TaskTracker,
-    /// Connections from before the end began, which hold up the end while they have an answer running.
-    early: Connections,
-    late: Connections,
-    /// Fetches from the mesh, which end before the mesh does.
-    fetches: TaskTracker,
+    shutdown: CancellationToken,
+    tasks: TaskTracker,
 }
 
 impl Substituter {
-    pub fn new(config: &Config, fetches: TaskTracker) -> Arc<Substituter> {
+    pub fn new(
+        config: &Config,
+        listen: SocketAddr,
+        shutdown: CancellationToken,
+        tasks: TaskTracker,
+    ) -> Arc<Substituter> {
         Arc::new(Substituter {
             engine: OnceLock::new(),
             store_dir: config.store.dir.clone(),
             priority: config.substituter.priority,
-            is_in_mesh: config.mesh.key.is_some(),
+            listen,
             metrics: Arc::new(Metrics::default()),
             tainted: Arc::default(),
-            listings: Listings::default(),
-            log_places: LogPlaces::default(),
-            is_retiring: AtomicBool::new(false),
-            closing: CancellationToken::new(),
-            listeners: TaskTracker::new(),
-            early: Connections::default(),
-            late: Connections::default(),
-            fetches,
+            shutdown,
+            tasks,
         })
     }
 
@@ -167,41 +119,9 @@ impl Substituter {
         self.engine.get()
     }
 
-    /// Closes the listeners when the guard is dropped.
-    pub fn close_on_drop(&self) -> DropGuard {
-        self.closing.clone().drop_guard()
-    }
-
-    /// Answers on a listener until [`Substituter::close`].
-    pub fn open(self: &Arc<Substituter>, listener: Listener) {
-        self.listeners.spawn(self.clone().accept(listener));
-    }
-
-    /// Begins the end: everything is still answered, but nothing more is fetched from peers, and
-    /// each client hears `Connection: close`, so that none sends a request into a closing socket.
-    pub fn retire(&self) {
-        self.is_retiring.store(true, Ordering::Relaxed);
-    }
-
-    /// Waits until the clients from before [`Substituter::retire`] have their answers, or for `limit`.
-    ///
-    /// New ones are answered meanwhile.
-    pub async fn drain(&self, limit: Duration) {
-        tokio::time::sleep(GOODBYE).await;
-        self.early.end(limit).await;
-    }
-
-    /// Closes the listeners, and answers the clients that are here, for at most `limit`.
-    pub async fn close(&self, limit: Duration) {
-        self.closing.cancel();
-        self.listeners.close();
-        self.listeners.wait().await;
-        self.late.end(limit).await;
-    }
-
-    async fn accept(self: Arc<Substituter>, listener: Listener) {
+    /// Accepts connections until shutdown.
+    pub async fn accept(self: Arc<Substituter>, listener: TcpListener) {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let address = Arc::new(listener.address().clone());
         loop {
             // Waiting clients stay in the backlog rather than being refused.
             let Ok(permit) = connections.clone().acquire_owned().await else {
@@ -209,113 +129,61 @@ impl Substituter {
             };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
-                () = self.closing.cancelled() => break,
+                () = self.shutdown.cancelled() => return,
             };
             match accepted {
-                Ok(socket) => self.serve(socket, address.clone(), permit),
+                Ok((socket, _)) => {
+                    // Without it every small answer waits 40 ms for the client's delayed ACK.
+                    if let Err(error) = socket.set_nodelay(true) {
+                        debug!(%error, "could not set TCP_NODELAY");
+                    }
+                    let substituter = self.clone();
+                    self.tasks.spawn(async move {
+                        let shutdown = substituter.shutdown.clone();
+                        connection(socket, PATIENCE, shutdown, |request| {
+                            let substituter = substituter.clone();
+                            async move { substituter.answer(request).await }
+                        })
+                        .await;
+                        drop(permit);
+                    });
+                }
                 Err(error) => {
                     warn!(%error, "could not accept a connection");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }
         }
-        while let Ok(permit) = connections.clone().try_acquire_owned()
-            && let Some(socket) = listener.waiting()
-        {
-            self.serve(socket, address.clone(), permit);
-        }
     }
 
-    fn serve(
-        self: &Arc<Substituter>,
-        socket: Socket,
-        address: Arc<Address>,
-        permit: OwnedSemaphorePermit,
-    ) {
-        let substituter = self.clone();
-        let connections = match self.is_retiring() {
-            true => &self.late,
-            false => &self.early,
-        };
-        let ending = connections.ending.clone();
-        connections.tasks.spawn(async move {
-            connection(socket, PATIENCE, ending, |request| {
-                let (substituter, address) = (substituter.clone(), address.clone());
-                async move { substituter.answer(request, &address).await }
-            })
-            .await;
-            drop(permit);
-        });
-    }
-
-    /// Answers a GET or HEAD.
-    async fn answer(
-        self: Arc<Substituter>,
-        request: Request<Incoming>,
-        address: &Address,
-    ) -> Response<Body> {
+    async fn answer(self: Arc<Substituter>, request: Request<Incoming>) -> Response<Body> {
         let route = Route::of(request.uri());
-        let word = route.word();
-        let mut response = match is_foreign(request.headers(), address) {
-            true => respond::foreign_host(route.is_nar()),
-            false => self.route(route, request.method(), request.headers()).await,
-        };
-        if self.is_retiring() {
-            let headers = response.headers_mut();
-            headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        let host = request
+            .headers()
+            .get(HOST)
+            .map(|host| host.to_str().unwrap_or("?"));
+        if host.is_some_and(|host| !is_own_host(host, self.listen)) {
+            return respond::foreign_host(route.is_nar());
         }
-        self.metrics
-            .requests
-            .count(word, response.status().as_u16());
-        response
-    }
-
-    async fn route(&self, route: Route, method: &Method, headers: &HeaderMap) -> Response<Body> {
-        match &route {
-            Route::CacheInfo => {
-                let info = CacheInfo {
-                    store_dir: self.store_dir.clone(),
-                    want_mass_query: true,
-                    priority: self.priority,
-                };
-                return respond::cache_info(info.to_string());
-            }
-            Route::Health => return self.health(),
-            Route::Metrics => return self.exposition().await,
-            _ => {}
+        if route == Route::CacheInfo {
+            let info = CacheInfo {
+                store_dir: self.store_dir.clone(),
+                want_mass_query: true,
+                priority: self.priority,
+            };
+            return respond::cache_info(info.to_string());
         }
         let Some(engine) = self.engine.get() else {
             return respond::not_found(route.is_nar());
         };
-        let records = &engine.records;
         match route {
-            Route::CacheInfo | Route::Health | Route::Metrics => unreachable!("answered above"),
-            Route::NarInfo(hash) => match self.narinfo(engine, hash).await {
-                Some(narinfo) => respond::narinfo(narinfo.to_text(&self.store_dir)),
-                None => respond::not_found(false),
-            },
-            Route::NarInfoJson(hash) => match self.narinfo(engine, hash).await {
-                Some(narinfo) => respond::json(narinfo_json::to_json(&narinfo, &self.store_dir)),
-                None => respond::not_found(false),
-            },
-            Route::Nar(url) => self.nar(engine, url, method, headers).await,
-            Route::Listing(hash) => self.listing(engine, hash).await,
-            Route::Log(derivation) => {
-                log::answer(&records.logs, &self.log_places, &derivation, method).await
+            Route::CacheInfo => unreachable!("answered above"),
+            Route::NarInfo(hash) => self.narinfo(engine, hash).await,
+            Route::Nar(url) => {
+                self.nar(engine, url, request.method(), request.headers())
+                    .await
             }
-            Route::Realisation(id) => {
-                self.or_absent(trace::realisation(&records.database, id).await)
-            }
-            Route::TraceEntry(derivation, output) => {
-                self.or_absent(trace::entry(&records.database, derivation, output).await)
-            }
-            Route::DebugInfo(id) => {
-                let store = engine.store.as_ref();
-                self.or_absent(debug_info::answer(store, &records.debug_info, &id).await)
-            }
-            Route::Browse(hash, path) => {
-                self.or_absent(browse::answer(&engine.store, hash, path, method, headers).await)
-            }
+            Route::Health => respond::json("{\"ready\":true}\n".into()),
             Route::Status => respond::json(status::report(self.sources(engine)).await),
             Route::Why(path) => match status::why(self.sources(engine), &path).await {
                 Some(report) => respond::json(report),
@@ -325,120 +193,27 @@ impl Substituter {
         }
     }
 
-    /// Says how the node stands, from memory alone: a hung disk must not hide that we are alive.
-    fn health(&self) -> Response<Body> {
-        let engine = self.engine.get();
-        let mesh = match engine.and_then(|engine| engine.joined.get()) {
-            Some(_) => "joined",
-            None if self.is_in_mesh => "waiting",
-            None => "none",
-        };
-        let store = match engine {
-            Some(_) => "open",
-            None => "waiting",
-        };
-        let text = format!(
-            "{{\"ready\":{},\"store\":\"{store}\",\"mesh\":\"{mesh}\"}}\n",
-            engine.is_some()
-        );
-        match engine {
-            Some(_) => respond::json(text),
-            None => respond::not_ready(text),
-        }
-    }
-
-    async fn exposition(&self) -> Response<Body> {
-        let engine = self.engine.get();
-        let mesh = engine
-            .and_then(|engine| engine.joined.get())
-            .map(|joined| &joined.mesh);
-        let gauges = status::gauges(engine.is_some(), mesh).await;
-        respond::metrics(self.metrics.exposition(gauges))
-    }
-
-    /// Finds a narinfo: in the store, else in the mesh.
-    async fn narinfo(&self, engine: &Engine, hash: StorePathHash) -> Option<NarInfo> {
-        let started = Instant::now();
-        let narinfo = match self.local_info(engine, hash).await {
-            Some(info) => {
+    async fn narinfo(&self, engine: &Engine, hash: StorePathHash) -> Response<Body> {
+        match engine.store.path_info(hash).await {
+            Ok(Some(info)) => {
                 self.metrics.narinfos_local.add(1);
-                Some(info.to_narinfo())
+                return respond::narinfo(info.to_narinfo().to_text(&self.store_dir));
             }
-            None => match look_up(engine, hash).await {
-                Some(narinfo) => {
-                    self.metrics.narinfos_peer.add(1);
-                    debug!(%hash, source = "peer", "answered a narinfo");
-                    let narinfo = VerifiedNarInfo::clone(&narinfo).served_uncompressed();
-                    Some(narinfo.narinfo().clone())
-                }
-                None => {
-                    self.metrics.narinfos_absent.add(1);
-                    None
-                }
-            },
-        };
-        self.metrics.narinfo_time.observe(started.elapsed());
-        narinfo
-    }
-
-    /// Asks the store; `None` also when it cannot say, or not in time.
-    async fn local_info(&self, engine: &Engine, hash: StorePathHash) -> Option<PathInfo> {
-        match tokio::time::timeout(STORE_TIMEOUT, engine.store.path_info(hash)).await {
-            Ok(Ok(info)) => info,
-            Ok(Err(error)) => {
-                self.store_trouble(&error);
-                None
+            Ok(None) => {}
+            Err(error) => self.store_trouble(&error),
+        }
+        match look_up(engine, hash).await {
+            Some(narinfo) => {
+                self.metrics.narinfos_peer.add(1);
+                debug!(%hash, source = "peer", "answered a narinfo");
+                let narinfo = VerifiedNarInfo::clone(&narinfo).served_uncompressed();
+                respond::narinfo(narinfo.narinfo().to_text(&self.store_dir))
             }
-            Err(_) => {
-                self.metrics.store_errors.add(1);
-                warn!(%hash, "the store did not say in time whether it has a path, asking the mesh");
-                None
+            None => {
+                self.metrics.narinfos_absent.add(1);
+                respond::not_found(false)
             }
         }
-    }
-
-    /// Gives the listing of a path's NAR: from the store, else from the NAR that a peer sends.
-    async fn listing(&self, engine: &Engine, hash: StorePathHash) -> Response<Body> {
-        let Some(place) = self.listings.place().await else {
-            return respond::not_found(false);
-        };
-        let place = match listing::local(&engine.store, hash, place).await {
-            Ok(Ok(response)) => return response,
-            Ok(Err(place)) => place,
-            Err(error) => {
-                self.store_trouble(&error);
-                return respond::not_found(false);
-            }
-        };
-        let narinfo = look_up(engine, hash).await;
-        let narinfo =
-            narinfo.filter(|narinfo| narinfo.narinfo().nar_size <= listing::FETCHED_BYTES_MAX);
-        let (Some(narinfo), Some(joined)) = (narinfo, engine.joined.get()) else {
-            return respond::not_found(false);
-        };
-        let size = narinfo.narinfo().nar_size;
-        let mut chunks = self.assemble(joined, narinfo, 0..size);
-        let mut listing = FetchedListing::default();
-        loop {
-            match chunks.recv().await {
-                Some(Ok(chunk)) if listing.push(&chunk) => {}
-                // Not brought, not proved, or too large a tree.
-                Some(_) => return respond::not_found(false),
-                None => return listing.answer(hash, place).await,
-            }
-        }
-    }
-
-    fn is_retiring(&self) -> bool {
-        self.is_retiring.load(Ordering::Relaxed)
-    }
-
-    fn or_absent(&self, answer: Result<Response<Body>, StoreError>) -> Response<Body> {
-        answer.unwrap_or_else(|error| {
-            self.metrics.store_errors.add(1);
-            warn!(error = %error, "could not answer from the store");
-            respond::not_found(false)
-        })
     }
 
     async fn nar(
@@ -462,7 +237,8 @@ impl Substituter {
                 url.nar_hash
                     .is_none_or(|nar_hash| nar_hash == narinfo.narinfo().nar_hash)
             });
-        let (Some(narinfo), Some(joined)) = (narinfo, engine.joined.get()) else {
+        let (Some(narinfo), Some(Joined { mesh, peers, .. })) = (narinfo, engine.joined.get())
+        else {
             self.metrics.nars_absent.add(1);
             return respond::not_found(true);
         };
@@ -478,12 +254,18 @@ impl Substituter {
             return respond::not_found(true);
         }
 
-        if self.is_retiring() {
-            // It would be cut when the mesh ends.
-            self.metrics.nars_absent.add(1);
-            return respond::not_found(true);
-        }
-        let mut chunks = self.assemble(joined, narinfo, bytes);
+        let (sender, mut chunks) = mpsc::channel(CHUNKS_WAITING_MAX);
+        let assembly = Assembly {
+            mesh: mesh.clone(),
+            narinfo,
+            from: bytes.start,
+            to: bytes.end,
+            sender,
+            peers: peers.clone(),
+            metrics: self.metrics.clone(),
+            tainted: self.tainted.clone(),
+        };
+        self.tasks.spawn(assembly.run());
         // Nothing is promised before there is something to send.
         match chunks.recv().await {
             Some(Ok(first)) => {
@@ -497,28 +279,6 @@ impl Substituter {
                 respond::not_found(true)
             }
         }
-    }
-
-    /// Starts to bring a NAR from the mesh; the bytes in `range` of it arrive at the receiver.
-    fn assemble(
-        &self,
-        joined: &Joined,
-        narinfo: Arc<VerifiedNarInfo>,
-        range: Range<u64>,
-    ) -> mpsc::Receiver<Result<Bytes, Cut>> {
-        let (sender, chunks) = mpsc::channel(CHUNKS_WAITING_MAX);
-        let assembly = Assembly {
-            mesh: joined.mesh.clone(),
-            narinfo,
-            from: range.start,
-            to: range.end,
-            sender,
-            peers: joined.peers.clone(),
-            metrics: self.metrics.clone(),
-            tainted: self.tainted.clone(),
-        };
-        self.fetches.spawn(assembly.run());
-        chunks
     }
 
     fn sources<'a>(&'a self, engine: &'a Engine) -> status::Sources<'a> {
@@ -539,14 +299,6 @@ impl Substituter {
         self.metrics.store_errors.add(1);
         warn!(%error, "could not answer from the store, asking the mesh");
     }
-}
-
-/// Whether a request's Host is not one of ours. On a Unix socket no web page can get here.
-fn is_foreign(headers: &HeaderMap, address: &Address) -> bool {
-    let (Some(host), Address::Tcp(address)) = (headers.get(HOST), address) else {
-        return false;
-    };
-    !is_own_host(host.to_str().unwrap_or("?"), *address)
 }
 
 /// Finds out about a path in the mesh.

@@ -16,10 +16,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("clock", &[]),
     ("identity", &[]),
     ("metrics", &[]),
-    ("listener", &[]),
-    ("supervisor", &[]),
     ("store", &[]),
-    ("config", &["store", "listener"]),
+    ("config", &["store"]),
     ("index", &[]),
     ("serve", &["store", "identity", "metrics"]),
     ("binary_cache", &["identity", "serve"]),
@@ -35,7 +33,6 @@ const EDGES: &[(&str, &[&str])] = &[
             "status",
             "config",
             "metrics",
-            "listener",
         ],
     ),
     // The daemon wires everything, and only the command line and the demo start one.
@@ -45,7 +42,6 @@ const EDGES: &[(&str, &[&str])] = &[
             "clock",
             "config",
             "identity",
-            "listener",
             "store",
             "serve",
             "binary_cache",
@@ -54,26 +50,17 @@ const EDGES: &[(&str, &[&str])] = &[
             "substituter",
         ],
     ),
-    ("loopback", &["listener"]),
+    ("loopback", &[]),
     (
         "demo",
         &[
-            "clock", "config", "identity", "listener", "store", "daemon", "loopback", "status",
+            "clock", "config", "identity", "store", "daemon", "loopback", "status",
         ],
     ),
     (
         "cli",
         &[
-            "clock",
-            "config",
-            "identity",
-            "listener",
-            "supervisor",
-            "store",
-            "status",
-            "daemon",
-            "loopback",
-            "demo",
+            "clock", "config", "identity", "store", "status", "daemon", "loopback", "demo",
         ],
     ),
 ];
@@ -163,16 +150,6 @@ fn files_stay_readable_in_one_sitting() {
 #[test]
 fn no_test_is_ignored() {
     assert_empty(ignore_violations(&workspace_sources()));
-}
-
-#[test]
-fn the_table_of_conformance_names_tests_that_exist() {
-    let table = fs::read_to_string(workspace().join("node/tests/CONFORMANCE.md"));
-    let table = table.expect("read the table");
-    let mut sources = Vec::new();
-    read_into(&workspace().join("node/tests"), &mut sources);
-    read_into(&workspace().join("protocol/tests"), &mut sources);
-    assert_empty(conformance_violations(&table, &sources));
 }
 
 // The rules, each from sources to complaints, so that the tests below can break them.
@@ -301,44 +278,6 @@ fn ignore_violations(sources: &[Source]) -> Vec<String> {
         .filter(|source| source.text.contains(needle))
         .map(|source| format!("{}: a skipped promise is a broken one", source.path))
         .collect()
-}
-
-/// Checks that every client depends on, whatever else Granary does.
-const CHECKS: std::ops::RangeInclusive<u32> = 1..=49;
-
-fn conformance_violations(table: &str, sources: &[Source]) -> Vec<String> {
-    let rows: Vec<(u32, &str)> = table
-        .lines()
-        .filter_map(|line| line.strip_prefix("| ")?.split_once(" | "))
-        .filter_map(|(number, row)| Some((number.parse().ok()?, row)))
-        .collect();
-    let mut violations = Vec::new();
-    for check in CHECKS {
-        if !rows.iter().any(|(number, _)| *number == check) {
-            violations.push(format!("check {check} has no row"));
-        }
-    }
-    for (number, row) in rows {
-        let names: Vec<_> = row
-            .split('`')
-            .skip(1)
-            .step_by(2)
-            .filter_map(|name| name.split_once("::"))
-            .collect();
-        if names.is_empty() {
-            violations.push(format!("check {number} names no test"));
-        }
-        for (file, function) in names {
-            let exists = sources.iter().any(|source| {
-                source.path.ends_with(&format!("/{file}.rs"))
-                    && source.text.contains(&format!("fn {function}("))
-            });
-            if !exists {
-                violations.push(format!("check {number}: there is no {file}::{function}"));
-            }
-        }
-    }
-    violations
 }
 
 // Reading the workspace.
@@ -629,24 +568,6 @@ fn machine_in_the_protocol_is_found() {
     check("use std::{fs::File, time::{Duration, SystemTime}};", 2);
     check("std::env::var(\"HOME\")", 1);
     check("use std::net;", 1);
-}
-
-#[test]
-fn missing_checks_and_tests_are_found() {
-    let source = Source {
-        path: "node/tests/endpoint/answers.rs".into(),
-        text: "fn it_is_so() {}".into(),
-    };
-    let rows: String = (1..=48)
-        .map(|number| format!("| {number} | x | `answers::it_is_so` |\n"))
-        .collect();
-    let sources = [source];
-    let found = conformance_violations(&rows, &sources);
-    assert_eq!(found, ["check 49 has no row"]);
-    let found = conformance_violations(&format!("{rows}| 49 | x | `answers::not_so` |"), &sources);
-    assert_eq!(found, ["check 49: there is no answers::not_so"]);
-    let found = conformance_violations(&format!("{rows}| 49 | x | none |"), &sources);
-    assert_eq!(found, ["check 49 names no test"]);
 }
 
 #[test]

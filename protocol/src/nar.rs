@@ -35,8 +35,8 @@ use std::fmt;
 
 pub use decoder::{DecodeError, Decoder, Event, Fault};
 pub use layout::{
-    FRAMING_BYTES_MAX, FileIndex, Kind, Layout, LayoutBuilder, LayoutError, LayoutRecorder,
-    Segment, Segments,
+    FRAMING_BYTES_MAX, FileIndex, Layout, LayoutBuilder, LayoutError, LayoutRecorder, Segment,
+    Segments,
 };
 pub use listing::ListingError;
 pub use tree::Tree;

@@ -2,8 +2,7 @@
 //! against itself: what a layout writes at any offset, a decoder reads at any chunking.
 
 use granary_protocol::nar::{
-    DecodeError, Decoder, Event, FRAMING_BYTES_MAX, Fault, FileIndex, Kind, Layout, LayoutRecorder,
-    Segment, Tree,
+    DecodeError, Decoder, Event, FRAMING_BYTES_MAX, Fault, Layout, LayoutRecorder, Segment, Tree,
 };
 use proptest::prelude::*;
 
@@ -716,58 +715,4 @@ proptest! {
             prop_assert_eq!(decoded.nar().unwrap(), nar);
         }
     }
-}
-
-#[test]
-fn a_layout_is_browsed_entry_by_entry() {
-    let file = |contents: &[u8]| Tree::Regular {
-        executable: false,
-        contents: contents.to_vec(),
-    };
-    let directory = |entries: Vec<(&str, Tree)>| {
-        let named = entries
-            .into_iter()
-            .map(|(name, tree)| (name.as_bytes().to_vec(), tree));
-        Tree::Directory(named.collect())
-    };
-    let link = Tree::Symlink {
-        target: b"b/c".to_vec(),
-    };
-    let tree = directory(vec![
-        ("a", file(b"first")),
-        (
-            "b",
-            directory(vec![
-                ("a", file(b"inner")),
-                ("c", directory(vec![("d", file(b""))])),
-            ]),
-        ),
-        ("c", link),
-    ]);
-    let (layout, nar) = (tree.layout().unwrap(), tree.nar().unwrap());
-    let names = |directory| {
-        layout
-            .entries(directory)
-            .map(|entry| layout.name(entry))
-            .collect::<Vec<_>>()
-    };
-    let root = FileIndex::ROOT;
-    assert_eq!(names(root), [b"a", b"b", b"c"]);
-    let b = layout.entry(root, b"b").unwrap();
-    assert_eq!(names(b), [b"a", b"c"]);
-    let inner = layout.entry(b, b"a").unwrap();
-    let contents = layout.contents(inner);
-    assert_eq!(
-        &nar[contents.start as usize..contents.end as usize],
-        b"inner"
-    );
-    let link = layout.entry(root, b"c").unwrap();
-    assert_eq!(
-        (layout.kind(link), layout.target(link)),
-        (Kind::Symlink, &b"b/c"[..])
-    );
-    assert!(layout.contents(link).is_empty() && layout.contents(b).is_empty());
-    assert_eq!(layout.entry(root, b"d"), None);
-    assert!(names(inner).is_empty() && names(link).is_empty());
-    assert_eq!(layout.kind(b), Kind::Directory);
 }

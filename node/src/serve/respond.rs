@@ -16,7 +16,7 @@ use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 /// What hyper sends. An error cuts the connection, which is how a client learns that a body is short.
 pub type Body = UnsyncBoxBody<Bytes, io::Error>;
 
-pub const TEXT: &str = "text/plain; charset=utf-8";
+const TEXT: &str = "text/plain; charset=utf-8";
 
 /// A small answer, with header and body in one segment.
 pub fn small(
@@ -81,28 +81,6 @@ pub fn narinfo(text: String) -> Response<Body> {
 
 pub fn json(text: String) -> Response<Body> {
     small(StatusCode::OK, "application/json", text)
-}
-
-/// What a monitor hears while the store is not open. Nix never asks for this.
-pub fn not_ready(text: String) -> Response<Body> {
-    small(StatusCode::SERVICE_UNAVAILABLE, "application/json", text)
-}
-
-pub fn metrics(text: String) -> Response<Body> {
-    small(
-        StatusCode::OK,
-        "text/plain; version=0.0.4; charset=utf-8",
-        text,
-    )
-}
-
-/// A number of bytes that come as a stream. The connection is cut when they do not all come.
-pub fn sized(content_type: &'static str, size: u64, body: Body) -> Response<Body> {
-    let mut response = Response::new(body);
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
-    headers.insert(CONTENT_LENGTH, HeaderValue::from(size));
-    response
 }
 
 /// A body that comes as a stream; its length is promised by the caller's Content-Length.

@@ -90,15 +90,6 @@ pub struct Summaries {
     pub last_id: Option<i64>,
 }
 
-/// Paths after one id whose names have one ending.
-pub struct Names {
-    pub file: FileId,
-    /// Each with its id.
-    pub paths: Vec<(i64, StorePath)>,
-    /// The greatest id read; `None` at the end of the table.
-    pub last_id: Option<i64>,
-}
-
 /// What is wrong with one row.
 #[derive(Debug, thiserror::Error)]
 pub enum RowProblem {
@@ -240,37 +231,7 @@ impl Database {
         .await
     }
 
-    /// Reads up to `limit` rows after `id`, and returns those whose path ends with `ending`.
-    pub async fn names_after(
-        &self,
-        id: i64,
-        ending: &'static str,
-        limit: usize,
-    ) -> Result<Names, StoreError> {
-        self.run(move |reader, file| {
-            let sql = "SELECT id, path FROM ValidPaths WHERE id > ? ORDER BY id LIMIT ?";
-            let mut statement = reader.connection.prepare_cached(sql)?;
-            let mut rows = statement.query(params![id, limit as i64])?;
-            let mut names = Names {
-                file,
-                paths: Vec::new(),
-                last_id: None,
-            };
-            while let Some(row) = rows.next()? {
-                let id = row.get(0)?;
-                names.last_id = Some(id);
-                let path = row.get_ref(1)?.as_str().ok();
-                let path = path.filter(|path| path.ends_with(ending));
-                let path = path.and_then(|path| reader.config.dir.parse_path(path).ok());
-                names.paths.extend(path.map(|path| (id, path)));
-            }
-            Ok(names)
-        })
-        .await
-    }
-
-    /// Runs a query in one read transaction on a reader's thread.
-    pub(super) async fn run<T: Send + 'static>(
+    async fn run<T: Send + 'static>(
         &self,
         query: impl Fn(&Open<'_>, FileId) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
@@ -388,9 +349,9 @@ impl Reader {
 }
 
 /// A connection inside a read transaction.
-pub(super) struct Open<'a> {
-    pub config: &'a StoreConfig,
-    pub connection: &'a Connection,
+struct Open<'a> {
+    config: &'a StoreConfig,
+    connection: &'a Connection,
 }
 
 /// The columns of a row, in the order that [`Open::registered`] reads.

@@ -14,10 +14,7 @@ use std::{
     io,
     ops::Range,
     os::fd::OwnedFd,
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicUsize, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 
 use bytes::Bytes;
@@ -39,17 +36,6 @@ use super::{PathInfo, StoreConfig, StoreError};
 /// Bytes of one chunk: large enough that the hop to the blocking pool (some 10 µs) does not show,
 /// small enough that the three a stream may hold (sent, ready, being read) stay below 1 MiB.
 pub const CHUNK_BYTES: usize = 256 * 1024;
-
-/// Bytes of chunks that all streams of this process hold together before they take smaller ones:
-/// what 64 streams at full speed hold. A slow reader keeps its two chunks for long; 500 of them
-/// held 250 MB of full ones, and hold some 80 MB.
-const CHUNKS_BYTES: usize = 32 * 1024 * 1024;
-
-/// The least chunk, however many streams there are.
-const CHUNK_BYTES_MIN: usize = 16 * 1024;
-
-/// Streams of this process. Memory is the process', so this is no part of any store.
-static STREAMS: AtomicUsize = AtomicUsize::new(0);
 
 /// Bytes of layouts kept: some 1.5 million files, or all of a NixOS system's larger paths.
 const LAYOUT_CACHE_BYTES_MAX: usize = 64 * 1024 * 1024;
@@ -135,7 +121,6 @@ impl Nar {
             contents: self.contents.clone().reader(),
             at: range.start,
             end: range.end.min(self.layout.nar_size()),
-            counted: Counted::new(),
         };
         Box::pin(stream::unfold(Next::Start(producer), Next::step))
     }
@@ -176,29 +161,6 @@ struct Producer {
     contents: Box<dyn ReadContents>,
     at: u64,
     end: u64,
-    counted: Counted,
-}
-
-/// One of [`STREAMS`], as long as it lives.
-struct Counted;
-
-impl Counted {
-    fn new() -> Counted {
-        STREAMS.fetch_add(1, Ordering::Relaxed);
-        Counted
-    }
-
-    /// Returns how large a chunk may be: two of them are a stream's share.
-    fn chunk_bytes(&self) -> usize {
-        let streams = STREAMS.load(Ordering::Relaxed).max(1);
-        (CHUNKS_BYTES / (2 * streams)).clamp(CHUNK_BYTES_MIN, CHUNK_BYTES)
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        STREAMS.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 impl Producer {
@@ -213,7 +175,7 @@ impl Producer {
     }
 
     fn fill(&mut self) -> Result<Bytes, NarError> {
-        let size = (self.end - self.at).min(self.counted.chunk_bytes() as u64) as usize;
+        let size = (self.end - self.at).min(CHUNK_BYTES as u64) as usize;
         let mut chunk = Vec::with_capacity(size);
         for segment in self.layout.segments(self.at) {
             match segment {

@@ -53,10 +53,6 @@ pub struct Machine {
     /// Where the data plane listens, if not at `address`.
     pub transfer: Option<Ipv4Addr>,
     pub extra: String,
-    /// `substituter.listen`, as TOML.
-    pub listen: String,
-    /// Further lines of nix.conf.
-    pub nix_conf: String,
     pub daemon: Option<Daemon>,
 }
 
@@ -69,8 +65,6 @@ impl Machine {
             peers: Vec::new(),
             transfer: None,
             extra: String::new(),
-            listen: "\"127.0.0.1:0\"".into(),
-            nix_conf: String::new(),
             daemon: None,
         };
         machine.nix("nix-store", &["--init"]);
@@ -91,9 +85,8 @@ impl Machine {
                 "NIX_CONFIG",
                 format!(
                     "experimental-features = nix-command\nbuild-users-group =\nsubstituters =\n\
-                     trusted-public-keys = {}\nnarinfo-cache-negative-ttl = 0\n{}",
-                    key("test-1").public_key(),
-                    self.nix_conf
+                     trusted-public-keys = {}\nnarinfo-cache-negative-ttl = 0\n",
+                    key("test-1").public_key()
                 ),
             )
             .output()
@@ -128,56 +121,12 @@ impl Machine {
                 &path,
             ],
         );
-        self.sample(&path)
-    }
-
-    /// Lets this machine build, and sign what it builds, with content-addressed derivations too.
-    pub fn equip(&mut self) {
-        let secret = self.folder().join("secret");
-        fs::write(&secret, key("test-1").to_nix_string().as_bytes()).unwrap();
-        let paths = ["/bin", "/usr", "/lib", "/lib64"];
-        let paths: Vec<_> = paths
-            .into_iter()
-            .filter(|path| Path::new(path).exists())
-            .collect();
-        self.nix_conf = format!(
-            "extra-experimental-features = ca-derivations\nsandbox-fallback = false\n\
-             sandbox-paths = {}\nsecret-key-files = {}\n",
-            paths.join(" "),
-            secret.display()
-        );
-    }
-
-    /// Builds an expression; returns its derivation and its output.
-    pub fn build(&self, expression: &str) -> (String, String) {
-        let file = self.folder().join("build.nix");
-        fs::write(&file, expression).unwrap();
-        let file = file.to_str().unwrap();
-        let output = self.nix("nix-build", &["--no-out-link", file]);
-        (self.nix("nix-instantiate", &[file]), output)
-    }
-
-    /// Copies closures into a binary cache that Nix itself writes, for comparison.
-    pub fn cache_of(&self, paths: &[&str], parameters: &str) -> TempDir {
-        let cache = TempDir::new().unwrap();
-        let to = format!("file://{}?{parameters}", cache.path().display());
-        self.nix(
-            "nix",
-            &[&["copy", "--no-check-sigs", "--to", &to], paths].concat(),
-        );
-        cache
-    }
-
-    /// What is known of a path in the store, however it got there.
-    pub fn sample(&self, path: &str) -> Sample {
-        let dumped = Command::new("nix-store")
-            .arg("--dump")
-            .arg(self.real(path))
-            .output();
+        let real = self.real(&path);
+        let dumped = Command::new("nix-store").arg("--dump").arg(&real).output();
         Sample {
             hash: path["/nix/store/".len()..][..32].to_owned(),
             nar: dumped.unwrap().stdout,
-            path: path.to_owned(),
+            path,
         }
     }
 
@@ -210,7 +159,7 @@ impl Machine {
         format!(
             "state-dir = \"{root}/state\"\n\
              [store]\nreal-dir = \"{root}/nix/store\"\ndatabase = \"{root}/nix/var/nix/db/db.sqlite\"\n\
-             [substituter]\nlisten = {listen}\n\
+             [substituter]\nlisten = \"127.0.0.1:0\"\n\
              [mesh]\nkey = \"{mesh}\"\nlisten = [\"{ip}:{MESH_PORT}\"]\n\
              transfer = [\"{transfer}:{TRANSFER_PORT}\"]\nmdns = false\npeers = {peers:?}\n\
              [trust]\nkeys = [\"{trusted}\"]\n{extra}",
@@ -218,7 +167,6 @@ impl Machine {
             ip = self.address,
             transfer = self.transfer.unwrap_or(self.address),
             trusted = key("test-1").public_key(),
-            listen = self.listen,
             extra = self.extra,
         )
     }
@@ -253,7 +201,7 @@ impl Machine {
     }
 
     pub fn endpoint(&self) -> SocketAddr {
-        self.daemon.as_ref().unwrap().tcp().unwrap()
+        self.daemon.as_ref().unwrap().substituter
     }
 
     pub fn url(&self) -> String {

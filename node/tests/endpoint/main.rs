@@ -5,14 +5,9 @@
 //! a provider's transfer port where a test decides how much of a NAR gets through.
 
 mod answers;
-mod bounds;
 mod client;
-mod conformance;
 mod faults;
 mod machine;
-mod process;
 mod proxy;
-mod restart;
-mod routes;
 mod start;
 mod strangers;

@@ -4,7 +4,8 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{CacheRole, Refusal, Source};
+use super::membership::Refusal;
+use super::source::{CacheRole, Source};
 use crate::certificate::{Certificate, SignedCertificate, UnixTime};
 use crate::message::{Answer, Message};
 use crate::narinfo::VerifiedNarInfo;

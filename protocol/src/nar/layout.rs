@@ -8,8 +8,6 @@
 //! *closing*: padding, its own parentheses, and those of the directories that end right after it.
 //! The closing follows from the depths of this node and the next one, so no entry is kept for an end.
 
-use std::ops::Range;
-
 use super::{
     LEVELS_MAX, MAGIC, NODES_MAX, NameError, Printable, SIZE_MAX, TargetError, check_name,
     check_target, decoder::Event, padding, string_bytes,
@@ -39,9 +37,8 @@ struct Node {
 
 const _: () = assert!(size_of::<Node>() == 32);
 
-/// What a node of a tree is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(super) enum Kind {
     Directory,
     Regular,
     Executable,
@@ -127,44 +124,6 @@ impl Layout {
             Kind::Directory => 0,
             Kind::Regular | Kind::Executable | Kind::Symlink => node.size,
         }
-    }
-
-    /// Returns what a node is.
-    pub fn kind(&self, file: FileIndex) -> Kind {
-        self.node(file).kind
-    }
-
-    /// Returns the target of a symlink; empty for anything else.
-    pub fn target(&self, file: FileIndex) -> &[u8] {
-        self.node_target(self.node(file))
-    }
-
-    /// Returns which bytes of the NAR are the contents of a regular file; empty for anything else.
-    pub fn contents(&self, file: FileIndex) -> Range<u64> {
-        let node = self.node(file);
-        let start = node.start + opening_bytes(node);
-        start..start + contents_bytes(node)
-    }
-
-    /// Returns the entries of a directory, ascending by name; none for anything else.
-    ///
-    /// Passes over all nodes below the directory.
-    pub fn entries(&self, directory: FileIndex) -> impl Iterator<Item = FileIndex> {
-        let depth = self.node(directory).depth;
-        let first = directory.0 as usize + 1;
-        let below = self.nodes[first..]
-            .iter()
-            .take_while(move |node| node.depth > depth);
-        below
-            .zip(directory.0 + 1..)
-            .filter(move |(node, _)| node.parent == directory.0)
-            .map(|(_, index)| FileIndex(index))
-    }
-
-    /// Returns the entry of a directory that has this name.
-    pub fn entry(&self, directory: FileIndex, name: &[u8]) -> Option<FileIndex> {
-        self.entries(directory)
-            .find(|entry| self.name(*entry) == name)
     }
 
     /// Returns the memory that this layout holds, for caches bounded by bytes.
