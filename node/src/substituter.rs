@@ -451,7 +451,7 @@ impl Substituter {
         match nar::open(&engine.store, &url).await {
             Ok(Some(local)) => {
                 self.metrics.nars_local.add(1);
-                return local.respond(method, headers, |_| {});
+                return local.respond(method, headers, |_| {}).await;
             }
             Ok(None) => {}
             Err(error) => self.store_trouble(&error),

@@ -163,7 +163,8 @@ impl MembersPort {
                             let _ = &permit;
                             metrics.traffic.sent(&peer, bytes);
                         };
-                        local.respond(request.method(), request.headers(), sent)
+                        let (method, headers) = (request.method(), request.headers());
+                        local.respond(method, headers, sent).await
                     }
                     Ok(None) => respond::not_found(true),
                     Err(error) => self.trouble(&error, true),

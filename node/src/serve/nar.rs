@@ -3,10 +3,11 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use futures::StreamExt;
+use futures::{StreamExt, stream};
 use granary_protocol::narinfo::NarUrl;
 use http::header::{CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, RANGE};
 use http::{HeaderMap, HeaderValue, Method, Response, StatusCode};
+use tracing::info;
 
 use super::respond::{self, Body};
 use crate::store::{LocalStore, Nar, PathInfo, StoreError};
@@ -135,7 +136,10 @@ pub async fn open(
 
 impl LocalNar {
     /// Answers with the part that is asked for. `sent` hears of every chunk that hyper takes.
-    pub fn respond(
+    ///
+    /// The first chunk is read before the answer begins: a path that vanished is 404, and a small NAR goes
+    /// out in one segment with its head.
+    pub async fn respond(
         self,
         method: &Method,
         headers: &HeaderMap,
@@ -147,12 +151,22 @@ impl LocalNar {
         let body = if *method == Method::HEAD || bytes.is_empty() {
             Body::default()
         } else {
-            let chunks = self.nar.stream(bytes).inspect(move |chunk| {
+            let mut chunks = self.nar.stream(bytes);
+            let first = match chunks.next().await {
+                Some(Ok(first)) => first,
+                Some(Err(error)) => {
+                    info!(%error, "could not begin a nar");
+                    return respond::not_found(true);
+                }
+                // The part is not empty, so neither is its stream.
+                None => return respond::not_found(true),
+            };
+            let chunks = stream::iter([Ok(first)]).chain(chunks);
+            respond::stream(chunks.inspect(move |chunk| {
                 if let Ok(chunk) = chunk {
                     sent(chunk.len() as u64);
                 }
-            });
-            respond::stream(chunks)
+            }))
         };
         answer(&part, size, body)
     }

@@ -88,6 +88,7 @@ async fn small_answers_come_in_one_segment_and_none_changes_its_encoding_or_tag(
         path.narinfo(),
         format!("{}?json", path.narinfo()),
         "/00bgd045z0d4icpbc2yyz4gx48ak44la.narinfo".into(),
+        path.short(),
         "/nar/00bgd045z0d4icpbc2yyz4gx48ak44la.nar".into(),
         format!("/{}.ls", path.hash),
         "/health".into(),
