@@ -16,3 +16,5 @@ mod restart;
 mod routes;
 mod start;
 mod strangers;
+mod upstreams;
+mod web;
