@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use granary_protocol::signature::{PublicKey, TrustedKeys};
 use granary_protocol::store_path::StoreDir;
 use regex::Regex;
+use reqwest::Url;
 use serde::{Deserialize, Deserializer, de};
 
 use crate::listener::Address;
@@ -33,6 +34,10 @@ pub struct Config {
     pub mesh: Mesh,
     pub share: Share,
     pub trust: Trust,
+    /// `[[anchor]]`: binary caches of ours, asked when no member has a path. In order of preference.
+    pub anchor: Vec<Anchor>,
+    /// `[[upstream]]`: other binary caches, asked after those.
+    pub upstream: Vec<Upstream>,
     pub limits: Limits,
     pub anchor_server: AnchorServer,
 }
@@ -105,6 +110,31 @@ pub struct Trust {
     pub keys: Vec<PublicKey>,
 }
 
+/// One `[[anchor]]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Anchor {
+    /// Where `nix-cache-info` is, without it.
+    #[serde(deserialize_with = "parsed_url")]
+    pub url: Url,
+    /// A file with the token that is sent with every request to it.
+    #[serde(default)]
+    pub token_file: Option<PathBuf>,
+    /// Keys that it signs with; trusted as if they stood in `trust.keys`.
+    #[serde(default, deserialize_with = "parsed_list")]
+    pub public_keys: Vec<PublicKey>,
+}
+
+/// One `[[upstream]]`.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Upstream {
+    #[serde(deserialize_with = "parsed_url")]
+    pub url: Url,
+    #[serde(default, deserialize_with = "parsed_list")]
+    pub public_keys: Vec<PublicKey>,
+}
+
 /// `[limits]`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -168,6 +198,8 @@ impl Default for Config {
             mesh: Mesh::default(),
             share: Share::default(),
             trust: Trust::default(),
+            anchor: Vec::new(),
+            upstream: Vec::new(),
             limits: Limits::default(),
             anchor_server: AnchorServer::default(),
         }
@@ -357,7 +389,10 @@ impl Config {
     }
 
     pub fn trusted_keys(&self) -> TrustedKeys {
-        self.trust.keys.iter().cloned().collect()
+        let anchors = self.anchor.iter().flat_map(|anchor| &anchor.public_keys);
+        let upstreams = self.upstream.iter().flat_map(|one| &one.public_keys);
+        let keys = self.trust.keys.iter().chain(anchors).chain(upstreams);
+        keys.cloned().collect()
     }
 
     fn contradiction(&self) -> Option<String> {
@@ -421,6 +456,21 @@ where
     T: std::str::FromStr<Err: std::fmt::Display>,
 {
     parse(&String::deserialize(deserializer)?).map_err(de::Error::custom)
+}
+
+fn parsed_url<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Url, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let url: Url = parse(&text).map_err(de::Error::custom)?;
+    let is_web = matches!(url.scheme(), "http" | "https") && url.has_host();
+    // A password in it would end up in logs; a token has a file of its own.
+    let has_secret = !url.username().is_empty() || url.password().is_some();
+    match (is_web, has_secret) {
+        (true, false) => Ok(url),
+        (true, true) => Err(de::Error::custom("url holds a user name or password")),
+        (false, _) => Err(de::Error::custom(
+            "url does not begin with http:// or https://",
+        )),
+    }
 }
 
 fn parsed_option<'de, D: Deserializer<'de>, T>(deserializer: D) -> Result<Option<T>, D::Error>
@@ -506,6 +556,14 @@ mod tests {
             deny = ["^secret-", "\\.key$"]
             [trust]
             keys = []
+            [[anchor]]
+            url = "https://nas.lan:4730/main"
+            token-file = "/t"
+            [[upstream]]
+            url = "https://cache.nixos.org"
+            [[upstream]]
+            url = "http://other.example/cache"
+            public-keys = ["cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="]
             [limits]
             streams-per-peer = 4
             [anchor-server]
@@ -530,6 +588,13 @@ mod tests {
         assert!(config.share.deny[1].is_match("my.key"));
         assert_eq!(config.anchor_storage(), "s3://bucket/prefix");
         assert_eq!(config.anchor_dir(), PathBuf::from("/s/anchor"));
+        assert_eq!(config.anchor[0].token_file, Some(PathBuf::from("/t")));
+        assert_eq!(
+            config.upstream[1].url.as_str(),
+            "http://other.example/cache"
+        );
+        let name = config.upstream[1].public_keys[0].name();
+        assert!(config.trusted_keys().contains_name(name));
         assert_eq!(
             config.store_config().real_dir,
             PathBuf::from("/x/nix/store")
@@ -573,5 +638,9 @@ mod tests {
         let key = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
         assert!(problem(&format!("[mesh]\nkey = {key:?}\nlisten = []")).contains("mesh.listen"));
         assert!(problem("[limits]\nstreams-per-peer = 0").contains("streams-per-peer"));
+        assert!(problem("[[upstream]]\nurl = \"file:///x\"").contains("http://"));
+        assert!(problem("[[upstream]]").contains("url"));
+        let text = problem("[[anchor]]\nurl = \"https://me:secret@nas.lan\"");
+        assert!(text.contains("password"), "{text}");
     }
 }

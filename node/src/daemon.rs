@@ -11,16 +11,17 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use granary_protocol::certificate::{SignedCertificate, mesh_tag};
-use granary_protocol::mesh::Config as MindConfig;
+use granary_protocol::certificate::{Certificate, SignedCertificate, UnixTime, mesh_tag};
+use granary_protocol::mesh::{CacheRole, Config as MindConfig};
 use granary_protocol::peer::PeerId;
-use granary_protocol::signature::PublicKey;
+use granary_protocol::signature::{KeyName, PublicKey, SecretKey};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
+use zeroize::Zeroizing;
 
-use crate::binary_cache::PeerCaches;
+use crate::binary_cache::{PeerCaches, WebCache, WebCaches, WebSetupError};
 use crate::clock::unix_time;
 use crate::config::Config;
 use crate::identity::Identity;
@@ -44,6 +45,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Largest certificate file looked at.
 const CERTIFICATE_FILE_BYTES_MAX: u64 = 16 * 1024;
+
+/// Largest token file read; a JWT has a few hundred bytes.
+const TOKEN_FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// A running node.
 pub struct Daemon {
@@ -74,6 +78,16 @@ pub enum StartError {
     Mesh(#[from] mesh::MeshError),
     #[error("cannot set up TLS: {0}")]
     Tls(#[from] tls::TlsSetupError),
+    #[error("cannot read the token of anchor {url} from {path}: {source}", path = .path.display())]
+    Token {
+        url: String,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Web(#[from] WebSetupError),
+    #[error("the system gave no random bytes: {0}")]
+    NoRandomness(getrandom::Error),
 }
 
 impl Daemon {
@@ -125,6 +139,7 @@ impl Daemon {
             source,
         })?;
         let identity = Identity::load_or_create(&config.identity_file())?;
+        let caches = Arc::new(web_caches(&config)?);
         let mut transfer = Vec::new();
         if config.mesh.key.is_some() {
             for address in &config.mesh.transfer {
@@ -148,6 +163,7 @@ impl Daemon {
         let start = Start {
             config,
             identity,
+            caches,
             endpoint: endpoint.clone(),
             shutdown: shutdown.clone(),
             tasks: tasks.clone(),
@@ -219,6 +235,7 @@ impl Daemon {
 struct Start {
     config: Config,
     identity: Identity,
+    caches: Arc<WebCaches>,
     endpoint: Arc<Substituter>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
@@ -247,16 +264,23 @@ impl Start {
             joined: OnceLock::new(),
             about: self.about(),
         });
-        let Some(mesh_key) = self.config.mesh.key.clone() else {
-            info!("mesh.key is not set, serving this machine only");
-            return;
-        };
-        let certificate = self.certificate().await;
         let shared = Arc::new(SharedStore::new(store, rules));
-        if let Err(error) = self
-            .join(mesh_key, certificate, shared, mesh_ports, transfer)
-            .await
-        {
+        let joined = match self.config.mesh.key.clone() {
+            Some(mesh_key) => {
+                let certificate = self.certificate().await;
+                self.join(mesh_key, certificate, shared, mesh_ports, transfer)
+                    .await
+            }
+            None if self.caches.roles().is_empty() => {
+                info!("mesh.key is not set, serving this machine only");
+                return;
+            }
+            None => {
+                info!("mesh.key is not set, asking anchors and upstreams only");
+                self.join_nobody(shared).await
+            }
+        };
+        if let Err(error) = joined {
             error!(%error, "could not join the mesh, serving this machine only");
         }
     }
@@ -307,6 +331,31 @@ impl Start {
         }
     }
 
+    /// A mesh of this node alone, of which nobody hears: the mind asks anchors and upstreams.
+    async fn join_nobody(&self, shared: Arc<dyn LocalStore>) -> Result<(), StartError> {
+        let mut seed = [0; 32];
+        getrandom::fill(&mut seed).map_err(StartError::NoRandomness)?;
+        let name: KeyName = "nobody".parse().expect("a word is a key name");
+        let key = SecretKey::from_seed(name, seed);
+        let certificate = Certificate {
+            peer: PeerId::from_public_key(self.identity.public_key()),
+            name: "alone".into(),
+            permissions: "share".parse().expect("a permission"),
+            not_before: UnixTime(0),
+            not_after: UnixTime(u64::MAX),
+            serial: 1,
+        };
+        let certificate = certificate.sign(&key).expect("its fields are well-formed");
+        self.join(
+            key.public_key(),
+            certificate,
+            shared,
+            Vec::new(),
+            Vec::new(),
+        )
+        .await
+    }
+
     async fn join(
         &self,
         mesh_key: PublicKey,
@@ -329,12 +378,18 @@ impl Start {
             .first()
             .and_then(|listener| listener.local_addr().ok())
             .map(|address| address.port());
-        let mdns = self.config.mesh.mdns.then(|| mesh::Mdns {
+        let is_alone = mesh_ports.is_empty();
+        let has_mdns = self.config.mesh.mdns && !is_alone;
+        let mdns = has_mdns.then(|| mesh::Mdns {
             mesh_tag: mesh_tag(&mesh_key),
             transfer_port: transfer_port.unwrap_or(0),
             port: self.config.mesh.mdns_port,
             interfaces: self.config.mesh.interfaces.clone(),
         });
+        let seeds = match is_alone {
+            true => Vec::new(),
+            false => self.config.mesh.peers.clone(),
+        };
         let options = mesh::Options {
             mind: MindConfig {
                 key: self.identity.key(),
@@ -343,11 +398,12 @@ impl Start {
                 trust: self.config.trusted_keys(),
                 store_dir: self.config.store.dir.clone(),
                 transfer_port,
-                seeds: self.config.mesh.peers.len(),
-                caches: Vec::new(),
+                seeds: seeds.len(),
+                caches: self.caches.roles(),
             },
             listen: mesh_ports,
-            seeds: self.config.mesh.peers.clone(),
+            seeds,
+            caches: self.caches.clone(),
             mdns,
             index_file: self.config.index_file(),
         };
@@ -378,6 +434,7 @@ impl Start {
             let _ = engine.joined.set(Joined {
                 mesh,
                 peers,
+                caches: self.caches.clone(),
                 certificate: own,
             });
         }
@@ -395,6 +452,45 @@ impl Start {
             }),
         }
     }
+}
+
+/// The caches of the configuration, anchors first.
+fn web_caches(config: &Config) -> Result<WebCaches, StartError> {
+    let mut caches = Vec::new();
+    for anchor in &config.anchor {
+        let token = match &anchor.token_file {
+            None => None,
+            Some(path) => Some(read_token(path).map_err(|source| StartError::Token {
+                url: anchor.url.to_string(),
+                path: path.clone(),
+                source,
+            })?),
+        };
+        caches.push(WebCache {
+            role: CacheRole::Anchor,
+            url: anchor.url.clone(),
+            token,
+        });
+    }
+    caches.extend(config.upstream.iter().map(|upstream| WebCache {
+        role: CacheRole::Upstream,
+        url: upstream.url.clone(),
+        token: None,
+    }));
+    Ok(WebCaches::new(caches)?)
+}
+
+/// Reads a bearer token as the value of the header that carries it.
+fn read_token(path: &Path) -> Result<http::HeaderValue, io::Error> {
+    if fs::metadata(path)?.len() > TOKEN_FILE_BYTES_MAX {
+        return Err(io::Error::other("too large for a token"));
+    }
+    let text = Zeroizing::new(fs::read_to_string(path)?);
+    let bearer = Zeroizing::new(format!("Bearer {}", text.trim()));
+    let mut value = http::HeaderValue::from_str(&bearer)
+        .map_err(|_| io::Error::other("no token: it has characters that HTTP does not carry"))?;
+    value.set_sensitive(true);
+    Ok(value)
 }
 
 /// Closes idle connections to peers as they stop being members.

@@ -13,10 +13,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use futures::StreamExt;
 use granary_protocol::availability::{AvailabilityIndex, Cursor};
 use granary_protocol::mesh::{
-    Blame, Config as MindConfig, FetchId, Input, LookupId, LookupOutcome, Mesh, Output, PeerView,
-    Refusal, Source,
+    Blame, CacheView, Config as MindConfig, FetchId, Input, LookupId, LookupOutcome, Mesh, Output,
+    PeerView, Refusal, Source,
 };
 use granary_protocol::message::{Answer, Message, PROTOCOL_VERSION};
 use granary_protocol::narinfo::VerifiedNarInfo;
@@ -26,6 +27,7 @@ use granary_protocol::wire;
 use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
 
+use crate::binary_cache::WebCaches;
 use crate::clock::{ALARM_INTERVAL, Alarm, Clock, unix_time};
 use crate::identity::{self, Identity};
 use crate::index::{IndexError, SqliteIndex};
@@ -76,6 +78,8 @@ pub struct Options {
     pub seeds: Vec<String>,
     pub mdns: Option<Mdns>,
     pub index_file: PathBuf,
+    /// What `mind.caches` numbers.
+    pub caches: Arc<WebCaches>,
 }
 
 /// How this node finds others on the local network.
@@ -137,6 +141,8 @@ pub struct Snapshot {
     /// Paths this node announces.
     pub paths: u64,
     pub peers: Vec<PeerView>,
+    /// Anchors and upstreams, by name.
+    pub caches: Vec<(Arc<str>, CacheView)>,
     pub refusals: Vec<(Refusal, u64)>,
     /// mDNS announcements that were passed over: of other meshes, and malformed ones.
     pub foreign_announcements: u64,
@@ -379,6 +385,7 @@ struct Loop {
     asked: BTreeMap<PeerId, Instant>,
     commands: mpsc::Receiver<Command>,
     shared: Arc<dyn LocalStore>,
+    caches: Arc<WebCaches>,
     store_events: mpsc::Receiver<StoreEvent>,
     /// Paths heard of before the first complete set; `None` afterwards.
     first_set: Option<Vec<StorePathHash>>,
@@ -415,7 +422,11 @@ impl Loop {
         let index = SqliteIndex::open(&options.index_file)?;
         let limits = links::Limits::new(wire::FRAME_BYTES_MAX);
         let mut network = Network::new(identity, &options.listen, limits)?;
-        let listening = first_address(&mut network).await;
+        let listening = match options.listen.first() {
+            Some(_) => first_address(&mut network).await,
+            // A node by itself, which only asks anchors and upstreams.
+            None => SocketAddr::from(([0, 0, 0, 0], 0)),
+        };
         let discovery = options
             .mdns
             .and_then(|mdns| discover(identity.peer_id(), mdns, listening.port()));
@@ -440,6 +451,7 @@ impl Loop {
             commands,
             store_events: shared.watch(),
             shared,
+            caches: options.caches,
             first_set: Some(Vec::new()),
             results_sender,
             results,
@@ -593,10 +605,11 @@ impl Loop {
                     let _ = answer.send(outcome);
                 }
             }
-            // The mind was told of no caches.
-            Output::AskCache { cache, request, .. } => {
-                self.think(Input::CacheFailed { cache, request });
-            }
+            Output::AskCache {
+                cache,
+                request,
+                hashes,
+            } => self.ask_cache(cache, request, hashes),
             Output::Transfer {
                 fetch,
                 attempt,
@@ -701,6 +714,37 @@ impl Loop {
         });
     }
 
+    fn ask_cache(&mut self, cache: usize, request: u64, hashes: Vec<StorePathHash>) {
+        let caches = self.caches.clone();
+        let results = self.results_sender.clone();
+        tokio::spawn(async move {
+            let mut left = hashes.len();
+            let mut answers = std::pin::pin!(caches.narinfos(cache, hashes));
+            while let Some(answer) = answers.next().await {
+                left -= 1;
+                let input = Input::CacheAnswers {
+                    cache,
+                    request,
+                    answers: vec![answer],
+                };
+                if results.send(TaskResult::Input(input)).await.is_err() {
+                    return;
+                }
+            }
+            if left > 0 {
+                let input = Input::CacheFailed { cache, request };
+                // The loop may have ended meanwhile.
+                let _ = results.send(TaskResult::Input(input)).await;
+            }
+        });
+    }
+
+    fn cache_views(&self) -> Vec<(Arc<str>, CacheView)> {
+        let views = self.mind.caches(self.clock.now()).into_iter().enumerate();
+        let named = views.filter_map(|(cache, view)| Some((self.caches.name(cache)?, view)));
+        named.collect()
+    }
+
     fn task_result(&mut self, result: TaskResult) {
         match result {
             TaskResult::Input(input) => self.think(input),
@@ -748,6 +792,7 @@ impl Loop {
                     head: self.mind.head(),
                     paths: self.index.count(&self.me),
                     peers: self.mind.peers(&self.index, self.clock.now()),
+                    caches: self.cache_views(),
                     refusals: self.mind.refusals().collect(),
                     foreign_announcements: self
                         .discovery

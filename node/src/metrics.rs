@@ -28,6 +28,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+use granary_protocol::mesh::CacheRole;
 use granary_protocol::peer::PeerId;
 use serde::Serialize;
 
@@ -78,12 +79,20 @@ pub struct Metrics {
     pub narinfos_local: Counter,
     /// narinfos answered by asking peers.
     pub narinfos_peer: Counter,
+    /// narinfos answered by asking anchors.
+    pub narinfos_anchor: Counter,
+    /// narinfos answered by asking upstreams.
+    pub narinfos_upstream: Counter,
     /// narinfos answered with 404.
     pub narinfos_absent: Counter,
     /// NARs started from the local store for Nix.
     pub nars_local: Counter,
-    /// NARs brought whole and proved from peers.
+    /// NARs brought whole and proved whose end came from a peer.
     pub nars_peer: Counter,
+    /// NARs whose end came from an anchor.
+    pub nars_anchor: Counter,
+    /// NARs whose end came from an upstream.
+    pub nars_upstream: Counter,
     /// NARs that were asked for and could not be brought.
     pub nars_absent: Counter,
     /// NARs whose bytes did not have the promised NarHash.
@@ -163,9 +172,10 @@ impl Metrics {
             "Time to an answer about a narinfo.",
             &self.narinfo_time,
         );
-        let sources = |out: &mut Exposition, name, help, counts: [&Counter; 3]| {
+        let sources = |out: &mut Exposition, name, help, counts: [&Counter; 5]| {
             out.family(name, "counter", help);
-            for (source, count) in ["local", "peer", "absent"].iter().zip(counts) {
+            let words = ["local", "peer", "anchor", "upstream", "absent"];
+            for (source, count) in words.iter().zip(counts) {
                 out.sample(name, &format!("source=\"{source}\""), count.get());
             }
         };
@@ -176,6 +186,8 @@ impl Metrics {
             [
                 &self.narinfos_local,
                 &self.narinfos_peer,
+                &self.narinfos_anchor,
+                &self.narinfos_upstream,
                 &self.narinfos_absent,
             ],
         );
@@ -183,7 +195,13 @@ impl Metrics {
             &mut out,
             "granary_nars_total",
             "NARs by where they came from.",
-            [&self.nars_local, &self.nars_peer, &self.nars_absent],
+            [
+                &self.nars_local,
+                &self.nars_peer,
+                &self.nars_anchor,
+                &self.nars_upstream,
+                &self.nars_absent,
+            ],
         );
         for (name, help, count) in [
             (
@@ -271,6 +289,48 @@ impl Exposition {
         }
         let _ = writeln!(self.0, "{name}_sum {}", histogram.sum_us.get() as f64 / 1e6);
         self.sample(&format!("{name}_count"), "", count);
+    }
+}
+
+/// Which kind of source something came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceKind {
+    Peer,
+    Anchor,
+    Upstream,
+}
+
+impl SourceKind {
+    /// `None` is a cache that is not configured, which nothing comes from.
+    pub fn of(role: Option<&CacheRole>) -> SourceKind {
+        match role {
+            Some(CacheRole::Anchor) => SourceKind::Anchor,
+            Some(CacheRole::Upstream) | None => SourceKind::Upstream,
+        }
+    }
+
+    pub fn word(self) -> &'static str {
+        match self {
+            SourceKind::Peer => "peer",
+            SourceKind::Anchor => "anchor",
+            SourceKind::Upstream => "upstream",
+        }
+    }
+
+    pub fn narinfos(self, metrics: &Metrics) -> &Counter {
+        match self {
+            SourceKind::Peer => &metrics.narinfos_peer,
+            SourceKind::Anchor => &metrics.narinfos_anchor,
+            SourceKind::Upstream => &metrics.narinfos_upstream,
+        }
+    }
+
+    pub fn nars(self, metrics: &Metrics) -> &Counter {
+        match self {
+            SourceKind::Peer => &metrics.nars_peer,
+            SourceKind::Anchor => &metrics.nars_anchor,
+            SourceKind::Upstream => &metrics.nars_upstream,
+        }
     }
 }
 

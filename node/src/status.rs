@@ -6,9 +6,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
-use granary_protocol::mesh::{LookupOutcome, PeerState};
+use granary_protocol::mesh::{BreakerView, CacheView, LookupOutcome, PeerState};
 use granary_protocol::narinfo::{Proof, VerifiedNarInfo};
 use granary_protocol::peer::PeerId;
 use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
@@ -54,6 +55,9 @@ pub struct Report {
     /// Paths that this node offers to others.
     pub paths_held: u64,
     pub peers: Vec<Peer>,
+    /// Anchors and upstreams, in the order of the configuration.
+    #[serde(default)]
+    pub caches: Vec<Cache>,
     /// NAR bytes moved with peers since the start.
     pub bytes: Moved,
     pub narinfos: Answers,
@@ -80,6 +84,23 @@ pub struct Peer {
     pub bytes_sent: u64,
     pub bytes_received: u64,
     pub quarantine: Option<Quarantine>,
+    /// Within what time it usually answers, once it has.
+    #[serde(default)]
+    pub answers_within_ms: Option<u64>,
+    /// How fast NARs usually come from it, once one has.
+    #[serde(default)]
+    pub bytes_per_second: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Cache {
+    pub url: String,
+    /// `anchor` or `upstream`.
+    pub role: String,
+    /// `None` while it is asked; otherwise it failed, and a probe is possible in so many seconds.
+    pub failed_probe_in: Option<u64>,
+    pub answers_within_ms: Option<u64>,
+    pub bytes_per_second: Option<u64>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +121,10 @@ pub struct Moved {
 pub struct Answers {
     pub local: u64,
     pub peer: u64,
+    #[serde(default)]
+    pub anchor: u64,
+    #[serde(default)]
+    pub upstream: u64,
     pub absent: u64,
 }
 
@@ -111,7 +136,7 @@ pub struct Why {
     pub path: Option<String>,
     /// HTTP status that Nix would get for the narinfo.
     pub status: u16,
-    /// Where the answer would come from: `local`, `peer` or `nowhere`.
+    /// Where the answer would come from: `local`, `peer`, `anchor`, `upstream` or `nowhere`.
     pub source: String,
     /// For the local path: whether it is shared, and by which rule.
     pub sharing: Option<String>,
@@ -144,6 +169,7 @@ pub async fn report(sources: Sources<'_>) -> String {
     };
     let mut refusals = BTreeMap::new();
     let mut peers = Vec::new();
+    let mut caches = Vec::new();
     let mut paths_held = 0;
     let mut index_errors = 0;
     if let Some(snapshot) = snapshot {
@@ -174,8 +200,21 @@ pub async fn report(sources: Sources<'_>) -> String {
                     seconds_left: left.as_secs(),
                     offence: offence.to_owned(),
                 }),
+                answers_within_ms: view.answers_within.map(milliseconds),
+                bytes_per_second: view.bytes_per_second,
             });
         }
+        let cache = |(url, view): (Arc<str>, CacheView)| Cache {
+            url: url.to_string(),
+            role: view.role.word().to_owned(),
+            failed_probe_in: match view.breaker {
+                BreakerView::Closed => None,
+                BreakerView::Open { probe_in } => Some(probe_in.as_secs()),
+            },
+            answers_within_ms: view.answers_within.map(milliseconds),
+            bytes_per_second: view.bytes_per_second,
+        };
+        caches = snapshot.caches.into_iter().map(cache).collect();
     }
     let refused = metrics.transfers_refused.get();
     if refused > 0 {
@@ -190,6 +229,7 @@ pub async fn report(sources: Sources<'_>) -> String {
         about,
         paths_held,
         peers,
+        caches,
         bytes: Moved {
             sent: total.sent,
             received: total.received,
@@ -197,11 +237,15 @@ pub async fn report(sources: Sources<'_>) -> String {
         narinfos: Answers {
             local: metrics.narinfos_local.get(),
             peer: metrics.narinfos_peer.get(),
+            anchor: metrics.narinfos_anchor.get(),
+            upstream: metrics.narinfos_upstream.get(),
             absent: metrics.narinfos_absent.get(),
         },
         nars: Answers {
             local: metrics.nars_local.get(),
             peer: metrics.nars_peer.get(),
+            anchor: metrics.nars_anchor.get(),
+            upstream: metrics.nars_upstream.get(),
             absent: metrics.nars_absent.get(),
         },
         nars_mismatched: metrics.nars_mismatched.get(),
@@ -286,13 +330,25 @@ pub async fn why(sources: Sources<'_>, text: &str) -> Option<String> {
                     why.reasons.push("no member announces it".into());
                 }
             }
-            if why.status != 200 && !why.usable.is_empty() {
+            let snapshot = mesh.snapshot().await;
+            let caches = snapshot.map_or(Vec::new(), |snapshot| snapshot.caches);
+            if why.status != 200 && !(why.usable.is_empty() && caches.is_empty()) {
                 match mesh.lookup(hash).await {
-                    LookupOutcome::Found { narinfo, .. } => found(&mut why, dir, &narinfo),
-                    LookupOutcome::NotFound => why.reasons.push(
-                        "those who announce it gave no narinfo that a key in trust.keys signed"
-                            .into(),
-                    ),
+                    LookupOutcome::Found {
+                        narinfo,
+                        providers,
+                        caches: holders,
+                    } => {
+                        let cache = holders.first().filter(|_| providers.is_empty());
+                        let cache = cache.and_then(|cache| caches.get(*cache));
+                        found(&mut why, dir, &narinfo, cache);
+                    }
+                    LookupOutcome::NotFound => {
+                        if !why.usable.is_empty() {
+                            why.reasons.push("those who announce it gave no narinfo that a key in trust.keys signed".into());
+                        }
+                        why.reasons.extend(caches.iter().map(of_no_help));
+                    }
                 }
             }
         }
@@ -300,17 +356,41 @@ pub async fn why(sources: Sources<'_>, text: &str) -> Option<String> {
     Some(to_json(&why))
 }
 
-fn found(why: &mut Why, dir: &StoreDir, narinfo: &VerifiedNarInfo) {
+/// What is to be said of a found narinfo, which is `cache`'s or else a member's.
+fn found(
+    why: &mut Why,
+    dir: &StoreDir,
+    narinfo: &VerifiedNarInfo,
+    cache: Option<&(Arc<str>, CacheView)>,
+) {
     why.path = Some(dir.display(&narinfo.narinfo().store_path));
     why.status = 200;
-    why.source = "peer".into();
+    let (source, holder) = match cache {
+        None => ("peer", "a member".to_owned()),
+        Some((url, view)) => (view.role.word(), format!("{} {url}", view.role.word())),
+    };
+    why.source = source.into();
     why.reasons.push(match narinfo.proof() {
-        Proof::Signed(key) => format!("a member holds it, signed by the trusted key {key}"),
+        Proof::Signed(key) => format!("{holder} holds it, signed by the trusted key {key}"),
         Proof::ContentAddressed => {
-            "a member holds it, and its path follows from its contents".into()
+            format!("{holder} holds it, and its path follows from its contents")
         }
         Proof::Local => "valid in the local store".into(),
     });
+}
+
+/// Why a cache did not help with a path.
+fn of_no_help((url, view): &(Arc<str>, CacheView)) -> String {
+    let role = view.role.word();
+    match view.breaker {
+        BreakerView::Open { probe_in } => format!(
+            "{role} {url} does not answer, it is asked again in {} s at the earliest",
+            probe_in.as_secs()
+        ),
+        BreakerView::Closed => {
+            format!("{role} {url} gave no narinfo of it that a trusted key signed")
+        }
+    }
 }
 
 fn hindrance(view: Option<&granary_protocol::mesh::PeerView>) -> String {
@@ -324,6 +404,10 @@ fn hindrance(view: Option<&granary_protocol::mesh::PeerView>) -> String {
             (None, state) => format!("it is {}", state.word()),
         },
     }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// Reads a full store path, a base name or a hash.
@@ -371,8 +455,8 @@ impl fmt::Display for Report {
         )?;
         let answers = |answers: &Answers| {
             format!(
-                "{} local, {} from peers, {} absent",
-                answers.local, answers.peer, answers.absent
+                "{} local, {} from peers, {} from anchors, {} from upstreams, {} absent",
+                answers.local, answers.peer, answers.anchor, answers.upstream, answers.absent
             )
         };
         writeln!(f, "narinfos  {}", answers(&self.narinfos))?;
@@ -411,6 +495,19 @@ impl fmt::Display for Report {
             }
             writeln!(f)?;
         }
+        for cache in &self.caches {
+            write!(f, "{:<9} {}", cache.role, cache.url)?;
+            if let Some(within) = cache.answers_within_ms {
+                write!(f, "  answers within {within} ms")?;
+            }
+            if let Some(speed) = cache.bytes_per_second {
+                write!(f, "  {}/s", human_bytes(speed))?;
+            }
+            if let Some(probe_in) = cache.failed_probe_in {
+                write!(f, "  failed, asked again in {probe_in} s at the earliest")?;
+            }
+            writeln!(f)?;
+        }
         Ok(())
     }
 }
@@ -422,10 +519,10 @@ impl fmt::Display for Why {
             "nowhere" => String::new(),
             source => format!(
                 " from the {}",
-                if source == "local" {
-                    "local store"
-                } else {
-                    "mesh"
+                match source {
+                    "local" => "local store",
+                    "peer" => "mesh",
+                    cache => cache,
                 }
             ),
         };

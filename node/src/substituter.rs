@@ -24,11 +24,11 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-use crate::binary_cache::PeerCaches;
+use crate::binary_cache::{PeerCaches, WebCaches};
 use crate::config::Config;
 use crate::listener::{Address, Listener, Socket};
 use crate::mesh::MeshHandle;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, SourceKind};
 use crate::serve::listing::{self, FetchedListing, Listings};
 use crate::serve::log::LogPlaces;
 use crate::serve::nar::{self, Part};
@@ -79,10 +79,11 @@ pub struct Engine {
     pub about: status::About,
 }
 
-/// The way to other members.
+/// The way to other members, and to caches outside the mesh.
 pub struct Joined {
     pub mesh: MeshHandle,
     pub peers: Arc<PeerCaches>,
+    pub caches: Arc<WebCaches>,
     /// What our own certificate says; `None` when it says nothing sensible.
     pub certificate: Option<status::CertificateAbout>,
 }
@@ -329,9 +330,9 @@ impl Substituter {
     fn health(&self) -> Response<Body> {
         let engine = self.engine.get();
         let mesh = match engine.and_then(|engine| engine.joined.get()) {
-            Some(_) => "joined",
+            Some(_) if self.is_in_mesh => "joined",
             None if self.is_in_mesh => "waiting",
-            None => "none",
+            _ => "none",
         };
         let store = match engine {
             Some(_) => "open",
@@ -351,6 +352,7 @@ impl Substituter {
         let engine = self.engine.get();
         let mesh = engine
             .and_then(|engine| engine.joined.get())
+            .filter(|_| self.is_in_mesh)
             .map(|joined| &joined.mesh);
         let gauges = status::gauges(engine.is_some(), mesh).await;
         respond::metrics(self.metrics.exposition(gauges))
@@ -365,9 +367,9 @@ impl Substituter {
                 Some(info.to_narinfo())
             }
             None => match look_up(engine, hash).await {
-                Some(narinfo) => {
-                    self.metrics.narinfos_peer.add(1);
-                    debug!(%hash, source = "peer", "answered a narinfo");
+                Some((narinfo, kind)) => {
+                    kind.narinfos(&self.metrics).add(1);
+                    debug!(%hash, source = kind.word(), "answered a narinfo");
                     let narinfo = VerifiedNarInfo::clone(&narinfo).served_uncompressed();
                     Some(narinfo.narinfo().clone())
                 }
@@ -410,7 +412,7 @@ impl Substituter {
                 return respond::not_found(false);
             }
         };
-        let narinfo = look_up(engine, hash).await;
+        let narinfo = look_up(engine, hash).await.map(|(narinfo, _)| narinfo);
         let narinfo =
             narinfo.filter(|narinfo| narinfo.narinfo().nar_size <= listing::FETCHED_BYTES_MAX);
         let (Some(narinfo), Some(joined)) = (narinfo, engine.joined.get()) else {
@@ -458,6 +460,7 @@ impl Substituter {
         }
         let narinfo = look_up(engine, url.store_path_hash)
             .await
+            .map(|(narinfo, _)| narinfo)
             .filter(|narinfo| {
                 url.nar_hash
                     .is_none_or(|nar_hash| nar_hash == narinfo.narinfo().nar_hash)
@@ -514,6 +517,7 @@ impl Substituter {
             to: range.end,
             sender,
             peers: joined.peers.clone(),
+            caches: joined.caches.clone(),
             metrics: self.metrics.clone(),
             tainted: self.tainted.clone(),
         };
@@ -549,11 +553,27 @@ fn is_foreign(headers: &HeaderMap, address: &Address) -> bool {
     !is_own_host(host.to_str().unwrap_or("?"), *address)
 }
 
-/// Finds out about a path in the mesh.
-async fn look_up(engine: &Engine, hash: StorePathHash) -> Option<Arc<VerifiedNarInfo>> {
-    let lookup = engine.joined.get()?.mesh.lookup(hash);
+/// Finds out about a path in the mesh and beyond it, and who has it.
+async fn look_up(
+    engine: &Engine,
+    hash: StorePathHash,
+) -> Option<(Arc<VerifiedNarInfo>, SourceKind)> {
+    let joined = engine.joined.get()?;
+    let lookup = joined.mesh.lookup(hash);
     match tokio::time::timeout(LOOKUP_TIMEOUT, lookup).await {
-        Ok(LookupOutcome::Found { narinfo, .. }) => Some(narinfo),
+        Ok(LookupOutcome::Found {
+            narinfo,
+            providers,
+            caches,
+        }) => {
+            let kind = match caches.first() {
+                Some(cache) if providers.is_empty() => {
+                    SourceKind::of(joined.caches.roles().get(*cache))
+                }
+                _ => SourceKind::Peer,
+            };
+            Some((narinfo, kind))
+        }
         Ok(LookupOutcome::NotFound) => None,
         Err(_) => {
             warn!(%hash, "the mesh did not answer a lookup in time");

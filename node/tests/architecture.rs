@@ -23,7 +23,11 @@ const EDGES: &[(&str, &[&str])] = &[
     ("index", &[]),
     ("serve", &["store", "identity", "metrics"]),
     ("binary_cache", &["identity", "serve"]),
-    ("mesh", &["index", "store", "clock", "identity"]),
+    (
+        "mesh",
+        // The mind asks caches for narinfos through the loop, as it asks peers.
+        &["index", "store", "binary_cache", "clock", "identity"],
+    ),
     ("status", &["mesh", "store", "metrics"]),
     (
         "substituter",

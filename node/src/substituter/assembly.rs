@@ -12,15 +12,17 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::future::Either;
-use granary_protocol::mesh::{Blame, Source};
+use granary_protocol::mesh::Source;
 use granary_protocol::narinfo::VerifiedNarInfo;
 use granary_protocol::store_path::StorePathHash;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
-use crate::binary_cache::{HeldBack, PeerCaches, Transfer, TransferError, Wanted, WrongBytes};
+use crate::binary_cache::{
+    HeldBack, Origin, PeerCaches, Transfer, TransferError, Wanted, WebCaches, WrongBytes,
+};
 use crate::mesh::{Fetch, MeshHandle, Order};
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, SourceKind};
 
 /// How often a running transfer is reported to the mind: well within its stall timeout of 2 s.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
@@ -81,6 +83,7 @@ pub struct Assembly {
     pub to: u64,
     pub sender: mpsc::Sender<Result<Bytes, Cut>>,
     pub peers: Arc<PeerCaches>,
+    pub caches: Arc<WebCaches>,
     pub metrics: Arc<Metrics>,
     pub tainted: Arc<Tainted>,
 }
@@ -135,20 +138,9 @@ impl Assembly {
         let started = Instant::now();
         let mut order = fetch.order().await;
         let mut is_busy = false;
-        loop {
-            let (attempt, peer, address) = match order {
-                Order::Open {
-                    attempt,
-                    source: Source::Peer { peer, address },
-                } => (attempt, peer, address),
-                Order::Open {
-                    attempt,
-                    source: Source::Cache { .. },
-                } => {
-                    fetch.ended(attempt, Err(Blame::Absent)).await;
-                    order = fetch.order().await;
-                    continue;
-                }
+        let last = loop {
+            let (attempt, from) = match order {
+                Order::Open { attempt, source } => (attempt, source),
                 Order::Stop { .. } => {
                     order = fetch.order().await;
                     continue;
@@ -160,7 +152,7 @@ impl Assembly {
             };
             let mut held_up = Duration::ZERO;
             let opened = {
-                let open = self.peers.nar(peer, address, self.wanted(), held.at());
+                let open = self.open(&from, held.at());
                 let open = std::pin::pin!(open);
                 match futures::future::select(open, std::pin::pin!(fetch.change())).await {
                     Either::Left((opened, _)) => Ok(opened),
@@ -179,17 +171,19 @@ impl Assembly {
                 Attempt::Complete => {
                     fetch.progress(attempt, held.at(), held_up).await;
                     fetch.ended(attempt, Ok(())).await;
-                    break;
+                    break self.kind(&from);
                 }
                 Attempt::Failed(error) => {
-                    is_busy |= matches!(error, TransferError::Busy { .. });
-                    info!(%hash, %peer, at = held.at(), %error, "transfer failed");
+                    is_busy |= error.is_busy();
+                    let from = self.origin(&from);
+                    info!(%hash, %from, at = held.at(), %error, "transfer failed");
                     fetch.progress(attempt, held.at(), held_up).await;
                     fetch.ended(attempt, Err(error.blame())).await;
                     order = fetch.order().await;
                 }
                 Attempt::Ordered(ordered) => {
-                    info!(%hash, %peer, at = held.at(), "stopped a transfer");
+                    let from = self.origin(&from);
+                    info!(%hash, %from, at = held.at(), "stopped a transfer");
                     order = ordered;
                 }
                 Attempt::Unwanted => return Ok(()),
@@ -198,7 +192,7 @@ impl Assembly {
                     return Err(self.blame(fetch, wrong).await);
                 }
             }
-        }
+        };
         let (mut position, mut held_up) = (held.released(), Duration::ZERO);
         let rest = match held.finish() {
             Ok(rest) => rest,
@@ -211,10 +205,39 @@ impl Assembly {
             }
             position += length;
         }
-        self.metrics.nars_peer.add(1);
+        last.nars(&self.metrics).add(1);
         let (bytes, elapsed_ms) = (self.wanted().nar_size, started.elapsed().as_millis() as u64);
-        info!(%hash, source = "peer", bytes, elapsed_ms, "fetched nar");
+        info!(%hash, source = last.word(), bytes, elapsed_ms, "fetched nar");
         Ok(())
+    }
+
+    async fn open(&self, from: &Source, at: u64) -> Result<Transfer<'_>, TransferError> {
+        match from {
+            Source::Peer { peer, address } => {
+                let opened = self.peers.nar(*peer, *address, self.wanted(), at).await;
+                opened.map(Transfer::Member)
+            }
+            Source::Cache { cache, narinfo } => {
+                let opened = self.caches.nar(*cache, narinfo.narinfo(), at).await;
+                opened.map(Transfer::Web)
+            }
+        }
+    }
+
+    fn kind(&self, from: &Source) -> SourceKind {
+        match from {
+            Source::Peer { .. } => SourceKind::Peer,
+            Source::Cache { cache, .. } => SourceKind::of(self.caches.roles().get(*cache)),
+        }
+    }
+
+    fn origin(&self, from: &Source) -> Origin {
+        match from {
+            Source::Peer { peer, .. } => Origin::Peer(*peer),
+            Source::Cache { cache, .. } => {
+                Origin::Cache(self.caches.name(*cache).unwrap_or_default())
+            }
+        }
     }
 
     /// Moves one transfer's bytes until it ends, one way or another.
@@ -240,9 +263,9 @@ impl Assembly {
                 Ok(None) => return Attempt::Complete,
                 Err(error) => return Attempt::Failed(error),
             };
-            self.metrics
-                .traffic
-                .received(&transfer.peer(), bytes.len() as u64);
+            if let Some(peer) = transfer.peer() {
+                self.metrics.traffic.received(&peer, bytes.len() as u64);
+            }
             if let Err(wrong) = held.push(bytes) {
                 return Attempt::Wrong(wrong);
             }

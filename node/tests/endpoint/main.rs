@@ -17,3 +17,5 @@ mod routes;
 mod start;
 mod strangers;
 mod roots;
+mod upstreams;
+mod web;

@@ -1,0 +1,258 @@
+//! Member: the transfer port of another node as a binary cache, over mutual TLS.
+//!
+//! One GET under the canonical URL, from any offset: members serve NARs as they are.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use granary_protocol::narinfo::nar_url;
+use granary_protocol::peer::PeerId;
+use http::header::{CONTENT_ENCODING, CONTENT_RANGE, HOST, RANGE};
+use http::{Request, StatusCode};
+use http_body_util::{BodyExt, Empty};
+use hyper::body::{Body, Incoming};
+use hyper::client::conn::http1::{Builder, SendRequest};
+use hyper_util::rt::TokioIo;
+
+use super::{Origin, RESPONSE_TIMEOUT, SILENCE_TIMEOUT, TransferError, Wanted};
+use crate::identity;
+use crate::serve::tls::Connector;
+
+/// Idle connections kept per peer: Nix fetches up to 16 paths at once.
+const IDLE_CONNECTIONS_MAX: usize = 16;
+
+/// An idle connection older than this is not used again; less than the server's patience.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// Most bytes read ahead per connection, and so the size of the largest chunk. Six such chunks may
+/// be in memory for one stream, which is to stay below 2 MiB (DESIGN §11).
+const READ_BYTES_MAX: usize = 256 * 1024;
+
+/// Brings NARs from members over mutual TLS.
+pub struct PeerCaches {
+    connector: Connector,
+    /// Connections that may take another request, latest last.
+    idle: Mutex<BTreeMap<PeerId, Vec<Idle>>>,
+}
+
+struct Idle {
+    connection: Connection,
+    address: SocketAddr,
+    since: Instant,
+}
+
+type Connection = SendRequest<Empty<Bytes>>;
+
+/// The rest of a NAR on its way from one peer. Dropping it aborts the transfer.
+pub struct FromMember<'a> {
+    caches: &'a PeerCaches,
+    peer: PeerId,
+    address: SocketAddr,
+    /// Kept for the next transfer once this one has ended.
+    connection: Option<Connection>,
+    body: Incoming,
+}
+
+impl PeerCaches {
+    pub fn new(connector: Connector) -> PeerCaches {
+        PeerCaches {
+            connector,
+            idle: Mutex::default(),
+        }
+    }
+
+    /// Asks `peer` for a NAR from byte `from`.
+    ///
+    /// Returns when the head of the answer has arrived and promises exactly the missing bytes.
+    pub async fn nar(
+        &self,
+        peer: PeerId,
+        address: SocketAddr,
+        wanted: Wanted,
+        from: u64,
+    ) -> Result<FromMember<'_>, TransferError> {
+        let answer = async {
+            if let Some(connection) = self.take_idle(&peer, address) {
+                // The server may just have closed it; then nothing was sent and a new one is due.
+                if let Ok(answer) = ask(connection, address, wanted, from).await {
+                    return Ok(answer);
+                }
+            }
+            let connection = self.connect(peer, address).await?;
+            ask(connection, address, wanted, from)
+                .await
+                .map_err(|source| TransferError::Broken { peer, source })
+        };
+        let answer = tokio::time::timeout(RESPONSE_TIMEOUT, answer).await;
+        let (connection, response) = answer.map_err(|_| TransferError::TimedOut {
+            origin: Origin::Peer(peer),
+        })??;
+        check_head(&response, peer, wanted, from)?;
+        let connection = Some(connection);
+        Ok(FromMember {
+            caches: self,
+            peer,
+            address,
+            connection,
+            body: response.into_body(),
+        })
+    }
+
+    async fn connect(
+        &self,
+        peer: PeerId,
+        address: SocketAddr,
+    ) -> Result<Connection, TransferError> {
+        let id = identity::peer_id_of(peer.as_public_key());
+        let id = id.ok_or(TransferError::NoKey { peer })?;
+        let connect = self.connector.connect(address, id).await;
+        let stream = connect.map_err(|source| TransferError::Connect {
+            peer,
+            source: Box::new(source),
+        })?;
+        let handshake = Builder::new()
+            .max_buf_size(READ_BYTES_MAX)
+            .handshake(TokioIo::new(stream));
+        let (sender, connection) = handshake
+            .await
+            .map_err(|source| TransferError::Broken { peer, source })?;
+        // Ends by itself when the sender is dropped; its errors reach the sender.
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(sender)
+    }
+
+    fn take_idle(&self, peer: &PeerId, address: SocketAddr) -> Option<Connection> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let connections = idle.get_mut(peer)?;
+        connections.retain(|idle| {
+            idle.since.elapsed() < IDLE_TIMEOUT
+                && idle.address == address
+                && !idle.connection.is_closed()
+        });
+        let newest = connections.pop().map(|idle| idle.connection);
+        if connections.is_empty() {
+            idle.remove(peer);
+        }
+        newest
+    }
+
+    fn keep_idle(&self, peer: PeerId, address: SocketAddr, connection: Connection) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let connections = idle.entry(peer).or_default();
+        if connections.len() < IDLE_CONNECTIONS_MAX {
+            connections.push(Idle {
+                connection,
+                address,
+                since: Instant::now(),
+            });
+        }
+    }
+
+    /// Drops the idle connections to peers that are no members any more.
+    pub fn retain(&self, is_member: impl Fn(&PeerId) -> bool) {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        idle.retain(|peer, _| is_member(peer));
+    }
+}
+
+impl FromMember<'_> {
+    pub fn peer(&self) -> PeerId {
+        self.peer
+    }
+
+    /// The next bytes; `None` at the end of what was promised. Cancel-safe.
+    pub async fn next(&mut self) -> Result<Option<Bytes>, TransferError> {
+        let peer = self.peer;
+        loop {
+            let frame = tokio::time::timeout(SILENCE_TIMEOUT, self.body.frame()).await;
+            let frame = match frame.map_err(|_| TransferError::Silent {
+                origin: Origin::Peer(peer),
+            })? {
+                Some(Ok(frame)) => Some(frame),
+                Some(Err(source)) => return Err(TransferError::Broken { peer, source }),
+                None => None,
+            };
+            if self.body.is_end_stream()
+                && let Some(connection) = self.connection.take()
+            {
+                self.caches.keep_idle(peer, self.address, connection);
+            }
+            match frame.map(|frame| frame.into_data()) {
+                Some(Ok(data)) => return Ok(Some(data)),
+                Some(Err(_)) => {}
+                None => return Ok(None),
+            }
+        }
+    }
+}
+
+async fn ask(
+    mut connection: Connection,
+    address: SocketAddr,
+    wanted: Wanted,
+    from: u64,
+) -> Result<(Connection, http::Response<Incoming>), hyper::Error> {
+    connection.ready().await?;
+    let url = format!("/{}", nar_url(&wanted.store_path_hash, &wanted.nar_hash));
+    let mut request = Request::get(url).header(HOST, address.to_string());
+    if from > 0 {
+        request = request.header(RANGE, format!("bytes={from}-"));
+    }
+    let request = request
+        .body(Empty::new())
+        .expect("a NAR's URL and an address are valid in HTTP");
+    let response = connection.send_request(request).await?;
+    Ok((connection, response))
+}
+
+fn check_head(
+    response: &http::Response<Incoming>,
+    peer: PeerId,
+    wanted: Wanted,
+    from: u64,
+) -> Result<(), TransferError> {
+    let status = response.status();
+    if matches!(status, StatusCode::NOT_FOUND | StatusCode::GONE) {
+        return Err(TransferError::Absent {
+            origin: Origin::Peer(peer),
+        });
+    }
+    if status == StatusCode::SERVICE_UNAVAILABLE {
+        return Err(TransferError::Busy {
+            origin: Origin::Peer(peer),
+        });
+    }
+    let text = |name| {
+        response
+            .headers()
+            .get(name)
+            .and_then(|value| value.to_str().ok())
+    };
+    let (expected_status, expected_range) = if from == 0 {
+        (StatusCode::OK, None)
+    } else {
+        let last = wanted.nar_size.saturating_sub(1);
+        let range = format!("bytes {from}-{last}/{}", wanted.nar_size);
+        (StatusCode::PARTIAL_CONTENT, Some(range))
+    };
+    let found_range = text(CONTENT_RANGE.as_str());
+    let found_size = response.body().size_hint().exact();
+    let is_as_expected = status == expected_status
+        && found_range == expected_range.as_deref()
+        && found_size == Some(wanted.nar_size - from)
+        && text(CONTENT_ENCODING.as_str()).is_none();
+    if is_as_expected {
+        return Ok(());
+    }
+    Err(TransferError::Answer {
+        origin: Origin::Peer(peer),
+        found: format!("{status}, range {found_range:?}, {found_size:?} bytes"),
+        expected: format!(
+            "{expected_status}, range {expected_range:?}, {} bytes",
+            wanted.nar_size - from
+        ),
+    })
+}
