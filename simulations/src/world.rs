@@ -392,7 +392,7 @@ impl World {
         }
         let known = machines.count - machines.joiners;
         let epoch = (START.0 - WARM_SINCE.as_secs()) << 20;
-        for writer in 0..known {
+        for (writer, set) in sets.iter().enumerate().take(known) {
             let machine = &self.machines[writer];
             let sequence = machine.store.len() as u64;
             let cursor = Cursor { epoch, sequence };
@@ -410,7 +410,7 @@ impl World {
             let (peer, proof) = (machine.peer, wire::encode_proof(&contact, &head));
             for reader in 0..known {
                 let index = &mut self.machines[reader].index;
-                index.warm(peer, cursor, &sets[writer], &proof);
+                index.warm(peer, cursor, set, &proof);
             }
         }
     }
