@@ -521,7 +521,12 @@ impl World {
             Event::LocalPaths { machine, .. } => {
                 let store = self.machines[machine].store.iter();
                 let all = store.map(|path| self.content.hash(*path)).collect();
-                self.machines[machine].untold.push(self.now);
+                // A set that everybody knows from before is no news.
+                let one = &self.machines[machine];
+                let truth = (one.truth, one.store.len() as u64);
+                if one.index.fingerprint(&one.peer) != Some(truth) {
+                    self.machines[machine].untold.push(self.now);
+                }
                 self.think(machine, Input::LocalPaths { all });
             }
             Event::Discovered { machine, other } => {
