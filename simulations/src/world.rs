@@ -392,7 +392,7 @@ impl World {
         }
         let known = machines.count - machines.joiners;
         let epoch = (START.0 - WARM_SINCE.as_secs()) << 20;
-        for writer in 0..known {
+        for (writer, set) in sets.iter().enumerate().take(known) {
             let machine = &self.machines[writer];
             let sequence = machine.store.len() as u64;
             let cursor = Cursor { epoch, sequence };
@@ -410,7 +410,7 @@ impl World {
             let (peer, proof) = (machine.peer, wire::encode_proof(&contact, &head));
             for reader in 0..known {
                 let index = &mut self.machines[reader].index;
-                index.warm(peer, cursor, &sets[writer], &proof);
+                index.warm(peer, cursor, set, &proof);
             }
         }
     }
@@ -521,7 +521,12 @@ impl World {
             Event::LocalPaths { machine, .. } => {
                 let store = self.machines[machine].store.iter();
                 let all = store.map(|path| self.content.hash(*path)).collect();
-                self.machines[machine].untold.push(self.now);
+                // A set that everybody knows from before is no news.
+                let one = &self.machines[machine];
+                let truth = (one.truth, one.store.len() as u64);
+                if one.index.fingerprint(&one.peer) != Some(truth) {
+                    self.machines[machine].untold.push(self.now);
+                }
                 self.think(machine, Input::LocalPaths { all });
             }
             Event::Discovered { machine, other } => {
