@@ -269,6 +269,32 @@ mod tests {
             };
             assert_eq!(url.store_path_hash.to_string(), hash);
         }
+        let derivation = format!("{hash}-a+b?c=d.drv");
+        let path = StorePath::from_base_name(&derivation).unwrap();
+        for log in [&derivation, &derivation.replace('?', "%3F")] {
+            assert_eq!(route(&format!("/log/{log}")), Route::Log(path.clone()));
+        }
+        assert_eq!(
+            route(&format!("/build-trace-v2/{derivation}/out.doi")),
+            Route::TraceEntry(path, "out".parse().unwrap())
+        );
+        let id = format!("sha256:{}!out", "0".repeat(64));
+        for name in [&id, &id.replace(':', "%3a").replace('!', "%21")] {
+            assert_eq!(
+                route(&format!("/realisations/{name}.doi")),
+                Route::Realisation(id.parse().unwrap())
+            );
+        }
+        let hash: StorePathHash = hash.parse().unwrap();
+        assert_eq!(route(&format!("/{hash}.ls")), Route::Listing(hash));
+        assert_eq!(
+            route(&format!("/{hash}.narinfo?json")),
+            Route::NarInfoJson(hash)
+        );
+        assert_eq!(
+            route(&format!("/serve/{hash}")),
+            Route::Browse(hash, FilePath::root())
+        );
         assert_eq!(route("/health"), Route::Health);
         assert_eq!(route("/api/v1/why/abc"), Route::Why("abc".into()));
     }
@@ -283,6 +309,14 @@ mod tests {
             "/x.narinfo",
             "/.narinfo",
             "/00bgd045z0d4icpbc2yyz4gx48ak44la.narinfo/x",
+            "/00bgd045z0d4icpbc2yyz4gx48ak44la.nar",
+            "/log/00bgd045z0d4icpbc2yyz4gx48ak44la-a",
+            "/log/00bgd045z0d4icpbc2yyz4gx48ak44la-%",
+            "/log/00bgd045z0d4icpbc2yyz4gx48ak44la-%ff.drv",
+            "/realisations/x.doi",
+            "/build-trace-v2/00bgd045z0d4icpbc2yyz4gx48ak44la-a.drv/a%2fb.doi",
+            "/serve",
+            "/serve/00bgd045z0d4icpbc2yyz4gx48ak44la/../x",
         ] {
             assert_eq!(route(target), Route::Unknown { is_nar: false }, "{target}");
         }

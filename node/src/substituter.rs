@@ -3,10 +3,9 @@
 //! The local store answers first, then the mesh. Whatever goes wrong behind it, Nix hears 200 or
 //! 404 (NIX.md §0): the listener stands before the store is open and stays while everything else
 //! ends; a NAR without a source is 404 before its first byte; a NAR that turns out wrong is cut
-//! before its last 64 KiB ([`assembly`]).
+//! before its last 64 KiB ([`assembly`]). How connections come and go is the [`door`]'s affair.
 
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -19,14 +18,13 @@ use granary_protocol::store_path::{StoreDir, StorePathHash};
 use http::header::{CONNECTION, HOST};
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
-use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use crate::binary_cache::{PeerCaches, WebCaches};
 use crate::config::Config;
-use crate::listener::{Address, Listener, Socket};
+use crate::listener::Address;
 use crate::mesh::MeshHandle;
 use crate::metrics::{Metrics, SourceKind};
 use crate::serve::listing::{self, FetchedListing, Listings};
@@ -34,24 +32,16 @@ use crate::serve::log::LogPlaces;
 use crate::serve::nar::{self, Part};
 use crate::serve::narinfo as narinfo_json;
 use crate::serve::respond::{self, Body};
-use crate::serve::{Route, browse, connection, debug as debug_info, is_own_host, log, trace};
+use crate::serve::{Route, browse, debug as debug_info, is_own_host, log, trace};
 use crate::status;
 use crate::store::shared::SharingRules;
 use crate::store::{LocalStore, PathInfo, Records, StoreError};
 
 mod assembly;
+mod door;
 
 use assembly::{Assembly, Cut, Tainted};
-
-/// How long an idle connection is kept. curl reuses connections for 118 s and is annoyed by one
-/// that closes as it writes.
-const PATIENCE: Duration = Duration::from_secs(300);
-
-/// Connections at once on one listener. Nix opens 25 per process.
-const CONNECTIONS_MAX: usize = 4096;
-
-/// Pause after accept failed, which it does when file descriptors run out.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+use door::Door;
 
 /// Chunks of a fetched NAR waiting for Nix to read. With hyper's frames of at most 400 KiB, this
 /// bounds the memory of one stream.
@@ -64,10 +54,6 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long the store gets to say whether it has a path: a query takes 20 µs, and a disk that hangs
 /// must not hold up Nix, which asks for one path after another.
 const STORE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// How long clients whose connections are idle have to ask something, so as to learn from the answer
-/// that the connection ends. One that asks later finds it closed, and asks on another.
-const GOODBYE: Duration = Duration::from_millis(250);
 
 /// What stands behind the listener once everything is open.
 pub struct Engine {
@@ -88,30 +74,6 @@ pub struct Joined {
     pub certificate: Option<status::CertificateAbout>,
 }
 
-/// Connections that end together.
-#[derive(Default)]
-struct Connections {
-    /// Lets each finish the answer that it has running.
-    ending: CancellationToken,
-    tasks: TaskTracker,
-}
-
-impl Connections {
-    async fn end(&self, limit: Duration) {
-        self.ending.cancel();
-        self.tasks.close();
-        if tokio::time::timeout(limit, self.tasks.wait())
-            .await
-            .is_err()
-        {
-            info!(
-                connections = self.tasks.len(),
-                "cut the answers that were still running"
-            );
-        }
-    }
-}
-
 /// The endpoint; answers from its first moment on, with 404 until the engine is there.
 pub struct Substituter {
     engine: OnceLock<Engine>,
@@ -122,13 +84,7 @@ pub struct Substituter {
     tainted: Arc<Tainted>,
     listings: Listings,
     log_places: LogPlaces,
-    /// Set when the end begins: nothing long is begun any more, and clients are told to go.
-    is_retiring: AtomicBool,
-    closing: CancellationToken,
-    listeners: TaskTracker,
-    /// Connections from before the end began, which hold up the end while they have an answer running.
-    early: Connections,
-    late: Connections,
+    door: Door,
     /// Fetches from the mesh, which end before the mesh does.
     fetches: TaskTracker,
 }
@@ -144,11 +100,7 @@ impl Substituter {
             tainted: Arc::default(),
             listings: Listings::default(),
             log_places: LogPlaces::default(),
-            is_retiring: AtomicBool::new(false),
-            closing: CancellationToken::new(),
-            listeners: TaskTracker::new(),
-            early: Connections::default(),
-            late: Connections::default(),
+            door: Door::default(),
             fetches,
         })
     }
@@ -166,87 +118,6 @@ impl Substituter {
 
     pub fn engine(&self) -> Option<&Engine> {
         self.engine.get()
-    }
-
-    /// Closes the listeners when the guard is dropped.
-    pub fn close_on_drop(&self) -> DropGuard {
-        self.closing.clone().drop_guard()
-    }
-
-    /// Answers on a listener until [`Substituter::close`].
-    pub fn open(self: &Arc<Substituter>, listener: Listener) {
-        self.listeners.spawn(self.clone().accept(listener));
-    }
-
-    /// Begins the end: everything is still answered, but nothing more is fetched from peers, and
-    /// each client hears `Connection: close`, so that none sends a request into a closing socket.
-    pub fn retire(&self) {
-        self.is_retiring.store(true, Ordering::Relaxed);
-    }
-
-    /// Waits until the clients from before [`Substituter::retire`] have their answers, or for `limit`.
-    ///
-    /// New ones are answered meanwhile.
-    pub async fn drain(&self, limit: Duration) {
-        tokio::time::sleep(GOODBYE).await;
-        self.early.end(limit).await;
-    }
-
-    /// Closes the listeners, and answers the clients that are here, for at most `limit`.
-    pub async fn close(&self, limit: Duration) {
-        self.closing.cancel();
-        self.listeners.close();
-        self.listeners.wait().await;
-        self.late.end(limit).await;
-    }
-
-    async fn accept(self: Arc<Substituter>, listener: Listener) {
-        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        let address = Arc::new(listener.address().clone());
-        loop {
-            // Waiting clients stay in the backlog rather than being refused.
-            let Ok(permit) = connections.clone().acquire_owned().await else {
-                return;
-            };
-            let accepted = tokio::select! {
-                accepted = listener.accept() => accepted,
-                () = self.closing.cancelled() => break,
-            };
-            match accepted {
-                Ok(socket) => self.serve(socket, address.clone(), permit),
-                Err(error) => {
-                    warn!(%error, "could not accept a connection");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-        while let Ok(permit) = connections.clone().try_acquire_owned()
-            && let Some(socket) = listener.waiting()
-        {
-            self.serve(socket, address.clone(), permit);
-        }
-    }
-
-    fn serve(
-        self: &Arc<Substituter>,
-        socket: Socket,
-        address: Arc<Address>,
-        permit: OwnedSemaphorePermit,
-    ) {
-        let substituter = self.clone();
-        let connections = match self.is_retiring() {
-            true => &self.late,
-            false => &self.early,
-        };
-        let ending = connections.ending.clone();
-        connections.tasks.spawn(async move {
-            connection(socket, PATIENCE, ending, |request| {
-                let (substituter, address) = (substituter.clone(), address.clone());
-                async move { substituter.answer(request, &address).await }
-            })
-            .await;
-            drop(permit);
-        });
     }
 
     /// Answers a GET or HEAD.
@@ -429,10 +300,6 @@ impl Substituter {
                 None => return listing.answer(hash, place).await,
             }
         }
-    }
-
-    fn is_retiring(&self) -> bool {
-        self.is_retiring.load(Ordering::Relaxed)
     }
 
     fn or_absent(&self, answer: Result<Response<Body>, StoreError>) -> Response<Body> {

@@ -4,6 +4,7 @@
 //! here and proved like any other, since a listing itself is signed by nobody.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use granary_protocol::nar::{Decoder, Layout, LayoutRecorder};
@@ -22,6 +23,12 @@ const NODES_MAX: usize = 500_000;
 /// Listings that are made or sent at once.
 const LISTINGS_MAX: usize = 4;
 
+/// How long a listing waits for a place among those.
+const PLACE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Bytes of a listing that are handed on at once; a reader keeps its place until the last of them.
+const SLICE_BYTES: usize = 64 * 1024;
+
 /// Bytes of a NAR that is fetched from peers for its listing alone: a second on a fast LAN.
 pub const FETCHED_BYTES_MAX: u64 = 512 * 1024 * 1024;
 
@@ -35,9 +42,10 @@ impl Default for Listings {
 }
 
 impl Listings {
-    /// Waits for a place; a reader of a listing keeps it until it has the last byte.
+    /// Waits for a place; `None` when slow readers have them all for too long.
     pub async fn place(&self) -> Option<OwnedSemaphorePermit> {
-        self.0.clone().acquire_owned().await.ok()
+        let place = self.0.clone().acquire_owned();
+        tokio::time::timeout(PLACE_TIMEOUT, place).await.ok()?.ok()
     }
 }
 
@@ -114,10 +122,9 @@ fn answer(text: Option<String>, place: OwnedSemaphorePermit) -> Response<Body> {
     };
     let text = Bytes::from(text);
     let size = text.len() as u64;
-    let once = futures::stream::once(async move {
-        // The place is free when the text is hyper's.
-        drop(place);
-        Ok::<_, std::io::Error>(text)
+    let slices = futures::stream::unfold((text, place), |(mut text, place)| async {
+        let next = text.split_to(text.len().min(SLICE_BYTES));
+        (!next.is_empty()).then_some((Ok::<_, std::io::Error>(next), (text, place)))
     });
-    respond::sized("application/json", size, respond::stream(once))
+    respond::sized("application/json", size, respond::stream(slices))
 }

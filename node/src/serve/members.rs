@@ -170,7 +170,20 @@ impl MembersPort {
                     Err(error) => self.trouble(&error, true),
                 }
             }
-            route => respond::not_found(route.is_nar()),
+            // Named one by one, so that a new route is not given to members without a thought. What
+            // stands beside the shared paths says more of this machine than they do.
+            route @ (Route::NarInfoJson(_)
+            | Route::Listing(_)
+            | Route::Log(_)
+            | Route::Realisation(_)
+            | Route::TraceEntry(..)
+            | Route::DebugInfo(_)
+            | Route::Browse(..)
+            | Route::Health
+            | Route::Metrics
+            | Route::Status
+            | Route::Why(_)
+            | Route::Unknown { .. }) => respond::not_found(route.is_nar()),
         }
     }
 
