@@ -20,8 +20,9 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use granary_protocol::hash::NarHash;
 use granary_protocol::signature::TrustedKeys;
@@ -36,6 +37,7 @@ pub mod cache;
 pub mod tokens;
 pub mod intake;
 pub mod ingest;
+pub mod gc;
 pub mod admin;
 pub mod http;
 pub mod read;
@@ -62,8 +64,27 @@ const NARINFO_BYTES_MAX: u64 = granary_protocol::narinfo::NARINFO_BYTES_MAX as u
 /// the anchor below 512 MiB.
 const INTAKES_PARALLEL: usize = 16;
 
-/// Paths whose use has not been written down; beyond it uses are lost until the next writing.
-const USED_MAX: usize = 100_000;
+/// Paths whose use has not been written down, some 25 MB; beyond it uses are lost until the next writing.
+const USED_MAX: usize = 500_000;
+
+/// The wall clock; a test may set it ahead.
+#[derive(Debug, Clone, Default)]
+pub struct Clock {
+    ahead_seconds: Arc<AtomicU64>,
+}
+
+impl Clock {
+    /// Seconds since 1970.
+    pub fn now(&self) -> u64 {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        since.unwrap_or_default().as_secs() + self.ahead_seconds.load(Ordering::Relaxed)
+    }
+
+    pub fn advance(&self, by: Duration) {
+        self.ahead_seconds
+            .fetch_add(by.as_secs(), Ordering::Relaxed);
+    }
+}
 
 /// What an anchor is told.
 #[derive(Debug, Clone)]
@@ -79,6 +100,7 @@ pub struct Options {
     pub attic_key: Option<PathBuf>,
     /// Largest NAR taken in.
     pub nar_bytes_max: u64,
+    pub clock: Clock,
 }
 
 /// Why an anchor does not open.
@@ -119,11 +141,14 @@ pub struct Anchor {
     trust: TrustedKeys,
     spool: PathBuf,
     nar_bytes_max: u64,
+    clock: Clock,
     locks: Locks,
     intakes: Semaphore,
     uploads: uploads::Uploads,
     /// Serialises what reads settings, changes and writes them.
     administration: tokio::sync::Mutex<()>,
+    /// One collection at a time.
+    collecting: tokio::sync::Mutex<()>,
     used: Mutex<BTreeSet<(i64, StorePathHash)>>,
 }
 
@@ -170,6 +195,7 @@ impl Anchor {
             keys: Keys::in_folder(&options.state),
             trust: options.trust,
             nar_bytes_max: options.nar_bytes_max,
+            clock: options.clock,
             spool,
             storage,
             catalog,
@@ -177,13 +203,13 @@ impl Anchor {
             intakes: Semaphore::new(INTAKES_PARALLEL),
             uploads: uploads::Uploads::default(),
             administration: tokio::sync::Mutex::new(()),
+            collecting: tokio::sync::Mutex::new(()),
             used: Mutex::default(),
         }))
     }
 
     fn now(&self) -> u64 {
-        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        since.unwrap_or_default().as_secs()
+        self.clock.now()
     }
 
     /// Notes that a path was asked for; written down by [`Anchor::write_used`].
@@ -194,20 +220,28 @@ impl Anchor {
         }
     }
 
+    /// Whether a path was asked for since that was written down last.
+    fn is_used_now(&self, cache: i64, hash: StorePathHash) -> bool {
+        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        used.contains(&(cache, hash))
+    }
+
     /// Writes down which paths were used since the last time.
     pub async fn write_used(&self) -> Result<(), CatalogError> {
-        let used = {
-            let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-            std::mem::take(&mut *used)
+        let used: Vec<_> = {
+            let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+            used.iter().copied().collect()
         };
-        match used.is_empty() {
-            true => Ok(()),
-            false => {
-                self.catalog
-                    .used(used.into_iter().collect(), self.now())
-                    .await
-            }
+        if used.is_empty() {
+            return Ok(());
         }
+        self.catalog.used(used.clone(), self.now()).await?;
+        // Until here the collector must find them in one place or the other.
+        let mut noted = self.used.lock().unwrap_or_else(PoisonError::into_inner);
+        for path in &used {
+            noted.remove(path);
+        }
+        Ok(())
     }
 }
 

@@ -65,6 +65,10 @@ enum Command {
     Token(anchor::TokenArguments),
     /// Remove paths from a cache of the anchor. Run where the anchor runs.
     Rm(anchor::RmArguments),
+    /// Delete what no cache of the anchor keeps any longer. Run where the anchor runs.
+    Gc(anchor::GcArguments),
+    /// Keep paths, with what they reference, whatever the retention says. Run where the anchor runs.
+    Pin(anchor::PinArguments),
     /// Push paths and all they reference to a cache of an anchor.
     Push(push::Arguments),
     /// Show what the running node knows and did.
@@ -194,6 +198,8 @@ async fn execute(command: Command) -> Result<()> {
         Command::Cache(arguments) => anchor::cache(arguments).await,
         Command::Token(arguments) => anchor::token(arguments).await,
         Command::Rm(arguments) => anchor::rm(arguments).await,
+        Command::Gc(arguments) => anchor::gc(arguments).await,
+        Command::Pin(arguments) => anchor::pin(arguments).await,
         Command::Push(arguments) => push::run(arguments).await,
         Command::Status { config, json } => {
             let text = ask(&config.load()?, "/api/v1/status").await?;

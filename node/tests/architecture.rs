@@ -82,8 +82,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "daemon",
             "loopback",
             "demo",
-            "clock", "config", "identity", "store", "status", "daemon", "loopback", "demo",
-            "anchor", "upload",
+            "anchor",
+            "upload",
         ],
     ),
 ];

@@ -174,6 +174,25 @@ impl SignedCertificate {
         if !mesh.verify(&signed_bytes(&self.body), &self.signature) {
             return Err(NotAMember::BadSignature);
         }
+        self.recall(mesh, connected, now)
+    }
+
+    /// Checks everything but the signature, of a certificate that was verified before it was kept.
+    ///
+    /// # Errors
+    /// As [`SignedCertificate::verify`].
+    pub fn recall(
+        &self,
+        mesh: &PublicKey,
+        connected: &PeerId,
+        now: UnixTime,
+    ) -> Result<Certificate, NotAMember> {
+        if self.signature.key_name() != mesh.name() {
+            return Err(NotAMember::OtherMesh {
+                found: self.signature.key_name().to_string(),
+                expected: mesh.name().to_string(),
+            });
+        }
         let certificate = Certificate::from_body(&self.body)
             .map_err(|error| NotAMember::Malformed(error.to_string()))?;
         if certificate.peer != *connected {

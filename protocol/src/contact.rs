@@ -112,12 +112,26 @@ impl SignedContact {
     pub fn verify(&self, mesh: &PublicKey, now: UnixTime) -> Result<Certificate, NotAContact> {
         let (peer, certificate) = (self.0.peer, &self.0.contact.certificate);
         let certificate = certificate.verify(mesh, &peer, now)?;
-        let is_signed = || peer.verify(&signed_bytes(&self.0.body), &self.0.signature);
-        if *self.0.is_signed.get_or_init(is_signed) {
+        if self.is_signed() {
             Ok(certificate)
         } else {
             Err(NotAContact::BadSignature { peer })
         }
+    }
+
+    /// Checks everything but the signatures, of a contact that was verified before it was kept.
+    pub fn recall(&self, mesh: &PublicKey, now: UnixTime) -> Result<Certificate, NotAContact> {
+        let certificate = &self.0.contact.certificate;
+        Ok(certificate.recall(mesh, &self.0.peer, now)?)
+    }
+
+    /// Says whether the member that the certificate names signed this.
+    pub fn is_signed(&self) -> bool {
+        let verify = || {
+            let message = signed_bytes(&self.0.body);
+            self.0.peer.verify(&message, &self.0.signature)
+        };
+        *self.0.is_signed.get_or_init(verify)
     }
 
     pub fn to_bytes(&self) -> Vec<u8> {

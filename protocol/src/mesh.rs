@@ -128,6 +128,7 @@ impl Mesh {
             }
             Input::OwnAddresses { addresses } => {
                 if self.membership.own_addresses(addresses, now) {
+                    self.keep_own(index);
                     self.tell_own_contact();
                 }
             }
@@ -394,6 +395,7 @@ impl Mesh {
             } => {
                 if let Some(known) = self.membership.contact(&writer)
                     && known.contact().number > contact
+                    && known.is_signed()
                 {
                     let contact = Message::Contact(known.clone());
                     self.send(peer, contact);

@@ -6,6 +6,7 @@
 use futures::TryStreamExt;
 use granary_protocol::narinfo::NarInfo;
 use granary_protocol::signature::SecretKey;
+use granary_protocol::store_path::StorePathHash;
 
 use super::Anchor;
 use super::cache::{CacheName, Keys, KeysError, Settings, SettingsError, next_key_name};
@@ -25,6 +26,9 @@ pub struct Changes {
     pub upstream_keys: Option<Vec<String>>,
     /// `Some(None)`: for ever.
     pub retention: Option<Option<u64>>,
+    /// Paths that are kept whatever the retention says.
+    pub pinned: Vec<StorePathHash>,
+    pub unpinned: Vec<StorePathHash>,
 }
 
 /// Why a cache could not be changed.
@@ -56,6 +60,12 @@ impl Changes {
         settings.public = changes.public.unwrap_or(settings.public);
         settings.priority = changes.priority.unwrap_or(settings.priority);
         settings.retention = changes.retention.unwrap_or(settings.retention);
+        settings
+            .pins
+            .extend(changes.pinned.iter().map(ToString::to_string));
+        for pin in &changes.unpinned {
+            settings.pins.remove(&pin.to_string());
+        }
         if let Some(store_dir) = changes.store_dir {
             settings.store_dir = store_dir;
         }

@@ -211,7 +211,7 @@ async fn create(
         priority: Some(create.priority),
         store_dir: Some(create.store_dir),
         upstream_keys: Some(create.upstream_cache_key_names),
-        retention: None,
+        ..Changes::default()
     };
     anchor
         .create_cache(name, &changes, create.keypair.key()?)
@@ -253,6 +253,7 @@ async fn configure(
         store_dir: configure.store_dir,
         upstream_keys: configure.upstream_cache_key_names,
         retention,
+        ..Changes::default()
     };
     if changes == Changes::default()
         && configure.keypair.is_none()
@@ -304,7 +305,7 @@ async fn missing(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> An
     let name = CacheName::new(&question.cache)?;
     let (cache, _) = anchor.cache_for(parts, &name, Permission::Push).await?;
     let hashes = parse_hashes(&question.store_path_hashes, MISSING_MAX)?;
-    let missing = anchor.catalog.missing(cache.id, hashes).await?;
+    let missing = anchor.missing(cache.id, hashes).await?;
     let answer = MissingAnswer {
         missing_paths: missing.iter().map(ToString::to_string).collect(),
     };

@@ -5,6 +5,7 @@
 //! format. The first key signs; while a key is being replaced all of them do, so that a client that
 //! trusts only one of them is content.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io::{self, Write};
@@ -34,6 +35,9 @@ const KEYS_BYTES_MAX: u64 = 16 * 1024;
 
 /// Names of upstream keys that one cache can list.
 const UPSTREAM_KEYS_MAX: usize = 64;
+
+/// Pins of one cache: releases and machines, not builds. They lie in its settings.
+const PINS_MAX: usize = 10_000;
 
 /// Permission bits that nobody but the owner may have.
 const FOREIGN_PERMISSIONS: u32 = 0o077;
@@ -127,6 +131,9 @@ pub struct Settings {
     /// Seconds that a path is kept since its closure was last used; for ever when absent.
     #[serde(default)]
     pub retention: Option<u64>,
+    /// Hashes of store paths that are kept, with what they reference, whatever the retention says.
+    #[serde(default)]
+    pub pins: BTreeSet<String>,
 }
 
 /// Settings that cannot be.
@@ -140,6 +147,12 @@ pub enum SettingsError {
     },
     #[error("cache settings have a malformed key: {source}")]
     Key { source: SignatureError },
+    #[error("cache settings have {found} pins, at most {PINS_MAX} are allowed")]
+    TooManyPins { found: usize },
+    #[error("cache settings pin what is no hash of a store path: {source}")]
+    Pin {
+        source: granary_protocol::store_path::StorePathError,
+    },
     #[error("cache settings name {found} upstream keys, at most {UPSTREAM_KEYS_MAX} are allowed")]
     TooManyKeys { found: usize },
 }
@@ -153,6 +166,7 @@ impl Settings {
             public_keys: vec![public_key.to_string()],
             upstream_keys: Vec::new(),
             retention: None,
+            pins: BTreeSet::new(),
         }
     }
 
@@ -172,6 +186,14 @@ impl Settings {
                 found: self.upstream_keys.len(),
             });
         }
+        if self.pins.len() > PINS_MAX {
+            return Err(SettingsError::TooManyPins {
+                found: self.pins.len(),
+            });
+        }
+        let mut pins = self.pins.iter().map(|pin| pin.parse::<StorePathHash>());
+        pins.try_for_each(|pin| pin.map(drop))
+            .map_err(|source| SettingsError::Pin { source })?;
         let names = self
             .upstream_keys
             .iter()

@@ -125,6 +125,8 @@ pub struct NewPath {
     pub path: PathRow,
     pub references: Vec<StorePathHash>,
     pub nar: StoredNar,
+    /// Whether its references must be here.
+    pub is_complete: bool,
     /// Seconds since 1970.
     pub now: u64,
 }
@@ -266,7 +268,7 @@ impl Catalog {
     /// Forgets a cache and all its paths; their NARs wait for the collector.
     pub async fn forget_cache(&self, cache: i64) -> Result<(), CatalogError> {
         self.write(move |transaction| {
-            for table in ["edges", "paths", "received", "pins"] {
+            for table in ["edges", "paths", "received"] {
                 transaction.execute(&format!("DELETE FROM {table} WHERE cache = ?1"), [cache])?;
             }
             transaction.execute("DELETE FROM caches WHERE id = ?1", [cache])?;
@@ -417,16 +419,27 @@ impl Catalog {
     /// Writes a path down before its narinfo is put, so that a crash in between is found.
     ///
     /// A path that is complete stays complete: only its narinfo changes, with
-    /// [`Catalog::finish_path`].
-    pub async fn begin_path(&self, new: NewPath) -> Result<(), CatalogError> {
+    /// [`Catalog::finish_path`]. `false` when a reference that must be here is not.
+    pub async fn begin_path(&self, new: NewPath) -> Result<bool, CatalogError> {
         self.write(move |transaction| {
             let NewPath {
                 cache,
                 path,
                 references,
                 nar,
+                is_complete,
                 now,
             } = new;
+            if is_complete {
+                let mut present = transaction.prepare_cached(
+                    "SELECT 1 FROM paths WHERE cache = ?1 AND hash = ?2 AND state = 1",
+                )?;
+                for reference in &references {
+                    if !present.exists(params![cache, reference.as_bytes()])? {
+                        return Ok(false);
+                    }
+                }
+            }
             insert_nar(transaction, &nar, now)?;
             transaction
                 .prepare_cached(
@@ -449,7 +462,7 @@ impl Catalog {
             for reference in references {
                 edge.execute(params![cache, path.hash.as_bytes(), reference.as_bytes()])?;
             }
-            Ok(())
+            Ok(true)
         })
         .await
     }
@@ -493,15 +506,25 @@ impl Catalog {
     }
 
     /// Hides a path before its narinfo is deleted; `false` when it is not there.
+    ///
+    /// With `used_before` it stays when it was used at that time or later, or a path that stays
+    /// references it: what the collector saw may be over.
     pub async fn begin_removal(
         &self,
         cache: i64,
         hash: StorePathHash,
+        used_before: Option<u64>,
     ) -> Result<bool, CatalogError> {
         self.write(move |transaction| {
             let changed = transaction
-                .prepare_cached("UPDATE paths SET state = 2 WHERE cache = ?1 AND hash = ?2")?
-                .execute(params![cache, hash.as_bytes()])?;
+                .prepare_cached(
+                    "UPDATE paths SET state = 2 WHERE cache = ?1 AND hash = ?2 AND (?3 IS NULL OR (
+                     last_used < ?3 AND NOT EXISTS (
+                         SELECT 1 FROM edges JOIN paths AS referrer
+                         ON referrer.cache = edges.cache AND referrer.hash = edges.hash
+                         WHERE edges.cache = ?1 AND edges.reference = ?2 AND referrer.state <> 2)))",
+                )?
+                .execute(params![cache, hash.as_bytes(), used_before.map(signed)])?;
             Ok(changed > 0)
         })
         .await

@@ -6,6 +6,7 @@
 //! PUT    the same                                                                             put.rs
 //! POST   /api/v1/caches/<cache>/narinfos                                                      read.rs
 //! *      /api/v1/caches/<cache>/missing  …/uploads                                              uploads.rs
+//! DELETE /api/v1/caches/<cache>/paths/<hash>; GET, POST /api/v1/collection                     here
 //! *      /_api/v1/…  /<cache>/attic-cache-info                                                attic.rs
 //! ```
 //!
@@ -357,6 +358,10 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
         ["api", "v1", "caches", cache, "narinfos"] if parts.method == Method::POST => {
             read::narinfos(anchor, parts, cache, body).await
         }
+        ["api", "v1", "caches", cache, "paths", hash] if parts.method == Method::DELETE => {
+            remove_path(anchor, parts, cache, hash).await
+        }
+        ["api", "v1", "collection"] => collection(anchor, parts).await,
         ["api", "v1", "caches", cache, rest @ ..] => {
             uploads::answer(anchor, parts, cache, rest, body).await
         }
@@ -385,6 +390,51 @@ const GREETING: &str = "This is a Granary anchor. Its caches are at /<cache>/.\n
 /// A name that cannot be is as absent as one that is not.
 fn cache_name(name: &str) -> Result<CacheName, Refusal> {
     CacheName::new(name).map_err(|error| Refusal::not_found(error.to_string()))
+}
+
+/// Takes a path out of a cache.
+async fn remove_path(anchor: &Arc<Anchor>, parts: &Parts, cache: &str, hash: &str) -> Answer {
+    let name = CacheName::new(cache)?;
+    let (cache, _) = anchor.cache_for(parts, &name, Permission::Delete).await?;
+    let hash = hash.parse();
+    let hash = hash.map_err(|_| Refusal::bad_request("this is no hash of a store path"))?;
+    match anchor.remove_path(&cache, hash).await? {
+        true => Ok(empty(StatusCode::NO_CONTENT)),
+        false => {
+            let message = format!("cache {name} does not hold it");
+            Err(Refusal::new(StatusCode::NOT_FOUND, "NoSuchObject", message))
+        }
+    }
+}
+
+/// Says what a collection would do (GET), or does it (POST); for who may delete from every cache.
+async fn collection(anchor: &Arc<Anchor>, parts: &Parts) -> Answer {
+    let now = UnixTime(anchor.now());
+    match anchor.tokens.bearer(&parts.headers, now).await? {
+        Bearer::Nobody => return Err(Denied::Unauthorized.into()),
+        Bearer::Somebody(claims) if claims.allows("*", Permission::Delete) => {}
+        Bearer::Somebody(claims) => {
+            return Err(Denied::MissingPermission {
+                subject: claims.subject,
+                permission: Permission::Delete,
+                cache: "*".to_owned(),
+            }
+            .into());
+        }
+    }
+    let collection = match parts.method {
+        Method::GET => anchor.plan().await?,
+        Method::POST => anchor.collect().await?,
+        _ => {
+            return Err(Refusal::new(
+                StatusCode::METHOD_NOT_ALLOWED,
+                "RequestError",
+                "this method is not answered here",
+            ));
+        }
+    };
+    let text = serde_json::to_string(&collection).map_err(|error| Refusal::ours(&error))?;
+    Ok(respond::json(text))
 }
 
 async fn health(anchor: &Arc<Anchor>) -> Answer {

@@ -214,9 +214,16 @@ impl Anchor {
             },
             references: references.filter(|reference| *reference != hash).collect(),
             nar: stored,
+            is_complete: !cache.settings.is_incomplete(),
             now: self.now(),
         };
-        self.catalog.begin_path(new).await?;
+        if !self.catalog.begin_path(new).await? {
+            // A reference was collected since it was looked for.
+            self.check_references(cache, &narinfo).await?;
+            return Err(IngestError::NoNar {
+                path: narinfo.store_path,
+            });
+        }
         let key = cache.name.narinfo_key(&hash);
         self.storage.put(&key, text.clone().into()).await?;
         self.catalog.finish_path(cache.id, hash, text).await?;
@@ -272,6 +279,19 @@ impl Anchor {
         })
     }
 
+    /// Tells which paths are not here. Those that are count as used: whoever asks will not push them, and
+    /// relies on them.
+    pub(super) async fn missing(
+        &self,
+        cache: i64,
+        hashes: Vec<StorePathHash>,
+    ) -> Result<Vec<StorePathHash>, CatalogError> {
+        for hash in &hashes {
+            self.note_use(cache, *hash);
+        }
+        self.catalog.missing(cache, hashes).await
+    }
+
     /// The keys that sign for a cache.
     pub(super) async fn signing_keys(
         &self,
@@ -321,14 +341,7 @@ impl Anchor {
         cache: &CacheRow,
         hash: StorePathHash,
     ) -> Result<bool, IngestError> {
-        let Some(path) = self.catalog.path(cache.id, hash).await? else {
-            return Ok(false);
-        };
-        let _held = self.locks.lock(path.nar_hash).await;
-        self.catalog.begin_removal(cache.id, hash).await?;
-        self.storage.delete(&cache.name.narinfo_key(&hash)).await?;
-        self.catalog.forget_path(cache.id, hash).await?;
-        Ok(true)
+        self.remove(&cache.name, cache.id, hash, None).await
     }
 }
 

@@ -10,7 +10,7 @@ use granary_protocol::store_path::{StoreDir, StorePath};
 use tracing::{info, warn};
 
 use super::cache::{CacheName, Settings};
-use super::catalog::{Catalog, CatalogError, NewPath, PathRow, StoredNar};
+use super::catalog::{Catalog, NewPath, PathRow, StoredNar};
 use super::object_store::{ObjectStore, StorageError};
 use super::{NARINFO_BYTES_MAX, OpenError, Options, check_format, make_folders, nar_key, nar_url};
 
@@ -48,7 +48,9 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
                 continue;
             }
         };
-        let id = catalog.set_cache(&name, &settings, now()).await?;
+        let id = catalog
+            .set_cache(&name, &settings, options.clock.now())
+            .await?;
         found.caches += 1;
         let mut objects = storage.list(&name.narinfo_folder());
         while let Some(object) = objects.try_next().await? {
@@ -60,9 +62,11 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
                         path,
                         references,
                         nar,
-                        now: now(),
+                        // In the order of the bucket, references may come later.
+                        is_complete: false,
+                        now: options.clock.now(),
                     };
-                    add(&catalog, new).await?;
+                    catalog.begin_path(new).await?;
                     catalog.finish_path(id, hash, text).await?;
                     found.paths += 1;
                 }
@@ -75,10 +79,6 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
         info!(cache = %name, paths = found.paths, "rebuilt the catalog of a cache");
     }
     Ok(found)
-}
-
-async fn add(catalog: &Catalog, new: NewPath) -> Result<(), CatalogError> {
-    catalog.begin_path(new).await
 }
 
 async fn caches(storage: &ObjectStore) -> Result<Vec<(CacheName, Settings)>, StorageError> {
@@ -150,9 +150,4 @@ async fn read_path(
         file_size,
     };
     Ok(Some((path, nar, references)))
-}
-
-fn now() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::SystemTime::UNIX_EPOCH);
-    since.unwrap_or_default().as_secs()
 }

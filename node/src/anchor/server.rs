@@ -16,6 +16,12 @@ use super::{Anchor, OpenError, Options, admin, http};
 /// How often uses of paths are written down. A crash loses as much, which retention does not feel.
 const USED_INTERVAL: Duration = Duration::from_secs(30);
 
+/// How often garbage is collected. A grace of a day makes it no matter of minutes.
+const COLLECT_INTERVAL: Duration = Duration::from_secs(3600);
+
+/// Where a running anchor says how it is reached, for the command line beside it.
+pub const ADDRESS_FILE: &str = "address";
+
 /// How long running answers may take to end at shutdown.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -100,6 +106,11 @@ impl Server {
         let listener = http::listen(listen).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
         empty_spool(&options.state.join("spool"));
+        let address_file = options.state.join(ADDRESS_FILE);
+        std::fs::write(&address_file, address.to_string()).map_err(|source| StartError::Lock {
+            path: address_file,
+            source,
+        })?;
         let anchor = Anchor::open(options).await?;
         anchor.recover().await?;
         if let Some(name) = default_cache {
@@ -125,6 +136,7 @@ impl Server {
             tasks.clone(),
         ));
         tasks.spawn(write_used(anchor.clone(), shutdown.clone()));
+        tasks.spawn(collect(anchor.clone(), shutdown.clone()));
         info!(%address, storage = anchor.storage.location(), "anchor is answering");
         Ok(Server {
             anchor,
@@ -166,6 +178,22 @@ async fn write_used(anchor: Arc<Anchor>, shutdown: CancellationToken) {
         }
         if is_over {
             return;
+        }
+    }
+}
+
+async fn collect(anchor: Arc<Anchor>, shutdown: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(COLLECT_INTERVAL) => {}
+        }
+        // Interrupted anywhere, the next one goes on.
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            collected = anchor.collect() => if let Err(error) = collected {
+                error!(%error, "could not collect garbage");
+            },
         }
     }
 }

@@ -184,7 +184,7 @@ pub async fn answer(
         (["missing"], &Method::POST) => {
             let question: Hashes = json_body(body, MISSING_BYTES_MAX).await?;
             let hashes = parse_hashes(&question.hashes, MISSING_MAX)?;
-            let missing = anchor.catalog.missing(cache.id, hashes).await?;
+            let missing = anchor.missing(cache.id, hashes).await?;
             let missing: Vec<String> = missing.iter().map(ToString::to_string).collect();
             Ok(respond::json(
                 serde_json::json!({ "missing": missing }).to_string(),

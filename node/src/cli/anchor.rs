@@ -4,6 +4,7 @@
 //! without one; a running one sees what they did with its next request.
 
 use std::io::Read;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -18,16 +19,20 @@ use super::{ConfigFile, SECONDS_PER_DAY, print};
 use crate::anchor::admin::Changes;
 use crate::anchor::cache::CacheName;
 use crate::anchor::catalog::{CacheRow, Totals};
+use crate::anchor::gc::Collection;
 use crate::anchor::object_store::S3Options;
-use crate::anchor::server::{Server, StateLock};
+use crate::anchor::server::{ADDRESS_FILE, Server, StartError, StateLock};
 use crate::anchor::tokens::token_key;
-use crate::anchor::{Anchor, Options, rebuild};
+use crate::anchor::{Anchor, Clock, Options, rebuild};
 use crate::clock::unix_time;
 use crate::config::Config;
 use crate::status;
 
 /// Days that a token is good for unless told otherwise.
 const TOKEN_DAYS: u64 = 365;
+
+/// How long the token is good for by which the command line asks a running anchor.
+const OWN_TOKEN_SECONDS: u64 = 60;
 
 /// Longest key file or token read from a file or standard input.
 const SECRET_BYTES_MAX: u64 = 64 * 1024;
@@ -128,6 +133,23 @@ struct Settings {
     /// cache does not hold are accepted.
     #[arg(long = "upstream-key")]
     upstream_keys: Vec<String>,
+    /// Days that a path is kept since it, or something that references it, was last used; or `forever`.
+    #[arg(long, value_parser = retention)]
+    retention: Option<Retention>,
+}
+
+/// How long paths are kept, in seconds; `None` for ever.
+#[derive(Clone, Copy)]
+struct Retention(Option<u64>);
+
+fn retention(text: &str) -> Result<Retention, String> {
+    if text == "forever" {
+        return Ok(Retention(None));
+    }
+    let days = text.parse::<u64>().ok().filter(|days| *days > 0);
+    let seconds = days.and_then(|days| days.checked_mul(SECONDS_PER_DAY));
+    let seconds = seconds.ok_or("expected a number of days, or forever")?;
+    Ok(Retention(Some(seconds)))
 }
 
 impl Settings {
@@ -141,7 +163,8 @@ impl Settings {
             priority: self.priority,
             store_dir: None,
             upstream_keys: Some(self.upstream_keys).filter(|keys| !keys.is_empty()),
-            retention: None,
+            retention: self.retention.map(|Retention(seconds)| seconds),
+            ..Changes::default()
         }
     }
 }
@@ -195,6 +218,30 @@ pub struct RmArguments {
     config: ConfigFile,
 }
 
+#[derive(Args)]
+pub struct GcArguments {
+    /// Only say what would be deleted.
+    #[arg(long)]
+    dry_run: bool,
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    config: ConfigFile,
+}
+
+#[derive(Args)]
+pub struct PinArguments {
+    cache: CacheName,
+    /// Store paths, their base names or hashes.
+    #[arg(required = true)]
+    paths: Vec<String>,
+    /// Pin them no longer.
+    #[arg(long)]
+    remove: bool,
+    #[command(flatten)]
+    config: ConfigFile,
+}
+
 fn options(config: &Config) -> Options {
     let server = &config.anchor_server;
     Options {
@@ -210,6 +257,7 @@ fn options(config: &Config) -> Options {
         trust: config.trusted_keys(),
         attic_key: server.attic_token_key_file.clone(),
         nar_bytes_max: server.nar_bytes_max,
+        clock: Clock::default(),
     }
 }
 
@@ -348,6 +396,14 @@ fn info(cache: &CacheRow, totals: &Totals, port: u16) -> String {
     for name in &settings.upstream_keys {
         text.push_str(&format!("  upstream key      {name}\n"));
     }
+    let retention = match settings.retention {
+        Some(seconds) => format!("{} days since last use", seconds / SECONDS_PER_DAY),
+        None => "for ever".to_owned(),
+    };
+    text.push_str(&format!(
+        "  kept              {retention}, {} pinned\n",
+        settings.pins.len()
+    ));
     text.push_str(&format!(
         "  paths             {}\n  nars              {} MiB, {} MiB in storage\n",
         totals.paths,
@@ -461,8 +517,74 @@ pub async fn token(arguments: TokenArguments) -> Result<()> {
     }
 }
 
+/// Asks the running anchor to do what must not be done beside it, as somebody who may.
+struct Running {
+    client: reqwest::Client,
+    base: String,
+    token: String,
+}
+
+impl Running {
+    /// `None` when no anchor runs; then the lock keeps one from starting meanwhile.
+    fn find(config: &Config) -> Result<Result<Running, StateLock>> {
+        let state = config.anchor_dir();
+        match StateLock::take(&state) {
+            Ok(lock) => return Ok(Err(lock)),
+            Err(StartError::Running { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let file = state.join(ADDRESS_FILE);
+        let address = std::fs::read_to_string(&file).with_context(|| {
+            format!(
+                "cannot read where the anchor listens from {}",
+                file.display()
+            )
+        })?;
+        let mut address: SocketAddr = address.trim().parse()?;
+        if address.ip().is_unspecified() {
+            address.set_ip(match address {
+                SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            });
+        }
+        let claims = Claims {
+            // Too short-lived to be listed or revoked.
+            id: None,
+            subject: "command line".to_owned(),
+            not_before: None,
+            expires: Some(UnixTime(unix_time().0 + OWN_TOKEN_SECONDS)),
+            grants: vec![Grant {
+                pattern: "*".parse()?,
+                permissions: vec![Permission::Delete],
+            }],
+        };
+        // The anchor is here: no proxy leads to it.
+        let client = reqwest::Client::builder().no_proxy().build()?;
+        Ok(Ok(Running {
+            client,
+            base: format!("http://{address}/api/v1"),
+            token: claims.mint(&token_key(&state)?),
+        }))
+    }
+
+    async fn ask(&self, method: reqwest::Method, rest: &str) -> Result<String> {
+        let request = self.client.request(method, format!("{}/{rest}", self.base));
+        let response = request.bearer_auth(&self.token).send().await;
+        let response = response.context("cannot reach the running anchor")?;
+        let status = response.status();
+        let text = response.text().await?;
+        if !status.is_success() {
+            let reason: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+            bail!("{}", reason["message"].as_str().unwrap_or(status.as_str()));
+        }
+        Ok(text)
+    }
+}
+
 pub async fn rm(arguments: RmArguments) -> Result<()> {
-    let (_, anchor) = open(&arguments.config).await?;
+    let config = arguments.config.load()?;
+    let running = Running::find(&config)?;
+    let anchor = Anchor::open(options(&config)).await?;
     let name = &arguments.cache;
     let cache = anchor.catalog.cache(name).await?;
     let cache = cache.with_context(|| format!("there is no cache {name}"))?;
@@ -470,9 +592,99 @@ pub async fn rm(arguments: RmArguments) -> Result<()> {
     for path in &arguments.paths {
         let hash = status::hash_of(path, &dir);
         let hash = hash.with_context(|| format!("{path:?} is no store path and no hash of one"))?;
-        if !anchor.remove_path(&cache, hash).await? {
-            bail!("cache {name} does not hold {path}");
+        match &running {
+            Ok(running) => {
+                let target = format!("caches/{name}/paths/{hash}");
+                running
+                    .ask(reqwest::Method::DELETE, &target)
+                    .await
+                    .with_context(|| path.clone())?;
+            }
+            Err(_lock) => {
+                if !anchor.remove_path(&cache, hash).await? {
+                    bail!("{path}: cache {name} does not hold it");
+                }
+            }
         }
     }
+    Ok(())
+}
+
+pub async fn gc(arguments: GcArguments) -> Result<()> {
+    let config = arguments.config.load()?;
+    let collection = match (Running::find(&config)?, arguments.dry_run) {
+        (Ok(running), true) => {
+            serde_json::from_str(&running.ask(reqwest::Method::GET, "collection").await?)?
+        }
+        (Ok(running), false) => {
+            serde_json::from_str(&running.ask(reqwest::Method::POST, "collection").await?)?
+        }
+        (Err(_lock), true) => Anchor::open(options(&config)).await?.plan().await?,
+        (Err(_lock), false) => {
+            let anchor = Anchor::open(options(&config)).await?;
+            anchor.recover().await?;
+            anchor.collect().await?
+        }
+    };
+    if arguments.json {
+        return print(&format!("{}\n", serde_json::to_string_pretty(&collection)?));
+    }
+    print(&collected(&collection, arguments.dry_run))
+}
+
+fn collected(collection: &Collection, is_plan: bool) -> String {
+    let verb = if is_plan { "would delete" } else { "deleted" };
+    let mut text = String::new();
+    for expired in &collection.caches {
+        if let Some(refused) = &expired.refused {
+            text.push_str(&format!("{refused}\n"));
+            continue;
+        }
+        for path in expired.paths.iter().filter(|_| is_plan) {
+            text.push_str(&format!("{}  {path}\n", expired.cache));
+        }
+        text.push_str(&format!(
+            "{}: {verb} {} of {} paths\n",
+            expired.cache,
+            expired.paths.len(),
+            expired.of
+        ));
+    }
+    text.push_str(&format!(
+        "{verb} {} nars ({} MiB) and {} unknown objects; {} nars without a path wait for a day\n",
+        collection.nars,
+        collection.nar_file_bytes >> 20,
+        collection.orphans,
+        collection.waiting,
+    ));
+    text
+}
+
+pub async fn pin(arguments: PinArguments) -> Result<()> {
+    let (_, anchor) = open(&arguments.config).await?;
+    let name = &arguments.cache;
+    let cache = anchor.catalog.cache(name).await?;
+    let cache = cache.with_context(|| format!("there is no cache {name}"))?;
+    let dir = cache.settings.store_dir()?;
+    let mut hashes = Vec::new();
+    for path in &arguments.paths {
+        let hash = status::hash_of(path, &dir);
+        let hash = hash.with_context(|| format!("{path:?} is no store path and no hash of one"))?;
+        if !arguments.remove && anchor.catalog.path(cache.id, hash).await?.is_none() {
+            bail!("cache {name} does not hold {path}");
+        }
+        hashes.push(hash);
+    }
+    let changes = match arguments.remove {
+        true => Changes {
+            unpinned: hashes,
+            ..Changes::default()
+        },
+        false => Changes {
+            pinned: hashes,
+            ..Changes::default()
+        },
+    };
+    anchor.configure_cache(name, &changes).await?;
     Ok(())
 }

@@ -4,6 +4,7 @@
 
 mod access;
 mod attic;
+mod collection;
 mod command;
 mod hostile;
 mod nix;

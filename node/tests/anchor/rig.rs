@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use granary::anchor::Options;
 use granary::anchor::admin::Changes;
 use granary::anchor::object_store::S3Options;
 use granary::anchor::server::Server;
 use granary::anchor::tokens::token_key;
+use granary::anchor::{Clock, Options};
 use granary_protocol::certificate::UnixTime;
 use granary_protocol::signature::TrustedKeys;
 use granary_protocol::token::{Claims, Grant, Permission};
@@ -25,6 +25,7 @@ pub struct Rig {
     pub folder: TempDir,
     storage: String,
     s3: S3Options,
+    pub clock: Clock,
     pub server: Option<Server>,
 }
 
@@ -46,6 +47,7 @@ impl Rig {
             folder,
             storage,
             s3,
+            clock: Clock::default(),
             server: None,
         };
         rig.start().await;
@@ -64,6 +66,7 @@ impl Rig {
             trust: TrustedKeys::new(),
             attic_key: None,
             nar_bytes_max: 1 << 30,
+            clock: self.clock.clone(),
         }
     }
 

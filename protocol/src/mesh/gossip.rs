@@ -97,6 +97,11 @@ impl Gossip {
         self.relay.keep_head(head);
     }
 
+    /// What this node signs of its own log.
+    pub(super) fn own_head(&mut self) -> SignedHead {
+        self.own.head()
+    }
+
     /// Position of the own log.
     pub(super) fn cursor(&self) -> Cursor {
         self.own.cursor()
@@ -357,10 +362,11 @@ impl Gossip {
             return self.relay.first_page(self.own.head(), prefixes, now);
         }
         let cursor = index.cursor(&writer);
-        let Some(head) = cursor.and_then(|cursor| self.relay.head(&writer, cursor)) else {
+        // One that a damaged index gave back is no proof, and would be held against us.
+        let head = cursor.and_then(|cursor| self.relay.head(&writer, cursor));
+        let Some(head) = head.filter(|head| head.is_proved()).cloned() else {
             return Message::NothingNewer { writer };
         };
-        let head = head.clone();
         let mut prefixes: Vec<HashPrefix> = Vec::new();
         loop {
             let after = prefixes.last().copied();

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use super::{Chance, Config, PeerView, Size};
 use crate::availability::AvailabilityIndex;
 use crate::certificate::{Certificate, SignedCertificate, UnixTime};
-use crate::contact::{Contact, NotAContact, SignedContact};
+use crate::contact::{CONTACT_ADDRESSES_MAX, Contact, NotAContact, SignedContact};
 use crate::message::{PROTOCOL_VERSION, Wish};
 use crate::peer::{PeerId, PeerKey};
 use crate::signature::PublicKey;
@@ -150,6 +150,8 @@ pub(super) struct Membership {
     /// What this node says of itself; signed when the clock has been read.
     own: Contact,
     own_signed: Option<SignedContact>,
+    /// What the process before this one said, until we say something.
+    own_kept: Option<SignedContact>,
     /// The wall clock when it was last read, to date certificates.
     clock: Option<(UnixTime, Instant)>,
     peers: BTreeMap<PeerId, Peer>,
@@ -228,6 +230,7 @@ impl Membership {
                 transfer_port: config.transfer_port,
             },
             own_signed: None,
+            own_kept: None,
             clock: None,
             peers: BTreeMap::new(),
             linked: BTreeSet::new(),
@@ -243,27 +246,47 @@ impl Membership {
     pub(super) fn clock_read(&mut self, unix: UnixTime, now: Instant) {
         self.is_changed = true;
         self.clock = Some((unix, now));
-        if self.own_signed.is_none() {
-            self.sign_own(now);
+    }
+
+    /// Takes in what this process's forerunner said of itself: while nothing else is true, it is not
+    /// said anew, and a restart costs nobody a word.
+    pub(super) fn own_contact_kept(&mut self, kept: SignedContact) {
+        self.own.number = self.own.number.max(kept.contact().number);
+        if self.own_signed.is_none() && kept.is_signed() {
+            self.own_kept = Some(kept);
         }
     }
 
     /// Where this node can be reached; returns whether that is news for others.
     pub(super) fn own_addresses(&mut self, addresses: Vec<SocketAddr>, now: Instant) -> bool {
-        let is_news = self.own.addresses != addresses;
+        let before = self.own_signed.clone();
         self.own.addresses = addresses;
-        if is_news && self.clock.is_some() {
+        self.own.addresses.truncate(CONTACT_ADDRESSES_MAX);
+        let is_said = |signed: &SignedContact| signed.contact().addresses == self.own.addresses;
+        if self.clock.is_some() && !before.as_ref().is_some_and(is_said) {
             self.sign_own(now);
         }
-        is_news && self.own_signed.is_some()
+        self.own_signed != before
     }
 
-    /// What this node says of itself; `None` before the clock was read.
+    /// What this node says of itself; `None` before the first member or address.
     pub(super) fn own_contact(&self) -> Option<&SignedContact> {
         self.own_signed.as_ref()
     }
 
     fn sign_own(&mut self, now: Instant) {
+        let is_same = |kept: &SignedContact| {
+            let kept = kept.contact();
+            kept.addresses == self.own.addresses
+                && kept.transfer_port == self.own.transfer_port
+                && kept.certificate == self.own.certificate
+        };
+        if let Some(kept) = self.own_kept.take()
+            && is_same(&kept)
+        {
+            self.own_signed = Some(kept);
+            return;
+        }
         self.own.number = self.unix(now).0.max(self.own.number.saturating_add(1));
         // A certificate that does not decode admits us nowhere, and needs no contact.
         self.own_signed = self.own.clone().sign(&self.key).ok();
@@ -296,8 +319,28 @@ impl Membership {
             return Ok(false);
         }
         let certificate = signed.verify(&self.mesh_key, self.unix(now))?;
-        let Some(peer) = self.entry(id) else {
-            return Ok(false);
+        Ok(self.keep_contact(signed, certificate, now))
+    }
+
+    /// Takes in a contact that was verified before an index kept it over a restart.
+    pub(super) fn contact_kept(
+        &mut self,
+        signed: SignedContact,
+        now: Instant,
+    ) -> Result<(), NotAContact> {
+        let certificate = signed.recall(&self.mesh_key, self.unix(now))?;
+        self.keep_contact(signed, certificate, now);
+        Ok(())
+    }
+
+    fn keep_contact(
+        &mut self,
+        signed: SignedContact,
+        certificate: Certificate,
+        now: Instant,
+    ) -> bool {
+        let Some(peer) = self.entry(signed.peer()) else {
+            return false;
         };
         for address in &signed.contact().addresses {
             let ip = address.ip();
@@ -321,7 +364,7 @@ impl Membership {
             certificate,
         }));
         self.is_changed = true;
-        Ok(true)
+        true
     }
 
     /// Every member known by its contact, this node included: its number, ordered by PeerId.
@@ -559,6 +602,9 @@ impl Membership {
         peer.used_at = Some(now);
         self.linked.insert(id);
         self.first_wish(id, now);
+        if self.own_signed.is_none() {
+            self.sign_own(now);
+        }
         if let Some(peer) = self.peers.get_mut(&id) {
             peer.is_wanted = false;
         }

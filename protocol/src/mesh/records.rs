@@ -158,13 +158,26 @@ impl Mesh {
             let Some(Ok((contact, head))) = proof.map(|proof| wire::decode_proof(&proof)) else {
                 continue;
             };
-            let is_of_writer = contact.peer() == writer && head.head().writer == writer;
-            if !is_of_writer || self.membership.contact_told(contact, now).is_err() {
+            if contact.peer() != writer || head.head().writer != writer {
                 continue;
             }
-            if head.head().cursor == cursor && head.is_proved() {
+            if writer == self.me {
+                self.membership.own_contact_kept(contact);
+            } else if self.membership.contact_kept(contact, now).is_err() {
+                continue;
+            }
+            // Whether it is proved is found out when somebody asks for it.
+            if head.head().cursor == cursor {
                 self.gossip.remember(&head);
             }
+        }
+    }
+
+    /// Keeps what this node says of itself, for the process after this one.
+    pub(super) fn keep_own(&mut self, index: &mut dyn AvailabilityIndex) {
+        if let Some(contact) = self.membership.own_contact() {
+            let proof = wire::encode_proof(contact, &self.gossip.own_head());
+            index.keep_proof(&self.me, &proof);
         }
     }
 

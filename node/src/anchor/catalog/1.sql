@@ -36,6 +36,7 @@ CREATE TABLE edges (
     reference BLOB NOT NULL,
     PRIMARY KEY (cache, hash, reference)
 ) STRICT, WITHOUT ROWID;
+CREATE INDEX edges_to ON edges (cache, reference);
 
 -- NARs that `nix copy --to` has put and not yet described, under the name that it gave them.
 CREATE TABLE received (
@@ -46,13 +47,6 @@ CREATE TABLE received (
     PRIMARY KEY (cache, name)
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX received_nar ON received (nar_hash);
-
-CREATE TABLE pins (
-    cache INTEGER NOT NULL REFERENCES caches (id),
-    hash BLOB NOT NULL,
-    at INTEGER NOT NULL,
-    PRIMARY KEY (cache, hash)
-) STRICT, WITHOUT ROWID;
 
 -- Tokens made here; another anchor's, and Attic's, are known by their digest once revoked.
 CREATE TABLE tokens (

@@ -1,0 +1,289 @@
+//! What is kept, what is deleted, and that nobody who relies on a path loses it.
+
+use std::sync::RwLock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+use granary::anchor::admin::Changes;
+use granary::anchor::gc::{Collection, GRACE};
+use granary_protocol::token::Permission::{Delete, Pull, Push};
+
+use crate::rig::{Rig, Sample, bearer};
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+async fn retain(rig: &Rig, cache: &str, days: u64) {
+    let changes = Changes {
+        retention: Some(Some(days * DAY.as_secs())),
+        ..Changes::default()
+    };
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    anchor
+        .configure_cache(&cache.parse().unwrap(), &changes)
+        .await
+        .unwrap();
+}
+
+async fn collect(rig: &Rig) -> Collection {
+    rig.server.as_ref().unwrap().anchor.collect().await.unwrap()
+}
+
+fn has(rig: &Rig, cache: &str, sample: &Sample) -> bool {
+    rig.get(&format!("/{cache}/{}.narinfo", sample.hash()))
+        .status
+        == 200
+}
+
+fn nars(rig: &Rig) -> usize {
+    rig.objects()
+        .iter()
+        .filter(|key| key.starts_with("nar/"))
+        .count()
+}
+
+/// A path that references others.
+fn sample(number: u64, references: &[&Sample]) -> Sample {
+    let mut sample = Sample::new(number, 1000);
+    let base_name = |path: &&Sample| path.path["/nix/store/".len()..].to_owned();
+    sample.references = references.iter().map(base_name).collect();
+    sample
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closure_is_kept_while_its_top_is_used_or_pinned_and_goes_with_its_nars_after_that() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let low = sample(1, &[]);
+    let top = sample(2, &[&low]);
+    let other = sample(3, &[]);
+    for path in [&low, &top, &other] {
+        assert_eq!(rig.upload(&token, "main", path).status, 200);
+    }
+    // Without a retention everything stays.
+    rig.clock.advance(DAY * 1000);
+    assert_eq!(collect(&rig).await, Collection::default());
+
+    // The top alone was asked for, and keeps what it references.
+    retain(&rig, "main", 30).await;
+    assert!(has(&rig, "main", &top));
+    let plan = rig.server.as_ref().unwrap().anchor.plan().await.unwrap();
+    assert_eq!(plan.caches[0].paths, [&other.path["/nix/store/".len()..]]);
+    assert!(has(&rig, "main", &top), "a plan deletes nothing");
+    rig.clock.advance(DAY * 29);
+    let done = collect(&rig).await;
+    assert_eq!(
+        (done.caches[0].paths.len(), done.nars, done.waiting),
+        (1, 0, 1)
+    );
+    // Looking at it has been a use.
+    assert!(!has(&rig, "main", &other) && nars(&rig) == 3);
+    rig.clock.advance(GRACE);
+    assert_eq!(collect(&rig).await.nars, 1);
+    assert_eq!(nars(&rig), 2);
+
+    // Pinned, it stays; unpinned, it goes, and the cache may be emptied.
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    let hash = top.hash().parse().unwrap();
+    let pin = Changes {
+        pinned: vec![hash],
+        ..Changes::default()
+    };
+    anchor
+        .configure_cache(&"main".parse().unwrap(), &pin)
+        .await
+        .unwrap();
+    rig.clock.advance(DAY * 400);
+    assert_eq!(collect(&rig).await.caches[0].paths.len(), 0);
+    let unpin = Changes {
+        unpinned: vec![hash],
+        ..Changes::default()
+    };
+    anchor
+        .configure_cache(&"main".parse().unwrap(), &unpin)
+        .await
+        .unwrap();
+    assert_eq!(collect(&rig).await.caches[0].paths.len(), 2);
+    rig.clock.advance(GRACE);
+    assert_eq!(collect(&rig).await.nars, 2);
+    assert_eq!(rig.objects(), ["caches/main/cache.json", "granary.json"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_another_cache_has_is_never_freed() {
+    let rig = Rig::new().await;
+    rig.cache("one", true).await;
+    rig.cache("two", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let shared = sample(1, &[]);
+    for cache in ["one", "two"] {
+        assert_eq!(rig.upload(&token, cache, &shared).status, 200);
+    }
+    retain(&rig, "one", 1).await;
+    for _ in 0..4 {
+        rig.clock.advance(DAY * 2);
+        collect(&rig).await;
+    }
+    assert!(!has(&rig, "one", &shared) && has(&rig, "two", &shared));
+    assert_eq!(nars(&rig), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_crashes_left_in_the_bucket_goes_after_a_day_and_nothing_else() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let kept = sample(1, &[]);
+    assert_eq!(rig.upload(&token, "main", &kept).status, 200);
+    let key = granary::anchor::nar_key(&sample(2, &[]).nar_hash());
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    anchor.storage.put(&key, "left".into()).await.unwrap();
+    anchor
+        .storage
+        .put("nar/of-somebody-else", "theirs".into())
+        .await
+        .unwrap();
+    assert_eq!(collect(&rig).await.orphans, 0);
+    rig.clock.advance(GRACE);
+    assert_eq!(collect(&rig).await.orphans, 1);
+    assert!(has(&rig, "main", &kept));
+    assert_eq!(nars(&rig), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clock_that_is_wrong_does_not_empty_a_cache() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    for number in 0..12 {
+        assert_eq!(rig.upload(&token, "main", &sample(number, &[])).status, 200);
+    }
+    retain(&rig, "main", 30).await;
+    rig.clock.advance(DAY * 365 * 70);
+    let done = collect(&rig).await;
+    let refused = done.caches[0].refused.as_ref().unwrap();
+    assert!(refused.contains("would delete all 12 paths"), "{refused}");
+    assert!(has(&rig, "main", &sample(3, &[])));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_who_may_delete_everywhere_collects_and_who_may_delete_here_removes() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let push = rig.token(&[("*", &[Push])]).await;
+    let path = sample(1, &[]);
+    assert_eq!(rig.upload(&push, "main", &path).status, 200);
+    let here = bearer(&rig.token(&[("main", &[Delete])]).await);
+    let everywhere = bearer(&rig.token(&[("*", &[Delete])]).await);
+    let push = bearer(&push);
+    let status = |method: &str, target: &str, token: &str| {
+        rig.ask(method, target, &[("Authorization", token)], b"")
+            .status
+    };
+    for method in ["GET", "POST"] {
+        assert_eq!(rig.ask(method, "/api/v1/collection", &[], b"").status, 401);
+        assert_eq!(status(method, "/api/v1/collection", &here), 403);
+        assert_eq!(status(method, "/api/v1/collection", &everywhere), 200);
+    }
+    let target = format!("/api/v1/caches/main/paths/{}", path.hash());
+    assert_eq!(status("DELETE", &target, &push), 403);
+    assert!(has(&rig, "main", &path));
+    assert_eq!(status("DELETE", &target, &here), 204);
+    assert!(!has(&rig, "main", &path));
+    assert_eq!(status("DELETE", &target, &here), 404);
+}
+
+/// Ends the collector with the first pusher, however that ends.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Pushers, pullers and a collector at once, over paths that keep expiring and coming back: whatever
+/// was reported present can be pulled, and no narinfo is without its NAR.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn what_was_reported_present_can_be_pulled_while_garbage_is_collected() {
+    const ROUNDS: u64 = 150;
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Pull, Push])]).await;
+    retain(&rig, "main", 1).await;
+    // Never used again, so that a collection does not empty the cache and is not refused.
+    let samples: Vec<Sample> = (0..30).map(|number| sample(number, &[])).collect();
+    let is_over = AtomicBool::new(false);
+    // Time goes on in leaps, and a leap of days within a pull would be a long pull.
+    let leap = RwLock::new(());
+    let (pulled, collected) = (AtomicU64::new(0), AtomicU64::new(0));
+    let handle = tokio::runtime::Handle::current();
+    tokio::task::block_in_place(|| {
+        std::thread::scope(|scope| {
+            for pusher in 0..3 {
+                let leap = &leap;
+                let (rig, samples, token, is_over, pulled) =
+                    (&rig, &samples, &token, &is_over, &pulled);
+                scope.spawn(move || {
+                    let token = bearer(token);
+                    let _over = Over(is_over);
+                    for round in 0..ROUNDS {
+                        let _still = leap.read().unwrap();
+                        let sample = &samples[((round * 7 + pusher * 11) % 30) as usize];
+                        let question = serde_json::json!({ "hashes": [sample.hash()] }).to_string();
+                        let headers = [("Authorization", token.as_str())];
+                        let answer = rig.ask(
+                            "POST",
+                            "/api/v1/caches/main/missing",
+                            &headers,
+                            question.as_bytes(),
+                        );
+                        let is_missing = !answer.json()["missing"].as_array().unwrap().is_empty();
+                        if is_missing {
+                            let pushed = rig.upload(&token["Bearer ".len()..], "main", sample);
+                            assert_eq!(pushed.status, 200, "{pushed:?}");
+                        }
+                        let narinfo = rig.get(&format!("/main/{}.narinfo", sample.hash()));
+                        assert_eq!(narinfo.status, 200, "missing: {is_missing}, {narinfo:?}");
+                        let url = narinfo
+                            .text()
+                            .lines()
+                            .find_map(|line| line.strip_prefix("URL: "))
+                            .unwrap();
+                        let nar = rig.get(&format!("/main/{url}"));
+                        assert_eq!(nar.status, 200, "{nar:?}");
+                        assert!(zstd::decode_all(&nar.body[..]).unwrap() == sample.nar);
+                        pulled.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            let (rig, is_over, collected, leap) = (&rig, &is_over, &collected, &leap);
+            scope.spawn(move || {
+                while !is_over.load(Ordering::Relaxed) {
+                    let done = handle.block_on(collect(rig));
+                    let paths: usize = done.caches.iter().map(|expired| expired.paths.len()).sum();
+                    collected.fetch_add(paths as u64 + done.nars, Ordering::Relaxed);
+                    // Everything that is not used from now on is past its time.
+                    let _leaping = leap.write().unwrap();
+                    rig.clock.advance(GRACE * 2);
+                }
+            });
+        });
+    });
+    assert_eq!(pulled.load(Ordering::Relaxed), 3 * ROUNDS);
+    assert!(
+        collected.load(Ordering::Relaxed) > 20,
+        "{collected:?} collected"
+    );
+    // A last look at the bucket itself.
+    for key in rig.objects().iter().filter(|key| key.ends_with(".narinfo")) {
+        let text = std::fs::read_to_string(rig.folder.path().join("storage").join(key)).unwrap();
+        let narinfo =
+            granary_protocol::narinfo::NarInfo::parse(&text, &Default::default()).unwrap();
+        let nar = granary::anchor::nar_key(&narinfo.nar_hash);
+        assert!(
+            rig.folder.path().join("storage").join(&nar).exists(),
+            "{key} without {nar}"
+        );
+    }
+}
