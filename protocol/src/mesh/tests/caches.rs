@@ -115,6 +115,27 @@ fn answers_may_come_in_pieces_and_what_fails_is_asked_elsewhere() {
 }
 
 #[test]
+fn a_cache_that_is_still_answering_has_not_failed() {
+    let mut alone = alone(&[CacheRole::Upstream]);
+    let mut requests = Vec::new();
+    for (first, second) in [(1, 2), (3, 4)] {
+        let (lookup, hash) = (LookupId(first.into()), hash(first));
+        alone.input(Input::Lookup { lookup, hash });
+        requests.push((asked_caches(&alone.look_up(second))[0].1, first));
+    }
+    alone.wait(600 * MS);
+    for (request, path) in requests {
+        let outputs = alone.cache_says(0, request, path, Some(narinfo(path)));
+        assert_eq!(ended(&outputs).len(), 1);
+    }
+    // Past the deadline of the other half, and 400 ms after something came.
+    assert_eq!(ended(&alone.wait(400 * MS)), [(2, None), (4, None)]);
+    assert!(!is_open(&alone, 0));
+    alone.wait(600 * MS);
+    assert!(is_open(&alone, 0), "nothing came for a second");
+}
+
+#[test]
 fn what_a_cache_does_not_have_is_not_asked_again_for_a_while() {
     let mut alone = alone(&BOTH);
     for _ in 0..2 {
