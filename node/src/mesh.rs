@@ -34,12 +34,14 @@ use crate::index::{IndexError, SqliteIndex};
 use crate::store::{LocalStore, StoreEvent};
 
 pub mod discovery;
+mod doubt;
 pub mod links;
 pub mod pulse;
 pub mod roaming;
 pub mod swarm;
 
 use discovery::{Discovery, DiscoveryEvent};
+use doubt::{ANSWER_PATIENCE, UNSETTLED};
 use links::DownReason;
 use roaming::Roaming;
 use swarm::{DialError, Network, NetworkError, NetworkEvent};
@@ -58,14 +60,6 @@ const REFUSALS_TOLD_MAX: usize = 256;
 
 /// How often the wall clock is read again, to date certificates after it was set.
 const CLOCK_INTERVAL: Duration = Duration::from_secs(60);
-
-/// How long a peer that was asked for narinfos may say nothing before it is asked for a sign of life. Within the time
-/// that a lookup waits, so that the next lookup need not wait for a peer that is gone.
-const ANSWER_PATIENCE: Duration = Duration::from_millis(300);
-
-/// How long after a change of the network a link that turns out dead is taken as lost by it: its peer is dialled anew at
-/// once, without a pause. More than the time in which a doubted link is found out.
-const UNSETTLED: Duration = Duration::from_secs(3);
 
 /// Time that Goodbye and mDNS's farewell get at shutdown.
 const FAREWELL: Duration = Duration::from_millis(300);
@@ -526,36 +520,6 @@ impl Loop {
             // Whoever asked may have stopped waiting.
             let _ = done.send(());
         }
-    }
-
-    fn network_changed(&mut self) {
-        info!("network changed");
-        self.look_around();
-        // After the dials that were given up, so that their back-off is forgotten too.
-        self.think(Input::NetworkChanged);
-    }
-
-    /// Finds out who is still there, and lets go of what was begun on another network.
-    fn look_around(&mut self) {
-        self.unsettled_since = Some(Instant::now());
-        self.network.doubt(|_| true);
-        self.network.give_up_dials();
-        while let Some(event) = self.network.decided() {
-            self.network_event(event);
-        }
-        if let Some(discovery) = &mut self.discovery {
-            discovery.restart();
-        }
-    }
-
-    /// Asks those for a sign of life who owe an answer for too long.
-    fn doubt_silent(&mut self) {
-        let asked = &mut self.asked;
-        let silent: Vec<_> = asked
-            .extract_if(.., |_, since| since.elapsed() >= ANSWER_PATIENCE)
-            .filter_map(|(peer, _)| identity::peer_id_of(peer.as_public_key()))
-            .collect();
-        self.network.doubt(|peer| silent.contains(peer));
     }
 
     /// Gives the mind an input and carries out everything it wants.

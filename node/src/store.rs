@@ -186,7 +186,7 @@ pub enum StoreError {
     #[error("the Nix database at {file} has schema {found:?}, refusing to read it: only schema 10 is known", file = .file.display())]
     Schema { file: PathBuf, found: String },
     #[error(
-        "the Nix database {file} has no -wal file and this user may not create one: run as root, or use a Nix (2.22 or newer) that keeps it",
+        "the Nix database {file} has no -wal file and this user may not create one, nor is there a Nix daemon that would: start it, run as root, or use a Nix (2.22 or newer) that keeps the file",
         file = .file.display()
     )]
     NoWal {
@@ -234,14 +234,27 @@ impl NixStore {
     /// to do. Later a database that vanishes or changes is reopened by itself.
     pub async fn open(config: StoreConfig) -> Result<NixStore, StoreError> {
         let config = Arc::new(config);
-        let database = Database::start(config.clone())?;
-        database.check().await?;
-        Ok(NixStore {
+        let store = NixStore {
             roots: Roots::start(&config)?,
+            database: Arc::new(Database::start(config.clone())?),
             config,
-            database: Arc::new(database),
             layouts: LayoutCache::default(),
-        })
+        };
+        store.read(|database| database.check()).await?;
+        Ok(store)
+    }
+
+    /// Reads the database, if need be by having the Nix daemon open it first.
+    async fn read<'a, T, F>(&'a self, read: impl Fn(&'a Database) -> F) -> Result<T, StoreError>
+    where
+        F: Future<Output = Result<T, StoreError>>,
+    {
+        match read(&self.database).await {
+            Err(StoreError::NoWal { .. }) if self.roots.wake_daemon().await => {
+                read(&self.database).await
+            }
+            result => result,
+        }
     }
 
     /// Returns what is kept beside the paths; build logs are in `log_dir` (`/nix/var/log/nix`).
@@ -254,7 +267,7 @@ impl NixStore {
     }
 
     async fn is_valid(&self, info: &PathInfo) -> Result<bool, StoreError> {
-        let row = self.database.path_info(info.store_path.hash()).await?;
+        let row = self.path_info(info.store_path.hash()).await?;
         Ok(row.is_some_and(|row| {
             row.store_path == info.store_path
                 && row.nar_hash == info.nar_hash
@@ -272,7 +285,7 @@ impl LocalStore for NixStore {
         &self,
         hash: StorePathHash,
     ) -> BoxFuture<'_, Result<Option<PathInfo>, StoreError>> {
-        Box::pin(self.database.path_info(hash))
+        Box::pin(self.read(move |database| database.path_info(hash)))
     }
 
     fn path_infos(
@@ -280,7 +293,7 @@ impl LocalStore for NixStore {
         hashes: Vec<StorePathHash>,
     ) -> BoxFuture<'_, Result<Vec<Option<PathInfo>>, StoreError>> {
         assert!(hashes.len() <= BATCH_MAX);
-        Box::pin(self.database.path_infos(hashes))
+        Box::pin(self.read(move |database| database.path_infos(hashes.clone())))
     }
 
     fn nar<'a>(&'a self, info: &'a PathInfo) -> BoxFuture<'a, Result<Option<Nar>, StoreError>> {

@@ -89,6 +89,7 @@ enum Command {
         answer: oneshot::Sender<Hold>,
     },
     Release(Ticket),
+    Wake(oneshot::Sender<bool>),
 }
 
 /// Where a hold was made, so where it is to be let go.
@@ -149,6 +150,18 @@ impl Roots {
             }
         }
     }
+
+    /// Has the Nix daemon open the database, and keep it open from now on; false when it cannot be reached.
+    ///
+    /// An idle Nix before 2.22 leaves no `-wal` file, and a user who may not make one cannot read without.
+    pub async fn wake_daemon(&self) -> bool {
+        let (answer, is_awake) = oneshot::channel();
+        if self.commands.send(Command::Wake(answer)).is_err() {
+            return false;
+        }
+        let is_awake = tokio::time::timeout(HOLD_LIMIT, is_awake).await;
+        matches!(is_awake, Ok(Ok(true)))
+    }
 }
 
 impl Drop for Hold {
@@ -192,6 +205,14 @@ impl Keeper {
                 }
                 Ok(Command::Release(Ticket::Daemon(connection))) => self.daemon.release(connection),
                 Ok(Command::Release(Ticket::File(path))) => self.file.release(&path),
+                Ok(Command::Wake(answer)) => {
+                    let woken = self.daemon.wake(Instant::now() + DAEMON_LIMIT);
+                    if let Err(error) = &woken {
+                        debug!(%error, "could not have the nix daemon open the database");
+                    }
+                    // Who gave up waiting asks again.
+                    let _ = answer.send(woken.is_ok());
+                }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }

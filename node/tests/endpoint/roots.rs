@@ -1,7 +1,12 @@
 //! Paths are kept from Nix's garbage collector while they are sent, whoever asks and whichever way there is.
+//!
+//! `GRANARY_COLLECTOR_NIX="nix-versions run trixie"` puts that command before the daemon and the collector, to run the
+//! same tests with another release of Nix.
 
+use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -14,6 +19,7 @@ use futures::StreamExt;
 use granary::store::roots::HOLD_LIMIT;
 use granary::store::{LocalStore, Nar, NixStore, StoreConfig};
 use granary_protocol::store_path::{StoreDir, StorePathHash};
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::client::Client;
@@ -37,13 +43,17 @@ impl NixDaemon {
     fn start(machine: &Machine) -> NixDaemon {
         let socket = config(machine).daemon_socket;
         fs::create_dir_all(socket.parent().unwrap()).unwrap();
+        let mut socket_path = OsString::from("NIX_DAEMON_SOCKET_PATH=");
+        socket_path.push(&socket);
         let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", "nix-daemon", "--store"])
+            .args(["--pdeathsig", "KILL"])
+            .args(release())
+            .args(["env", "-u", "NIX_REMOTE"])
+            .arg(socket_path)
+            .args(["nix-daemon", "--store"])
             .arg(machine.folder())
             .args(["--option", "build-users-group", ""])
-            .env("NIX_DAEMON_SOCKET_PATH", &socket)
             .env("HOME", machine.folder())
-            .env_remove("NIX_REMOTE")
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
@@ -55,20 +65,34 @@ impl NixDaemon {
 
     /// How many clients it serves.
     fn children(&self) -> usize {
+        self.processes().len()
+    }
+
+    /// One for each client.
+    fn processes(&self) -> Vec<Pid> {
         let id = self.0.id();
-        let children = format!("/proc/{id}/task/{id}/children");
-        fs::read_to_string(children)
-            .unwrap()
-            .split_whitespace()
-            .count()
+        let children = fs::read_to_string(format!("/proc/{id}/task/{id}/children")).unwrap();
+        let pids = children.split_whitespace();
+        pids.map(|pid| Pid::from_raw(pid.parse().unwrap()).unwrap())
+            .collect()
     }
 }
 
 impl Drop for NixDaemon {
     fn drop(&mut self) {
+        for child in self.processes() {
+            // It may just have ended.
+            let _ = kill_process(child, Signal::KILL);
+        }
         self.0.kill().unwrap();
         self.0.wait().unwrap();
     }
+}
+
+/// Words before the programs of the release of Nix to be tested.
+fn release() -> Vec<String> {
+    let words = std::env::var("GRANARY_COLLECTOR_NIX").unwrap_or_default();
+    words.split_whitespace().map(str::to_owned).collect()
 }
 
 fn config(machine: &Machine) -> StoreConfig {
@@ -141,8 +165,10 @@ impl Drop for Collector {
 }
 
 fn collect(store: &Path) {
-    let output = Command::new("nix-store")
-        .args(["--gc", "--store"])
+    let output = Command::new("setpriv")
+        .args(["--pdeathsig", "KILL"])
+        .args(release())
+        .args(["nix-store", "--gc", "--store"])
         .arg(store)
         .env("HOME", store)
         .env_remove("NIX_REMOTE")
@@ -233,7 +259,7 @@ async fn holds_share_a_connection_and_end_with_the_last_stream() {
     for _ in 0..20 {
         nars.push(open_nar(&store, &path).await.unwrap());
     }
-    assert_eq!(nix_daemon.children(), 1);
+    until("one connection for all", || nix_daemon.children() == 1);
     let stream = nars[0].stream(0..u64::MAX);
     drop(nars);
     collect(machine.folder());
@@ -284,7 +310,7 @@ async fn a_nix_daemon_that_dies_and_comes_back_is_used_again() {
         let nix_daemon = NixDaemon::start(&machine);
         let nar = open_nar(&store, &path).await;
         assert!(nar.is_some());
-        assert_eq!(nix_daemon.children(), 1);
+        until("the connection", || nix_daemon.children() == 1);
         drop(nix_daemon);
         fs::remove_file(config(&machine).daemon_socket).unwrap();
         // Without it there is the file.
@@ -317,4 +343,68 @@ async fn a_path_deleted_against_every_root_is_cut_and_then_404() {
     rest.assert_below_nar();
     assert_eq!(machine.get(&path.narinfo()).status, 404);
     machine.stop().await;
+}
+
+/// A user who owns nothing of the store.
+const NOBODY: u32 = 65534;
+
+#[test]
+fn a_node_without_privileges_reads_what_an_idle_nix_leaves_and_serves_it() {
+    let machine = Machine::new();
+    let path = machine.add("public", 100_000);
+    let folder = machine.folder();
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).unwrap();
+    let state = folder.join("state-of-nobody");
+    fs::create_dir(&state).unwrap();
+    std::os::unix::fs::chown(&state, Some(NOBODY), Some(NOBODY)).unwrap();
+    let program = folder.join("granary");
+    fs::copy(env!("CARGO_BIN_EXE_granary"), &program).unwrap();
+    let free = TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = free.local_addr().unwrap();
+    drop(free);
+    let config_file = folder.join("granary.toml");
+    let text = format!(
+        "state-dir = {state:?}\n[store]\nreal-dir = {:?}\ndatabase = {:?}\n[substituter]\nlisten = \"{endpoint}\"\n",
+        config(&machine).real_dir,
+        config(&machine).database,
+    );
+    fs::write(&config_file, text).unwrap();
+    let granary = |command: &str| {
+        let nobody = NOBODY.to_string();
+        let mut words = Command::new("setpriv");
+        words
+            .args(["--pdeathsig", "KILL", "--clear-groups"])
+            .args(["--reuid", &nobody, "--regid", &nobody])
+            .arg(&program)
+            .args([command, "--config"])
+            .arg(&config_file);
+        words
+    };
+
+    // Without a daemon there is no way, and the sentence says what to do.
+    let refused = granary("check-config").output().unwrap();
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(
+        !refused.status.success() && said.contains("Nix daemon"),
+        "{said}"
+    );
+
+    let nix_daemon = NixDaemon::start(&machine);
+    let mut node = granary("node").stderr(Stdio::null()).spawn().unwrap();
+    let ask = |target: &str| {
+        let mut client = Client::new(TcpStream::connect(endpoint).ok()?);
+        client.request("GET", target, "");
+        Some(client.answer(false))
+    };
+    until("the narinfo", || {
+        ask(&path.narinfo()).is_some_and(|answer| answer.status == 200)
+    });
+    let nar = ask(&path.short()).unwrap();
+    assert!(nar.status == 200 && nar.body == path.nar);
+    // The connection that keeps the database open stays, the one for the transfer goes.
+    until("the release", || nix_daemon.children() == 1);
+    let later = machine.add("later", 1000);
+    assert_eq!(ask(&later.narinfo()).unwrap().status, 200);
+    node.kill().unwrap();
+    node.wait().unwrap();
 }

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
 
+use crate::http::{self, Reading};
 use crate::machine::{Lan, MESH_PORT, Machine, SUBSTITUTER_PORT, TRANSFER_PORT};
 use crate::nix;
 use crate::process::wait_for;
@@ -346,6 +347,51 @@ fn check(kind: Kind, sources: Sources) {
     for number in 0..PHASES.len() {
         rig.check(kind, sources, number);
     }
+}
+
+/// The promise for what a person waits for: a large download whose source dies goes on by itself.
+const GIGABYTE: usize = 1_000_000_000;
+const STALL_MAX: Duration = Duration::from_millis(2500);
+
+#[test]
+fn gigabyte_whose_holder_is_killed_halfway_comes_in_one_answer_without_a_long_pause() {
+    let lan = Lan::new();
+    let expression = nix::folder_of("gigabyte", GIGABYTE);
+    let fault = Fault::default();
+    let behind = SocketAddr::from((Ipv4Addr::LOCALHOST, TRANSFER_PORT));
+    let mut path = String::new();
+    let mut holders = ["desktop", "tower"].map(|name| lan.builder(name));
+    for (number, holder) in holders.iter_mut().enumerate() {
+        path = holder.build(&expression);
+        holder.settings.transfer = behind;
+        fault.stand_before(number, &holder.namespace, holder.at(TRANSFER_PORT), behind);
+        holder.start();
+    }
+    let mut laptop = lan.machine("laptop");
+    laptop.start();
+    laptop.wait_linked(&[&holders[0], &holders[1]]);
+    laptop.wait_offered(&path, KNOWN);
+    let pids = [holders[0].pid(), holders[1].pid()];
+    let kill = move |holder: usize| kill_process(pids[holder], Signal::KILL).expect("kill");
+    fault.arm(GIGABYTE as u64 / 2, Then::Close, Box::new(kill));
+
+    let narinfo = laptop.narinfo(&path);
+    let url = narinfo.line("URL").expect("a URL");
+    let endpoint = SocketAddr::from((Ipv4Addr::LOCALHOST, SUBSTITUTER_PORT));
+    let read = || http::read(endpoint, &format!("/{url}")).expect("an answer");
+    let Reading {
+        status,
+        bytes,
+        nar_hash,
+        longest_pause,
+        elapsed,
+    } = laptop.namespace.inside(read);
+    println!("{bytes} bytes in {elapsed:.1?}, longest pause {longest_pause:.0?}");
+    assert!(fault.befallen().is_some());
+    assert_eq!(status, 200);
+    assert_eq!(Some(bytes.to_string()), narinfo.line("NarSize"));
+    assert_eq!(Some(nar_hash), narinfo.line("NarHash"));
+    assert!(longest_pause < STALL_MAX, "a pause of {longest_pause:?}");
 }
 
 macro_rules! cases {

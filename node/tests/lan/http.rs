@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use granary_protocol::hash::NarHasher;
 
 /// A local endpoint that says nothing for this long is taken for dead.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -37,6 +39,50 @@ impl Response {
                 .map(str::to_owned)
         })
     }
+}
+
+/// A large body as it came.
+pub struct Reading {
+    pub status: u16,
+    pub bytes: u64,
+    pub nar_hash: String,
+    pub longest_pause: Duration,
+    pub elapsed: Duration,
+}
+
+/// Sends a GET and reads to the end, keeping nothing of the body.
+pub fn read(address: SocketAddr, path: &str) -> io::Result<Reading> {
+    let mut stream = TcpStream::connect_timeout(&address, SILENCE)?;
+    stream.set_read_timeout(Some(SILENCE))?;
+    let start = Instant::now();
+    stream.write_all(request(address, path).as_bytes())?;
+    let mut head = Vec::new();
+    let mut byte = [0];
+    while !head.ends_with(b"\r\n\r\n") {
+        stream.read_exact(&mut byte)?;
+        head.extend(byte);
+    }
+    let status = parse(&head).map_or(0, |response| response.status);
+    let mut hasher = NarHasher::new();
+    let (mut bytes, mut longest_pause, mut last) = (0, Duration::ZERO, Instant::now());
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let count = stream.read(&mut buffer)?;
+        longest_pause = longest_pause.max(last.elapsed());
+        if count == 0 {
+            break;
+        }
+        bytes += count as u64;
+        hasher.update(&buffer[..count]);
+        last = Instant::now();
+    }
+    Ok(Reading {
+        status,
+        bytes,
+        nar_hash: hasher.finish().to_string(),
+        longest_pause,
+        elapsed: start.elapsed(),
+    })
 }
 
 /// Sends a GET to `address` and reads until the other side closes.

@@ -52,6 +52,8 @@ pub struct Daemon {
     connections: BTreeMap<ConnectionNumber, Connection>,
     next: u64,
     rests_until: Option<Instant>,
+    /// The connection that is never given up, because its process keeps the database open.
+    kept: Option<ConnectionNumber>,
 }
 
 struct Connection {
@@ -77,7 +79,23 @@ impl Daemon {
             connections: BTreeMap::new(),
             next: 0,
             rests_until: None,
+            kept: None,
         }
+    }
+
+    /// Opens a connection that stays. Called when nobody has the database open, so an earlier one has ended.
+    pub fn wake(&mut self, deadline: Instant) -> Result<(), RootError> {
+        if self.rests_until.is_some_and(|until| Instant::now() < until) {
+            return Err(RootError::Resting);
+        }
+        if let Some(ended) = self.kept.take() {
+            self.connections.remove(&ended);
+        }
+        if self.connections.len() >= CONNECTIONS_MAX {
+            return Err(RootError::Stuck);
+        }
+        self.kept = Some(self.open(deadline)?);
+        Ok(())
     }
 
     /// Makes a path a temporary root; returns what is to be released.
@@ -144,26 +162,31 @@ impl Daemon {
     }
 
     pub fn has_to_tidy(&self) -> bool {
+        let kept = self.kept;
         self.connections
-            .values()
-            .any(|connection| connection.holds == 0)
+            .iter()
+            .any(|(number, connection)| connection.holds == 0 && kept != Some(*number))
     }
 
     /// Ends the connections that hold nothing and wait for nothing.
     pub fn tidy(&mut self) {
-        self.connections.retain(|_, connection| {
+        let kept = self.kept;
+        self.connections.retain(|number, connection| {
             connection.holds > 0
+                || kept == Some(*number)
                 || (connection.takes_more() && connection.idle_since.elapsed() < LINGER)
         });
     }
 
     /// Returns the connection for the next hold, and whether it was made for it.
     fn connection(&mut self, deadline: Instant) -> Result<(ConnectionNumber, bool), RootError> {
+        // The one that stays takes none: what it once held would be held for ever.
+        let kept = self.kept;
         let youngest = self
             .connections
             .iter()
             .rev()
-            .find(|(_, connection)| !connection.is_stuck);
+            .find(|(number, connection)| !connection.is_stuck && kept != Some(**number));
         let is_full = self.connections.len() >= CONNECTIONS_MAX;
         match youngest {
             Some((number, connection)) if is_full || connection.takes_more() => {
@@ -172,6 +195,10 @@ impl Daemon {
             None if is_full => return Err(RootError::Stuck),
             _ => {}
         }
+        Ok((self.open(deadline)?, true))
+    }
+
+    fn open(&mut self, deadline: Instant) -> Result<ConnectionNumber, RootError> {
         let opened = Connection::open(&self.socket, deadline);
         let connection = opened.inspect_err(|error| {
             // Nobody listens: cheap to find out again, and a daemon may be started at any time.
@@ -182,7 +209,7 @@ impl Daemon {
         let number = ConnectionNumber(self.next);
         self.next += 1;
         self.connections.insert(number, connection);
-        Ok((number, true))
+        Ok(number)
     }
 }
 
