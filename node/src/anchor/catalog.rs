@@ -363,6 +363,26 @@ impl Catalog {
         .await
     }
 
+    /// Returns a NAR that is stored, for somebody who is about to name it: the collector lets it be for
+    /// another day.
+    pub async fn hold_nar(&self, nar_hash: NarHash) -> Result<Option<StoredNar>, CatalogError> {
+        self.write(move |transaction| {
+            transaction
+                .prepare_cached(
+                    "UPDATE nars SET unused_since = NULL
+                     WHERE nar_hash = ?1 AND unused_since IS NOT NULL",
+                )?
+                .execute([nar_hash.as_bytes()])?;
+            transaction
+                .prepare_cached(
+                    "SELECT nar_hash, nar_size, file_hash, file_size FROM nars WHERE nar_hash = ?1",
+                )?
+                .query_row([nar_hash.as_bytes()], nar_row)
+                .optional()
+        })
+        .await
+    }
+
     /// Whether a complete path of this cache has the NAR: who may read the cache may read that.
     pub async fn cache_has_nar(&self, cache: i64, nar_hash: NarHash) -> Result<bool, CatalogError> {
         self.read(move |connection| {

@@ -252,7 +252,7 @@ async fn begin(anchor: &Arc<Anchor>, cache: &CacheRow, body: &mut Incoming) -> A
     }
     anchor.check_claims(cache, &narinfo).await?;
     // A NAR that is here is only hashed, as proof that its sender has it.
-    let stored = anchor.catalog.nar(narinfo.nar_hash).await?;
+    let stored = anchor.catalog.hold_nar(narinfo.nar_hash).await?;
     let spool = stored.is_none().then_some(anchor.spool.as_path());
     let intake = Intake::new(spool, narinfo.nar_size).map_err(IngestError::from)?;
     let mut random = [0; ID_BYTES];

@@ -9,6 +9,7 @@ use clap::Args;
 use granary_protocol::store_path::StorePath;
 
 use super::{ConfigFile, print};
+use crate::config::{self, Config};
 use crate::store::{LocalStore, NixStore};
 use crate::upload::{self, Target};
 
@@ -17,14 +18,14 @@ const LINKS_MAX: usize = 40;
 
 #[derive(Args)]
 pub struct Arguments {
-    /// The cache's address: `http://nas.lan:4730/main`.
+    /// The cache: its address (`http://nas.lan:4730/main`), or the last word of an `[[anchor]]`'s url.
     cache: String,
     /// Store paths, or symlinks to them such as `./result`.
     #[arg(required = true)]
     paths: Vec<PathBuf>,
-    /// A file with a token that allows to push, mode 0600.
+    /// A file with a token that allows to push, mode 0600. Default: that `[[anchor]]`'s token-file.
     #[arg(long, env = "GRANARY_TOKEN_FILE")]
-    token_file: PathBuf,
+    token_file: Option<PathBuf>,
     /// Print what was done as JSON.
     #[arg(long)]
     json: bool,
@@ -34,8 +35,8 @@ pub struct Arguments {
 
 pub async fn run(arguments: Arguments) -> Result<()> {
     let config = arguments.config.load()?;
-    let token = upload::read_token(&arguments.token_file)?;
-    let target = Target::new(&arguments.cache, token)?;
+    let (url, token_file) = place(&config, &arguments)?;
+    let target = Target::new(&url, upload::read_token(&token_file)?)?;
     let store: Arc<dyn LocalStore> = Arc::new(NixStore::open(config.store_config()).await?);
     let mut roots = Vec::new();
     for path in &arguments.paths {
@@ -68,6 +69,28 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         summary.present,
         summary.upstream
     ))
+}
+
+/// Finds the address of the cache, and the token for it.
+fn place(config: &Config, arguments: &Arguments) -> Result<(String, PathBuf)> {
+    let cache = arguments.cache.trim_end_matches('/');
+    let is_meant = |anchor: &&config::Anchor| {
+        let url = anchor.url.as_str().trim_end_matches('/');
+        url == cache || url.rsplit('/').next() == Some(cache)
+    };
+    let anchor = config.anchor.iter().find(is_meant);
+    let url = match anchor {
+        Some(anchor) => anchor.url.to_string(),
+        None if cache.contains("://") => cache.to_owned(),
+        None => {
+            bail!("no [[anchor]] in the configuration has a cache {cache}, and it is no address")
+        }
+    };
+    let configured = anchor.and_then(|anchor| anchor.token_file.clone());
+    match arguments.token_file.clone().or(configured) {
+        Some(token_file) => Ok((url, token_file)),
+        None => bail!("no token for {url}: give --token-file, or token-file in its [[anchor]]"),
+    }
 }
 
 /// Reads a store path, or finds the one that a symlink leads to.

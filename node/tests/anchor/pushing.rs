@@ -13,27 +13,29 @@ use crate::rig::{Machine, Rig, Sample, bearer, hash};
 
 /// Runs `granary push` on a machine.
 fn try_push(machine: &Machine, cache: &str, token: &str, paths: &[&str]) -> Output {
+    try_push_as(machine, cache, token, paths, "")
+}
+
+/// The same with more in the configuration; then the token comes from there.
+fn try_push_as(machine: &Machine, cache: &str, token: &str, paths: &[&str], extra: &str) -> Output {
     use std::os::unix::fs::PermissionsExt;
     let root = machine.folder().display();
     let config = machine.folder().join("granary.toml");
     let key = SecretKey::from_seed("upstream-1".parse().unwrap(), [9; 32]).public_key();
     let text = format!(
         "state-dir = \"{root}/state\"\n[store]\nreal-dir = \"{root}/nix/store\"\n\
-         database = \"{root}/nix/var/nix/db/db.sqlite\"\n[trust]\nkeys = [\"{key}\"]\n"
+         database = \"{root}/nix/var/nix/db/db.sqlite\"\n[trust]\nkeys = [\"{key}\"]\n{extra}"
     );
     std::fs::write(&config, text).unwrap();
     let token_file = machine.folder().join("token");
     std::fs::write(&token_file, format!("{token}\n")).unwrap();
     std::fs::set_permissions(&token_file, std::fs::Permissions::from_mode(0o600)).unwrap();
-    Command::new(env!("CARGO_BIN_EXE_granary"))
-        .args([
-            "push",
-            "--json",
-            "--token-file",
-            token_file.to_str().unwrap(),
-            cache,
-        ])
-        .args(paths)
+    let mut command = Command::new(env!("CARGO_BIN_EXE_granary"));
+    command.args(["push", "--json", cache]).args(paths);
+    if extra.is_empty() {
+        command.arg("--token-file").arg(&token_file);
+    }
+    command
         .env("GRANARY_CONFIG", config)
         .env_remove("http_proxy")
         .output()
@@ -75,6 +77,20 @@ async fn a_closure_is_pushed_once_and_substituted_elsewhere() {
         client.nix("nix", &["copy", "--from", &url, &closure[2]]);
         client.nix("nix", &["store", "verify", "--all"]);
         assert!(client.nar(&closure[0]) == builder.nar(&closure[0]));
+
+        // By the name of a configured anchor's cache.
+        let anchor = format!(
+            "[[anchor]]\nurl = \"{url}\"\ntoken-file = \"{}/token\"\n",
+            builder.folder().display()
+        );
+        let named = try_push_as(&builder, "main", &token, &[&closure[2]], &anchor);
+        assert!(
+            named.status.success(),
+            "{}",
+            String::from_utf8_lossy(&named.stderr)
+        );
+        let unnamed = try_push_as(&builder, "other", &token, &[&closure[2]], &anchor);
+        assert!(String::from_utf8_lossy(&unnamed.stderr).contains("has a cache other"));
 
         let missing = try_push(
             &builder,
