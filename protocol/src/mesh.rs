@@ -863,6 +863,11 @@ impl Mesh {
         let events = self.lookups.tick(&mut self.chance, now);
         self.lookup_events(index, events, now);
         self.look_ahead(index, now);
+
+        // Whoever was dialled for all that has deadlines of its own by now.
+        for event in self.membership.tick(&mut self.chance, now) {
+            self.member_event(index, event, now);
+        }
     }
 
     /// Asks for what Nix will ask for next, unless this machine has it.

@@ -57,6 +57,11 @@ const ADDRESSES_MAX: usize = 8;
 /// A dial that the hands have not reported on by then is taken as failed.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(15);
 
+/// How long something that is wanted of a peer waits for it to be dialled. A machine on the local
+/// network that is awake answers within a tenth of it; one that sleeps, or hides behind a firewall,
+/// would hold up every lookup until [`DIAL_TIMEOUT`].
+const DIAL_HOPE: Duration = Duration::from_millis(500);
+
 /// How long a connection may stand before its Hello must have arrived and been verified.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -604,6 +609,7 @@ impl Membership {
                     State::Linked { transfer_port, .. } => transfer_port.is_some(),
                     State::Greeting { .. } | State::Dialling { .. } | State::Away => {
                         self.is_large
+                            && !peer.is_slow_to_dial(now)
                             && !peer.addresses.is_empty()
                             && peer.retry_at.is_none_or(|at| at <= now)
                             && peer
@@ -732,6 +738,14 @@ impl Membership {
                 {
                     idle.push(*id);
                 }
+                State::Dialling { since }
+                    if peer.is_wanted
+                        && *since + DIAL_HOPE <= now
+                        && *since + DIAL_TIMEOUT > now =>
+                {
+                    peer.is_wanted = false;
+                    events.push(Event::Unreachable(*id));
+                }
                 State::Dialling { since } if *since + DIAL_TIMEOUT <= now => {
                     peer.state = State::Away;
                     peer.failures = peer.failures.saturating_add(1);
@@ -776,6 +790,9 @@ impl Membership {
         let peers = self.peers.values().flat_map(|peer| {
             let of_state = match &peer.state {
                 State::Greeting { since, .. } => Some((*since + HELLO_TIMEOUT, "hello overdue")),
+                State::Dialling { since } if peer.is_wanted => {
+                    Some((*since + DIAL_HOPE, "dial is slow"))
+                }
                 State::Dialling { since } => Some((*since + DIAL_TIMEOUT, "dial overdue")),
                 State::Linked { certificate, .. } => self
                     .instant_of(certificate.not_after)
@@ -866,6 +883,11 @@ impl Peer {
             peer: id,
             addresses: self.addresses.clone(),
         }
+    }
+
+    /// Whether a dial takes longer than one that leads anywhere.
+    fn is_slow_to_dial(&self, now: Instant) -> bool {
+        matches!(self.state, State::Dialling { since } if since + DIAL_HOPE <= now)
     }
 
     fn back_off(&mut self, chance: &mut Chance, now: Instant) {

@@ -98,6 +98,8 @@ struct Lan {
     links: BTreeSet<(usize, usize)>,
     /// Nodes that nobody can dial.
     is_gone: BTreeSet<usize>,
+    /// Nodes that swallow what is dialled to them.
+    is_silent: BTreeSet<usize>,
 }
 
 /// The keys of all nodes, so that greater numbers have greater names.
@@ -206,6 +208,7 @@ impl Lan {
             posted: 0,
             links: BTreeSet::new(),
             is_gone: BTreeSet::new(),
+            is_silent: BTreeSet::new(),
         };
         for number in 0..count {
             lan.input(number, Input::ClockRead { unix: START });
@@ -255,6 +258,9 @@ impl Lan {
                 let other = to(peer);
                 if self.is_gone.contains(&other) || self.is_gone.contains(&number) {
                     return self.post(number, LATENCY, Input::DialFailed { peer });
+                }
+                if self.is_silent.contains(&other) {
+                    return;
                 }
                 if self.links.insert((number.min(other), number.max(other))) {
                     let link = |peer, address, outbound| Input::LinkUp {

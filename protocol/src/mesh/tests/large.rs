@@ -115,6 +115,30 @@ fn a_holder_that_cannot_be_dialled_does_not_hold_up_a_lookup() {
 }
 
 #[test]
+fn a_holder_that_does_not_answer_a_dial_holds_up_lookups_once_and_briefly() {
+    let mut lan = many();
+    lan.share(3, &[7]);
+    lan.run(Duration::from_secs(1));
+    let asker = (0..MANY)
+        .find(|number| *number != 3 && !lan.links.contains(&(3.min(*number), 3.max(*number))))
+        .unwrap();
+    // Asleep, or behind a firewall: packets to it are swallowed.
+    lan.is_silent.insert(3);
+    let ask = |lan: &mut Lan, number: u64| {
+        let (lookup, hash) = (LookupId(number), hash(7));
+        lan.input(asker, Input::Lookup { lookup, hash });
+        let before = lan.now;
+        while lan.nodes[asker].outcomes.len() < number as usize {
+            lan.run(Duration::from_millis(10));
+        }
+        lan.now - before
+    };
+    let took = ask(&mut lan, 1);
+    assert!(took <= Duration::from_millis(520), "{took:?}");
+    assert!(ask(&mut lan, 2) <= Duration::from_millis(10), "remembered");
+}
+
+#[test]
 fn a_newcomer_learns_everything_from_its_neighbours() {
     let mut lan = many();
     for number in 0..MANY - 1 {
