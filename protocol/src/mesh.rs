@@ -22,7 +22,7 @@ use rand_pcg::Pcg64;
 
 use crate::availability::{AvailabilityIndex, Cursor, HashPrefix};
 use crate::certificate::Certificate;
-use crate::message::{Answer, Message};
+use crate::message::{Answer, Message, Summary};
 use crate::peer::PeerId;
 use crate::store_path::StorePathHash;
 
@@ -62,6 +62,8 @@ pub struct Mesh {
     waiting: BTreeMap<PeerId, Waiting>,
     /// Whether the proofs that the index kept were read.
     is_restored: bool,
+    /// What this node knows of everybody, and at which versions of contacts and logs it was so.
+    summary: Option<((u64, u64), Summary)>,
     membership: membership::Membership,
     gossip: gossip::Gossip,
     lookups: lookup::Lookups,
@@ -93,6 +95,7 @@ impl Mesh {
             reads: BTreeSet::new(),
             waiting: BTreeMap::new(),
             is_restored: false,
+            summary: None,
             config,
             chance,
         }

@@ -69,6 +69,8 @@ pub(super) struct Gossip {
     pulls: Pulls,
     relay: Relay,
     repair_at: Instant,
+    /// Counts changes of sets, our own included.
+    version: u64,
 }
 
 impl Gossip {
@@ -79,7 +81,13 @@ impl Gossip {
             pulls: Pulls::default(),
             relay: Relay::default(),
             repair_at: now + chance.jitter(REPAIR_INTERVAL, REPAIR_JITTER_PERCENT),
+            version: 0,
         }
+    }
+
+    /// Changes whenever a cursor in the index does.
+    pub(super) fn version(&self) -> u64 {
+        self.version.wrapping_add(self.own.version())
     }
 
     /// Continues the log where the index left it.
@@ -146,6 +154,7 @@ impl Gossip {
 
     /// The writer is no member any more.
     pub(super) fn forget(&mut self, writer: &PeerId) {
+        self.version += 1;
         self.pulls.forget(writer);
         self.relay.forget(writer);
     }
@@ -263,6 +272,7 @@ impl Gossip {
             return vec![Event::Nonsense { from }];
         }
         index.apply(&writer, head.cursor, news);
+        self.version += 1;
         self.relay.keep_delta(&delta);
         let added = |operation: &Operation| match operation {
             Operation::Add(prefix) => Some(*prefix),
@@ -444,6 +454,7 @@ impl Gossip {
             return Vec::new();
         }
         index.replace(&writer, cursor, &prefixes);
+        self.version += 1;
         self.relay.drop_tail(&writer);
         self.relay.keep_head(&head);
         if let Some((teller, offer)) = outrun {

@@ -163,6 +163,12 @@ pub(super) struct Membership {
     peers: BTreeMap<PeerId, Peer>,
     /// Keys of `peers` whose state is [`State::Linked`].
     linked: BTreeSet<PeerId>,
+    /// Keys of `peers` that are dialled or connected: the few among thousands that time runs for.
+    busy: BTreeSet<PeerId>,
+    /// When the first contact expires, or before.
+    contact_expires_at: Option<Instant>,
+    /// Counts changes of what is known of members, this node included.
+    contacts_version: u64,
     /// Whether there are too many members to link them all.
     is_large: bool,
     neighbours_checked_at: Option<Instant>,
@@ -240,6 +246,9 @@ impl Membership {
             clock: None,
             peers: BTreeMap::new(),
             linked: BTreeSet::new(),
+            busy: BTreeSet::new(),
+            contact_expires_at: None,
+            contacts_version: 0,
             is_large: false,
             neighbours_checked_at: None,
             seeds: Seeds::new(config.seeds, now),
@@ -252,6 +261,8 @@ impl Membership {
     pub(super) fn clock_read(&mut self, unix: UnixTime, now: Instant) {
         self.is_changed = true;
         self.clock = Some((unix, now));
+        // A clock that was set changes what has ended.
+        self.contact_expires_at = Some(now);
     }
 
     pub(super) fn woke(&mut self, now: Instant) {
@@ -326,6 +337,7 @@ impl Membership {
             });
         }
         self.linked.remove(&id);
+        self.busy.insert(id);
         let peer = self.peers.get_mut(&id)?;
         // Who dialled speaks first. After a simultaneous dial both did.
         let said_hello = outbound || matches!(peer.state, State::Dialling { .. });
@@ -349,6 +361,7 @@ impl Membership {
     ) -> Option<Event> {
         self.is_changed = true;
         let was_linked = self.linked.remove(&id);
+        self.busy.remove(&id);
         // Who was refused, or said goodbye, is left alone under either name.
         let not_before = self.peers.get(&id).and_then(|peer| peer.retry_at);
         self.seeds
@@ -384,6 +397,7 @@ impl Membership {
         }
         peer.state = State::Away;
         peer.back_off(chance, now);
+        self.busy.remove(&id);
         self.is_changed = true;
         Some(Event::Unreachable(id))
     }
@@ -502,6 +516,7 @@ impl Membership {
         peer.neighbour = neighbours::Wishes::default();
         peer.retry_at = None;
         self.linked.remove(&id);
+        self.busy.remove(&id);
         self.is_changed = true;
         Some(Event::Released(id))
     }
@@ -566,6 +581,7 @@ impl Membership {
         peer.failures = peer.failures.saturating_add(1);
         peer.retry_at = Some(now + REFUSED_RETRY);
         peer.is_wanted = false;
+        self.busy.remove(&id);
         vec![Event::Refused {
             peer: id,
             refusal,
@@ -637,6 +653,7 @@ impl Membership {
         }
         peer.is_wanted = true;
         self.is_changed = true;
+        self.busy.insert(*id);
         Some(peer.dial(*id, now))
     }
 
@@ -717,15 +734,11 @@ impl Membership {
         let unix = self.unix(now);
         let mut refused = Vec::new();
         let mut idle = Vec::new();
-        let mut expired = Vec::new();
-        for (id, peer) in &mut self.peers {
-            if peer
-                .contact
-                .as_ref()
-                .is_some_and(|known| known.certificate.not_after <= unix)
-            {
-                expired.push(*id);
-            }
+        let mut gone = Vec::new();
+        for id in &self.busy {
+            let Some(peer) = self.peers.get_mut(id) else {
+                continue;
+            };
             match &peer.state {
                 State::Greeting { since, .. } if *since + HELLO_TIMEOUT <= now => {
                     refused.push((*id, Refusal::NoHello));
@@ -738,29 +751,33 @@ impl Membership {
                 {
                     idle.push(*id);
                 }
-                State::Dialling { since }
-                    if peer.is_wanted
-                        && *since + DIAL_HOPE <= now
-                        && *since + DIAL_TIMEOUT > now =>
-                {
-                    peer.is_wanted = false;
-                    events.push(Event::Unreachable(*id));
-                }
                 State::Dialling { since } if *since + DIAL_TIMEOUT <= now => {
                     peer.state = State::Away;
                     peer.failures = peer.failures.saturating_add(1);
                     peer.retry_at = Some(now + RETRY_MAX);
                     peer.is_wanted = false;
+                    gone.push(*id);
                     events.push(Event::Unreachable(*id));
                 }
-                State::Away
-                    if !self.is_large
-                        && peer.retry_at.is_some_and(|at| at <= now)
-                        && !peer.addresses.is_empty() =>
-                {
-                    events.push(peer.dial(*id, now));
+                State::Dialling { since } if peer.is_wanted && *since + DIAL_HOPE <= now => {
+                    peer.is_wanted = false;
+                    events.push(Event::Unreachable(*id));
                 }
                 _ => {}
+            }
+        }
+        for id in gone {
+            self.busy.remove(&id);
+        }
+        if !self.is_large {
+            for (id, peer) in &mut self.peers {
+                if matches!(peer.state, State::Away)
+                    && peer.retry_at.is_some_and(|at| at <= now)
+                    && !peer.addresses.is_empty()
+                {
+                    events.push(peer.dial(*id, now));
+                    self.busy.insert(*id);
+                }
             }
         }
         let seeds = self.seeds.tick(now);
@@ -771,11 +788,8 @@ impl Membership {
         for id in idle {
             events.extend(self.release(id));
         }
-        for id in expired {
-            if let Some(peer) = self.peers.get_mut(&id) {
-                peer.contact = None;
-            }
-            events.push(Event::Forgotten(id));
+        if self.contact_expires_at.is_some_and(|at| at <= now) {
+            events.extend(self.forget_expired(unix));
         }
         self.is_changed = false;
         self.due = self.next_due(now);
@@ -787,7 +801,8 @@ impl Membership {
     }
 
     fn next_due(&self, now: Instant) -> Option<(Instant, &'static str)> {
-        let peers = self.peers.values().flat_map(|peer| {
+        let busy = self.busy.iter().filter_map(|id| self.peers.get(id));
+        let busy = busy.flat_map(|peer| {
             let of_state = match &peer.state {
                 State::Greeting { since, .. } => Some((*since + HELLO_TIMEOUT, "hello overdue")),
                 State::Dialling { since } if peer.is_wanted => {
@@ -797,18 +812,24 @@ impl Membership {
                 State::Linked { certificate, .. } => self
                     .instant_of(certificate.not_after)
                     .map(|at| (at, "certificate expires")),
-                State::Away if peer.addresses.is_empty() || self.is_large => None,
-                State::Away => peer.retry_at.map(|at| (at, "dial again")),
+                State::Away => None,
             };
-            let contact = peer.contact.as_ref().and_then(|known| {
-                let at = self.instant_of(known.certificate.not_after)?;
-                Some((at, "contact expires"))
-            });
             let idle = peer.idle_at().filter(|_| self.is_large);
-            let idle = idle.map(|at| (at, "close an idle link"));
-            [of_state, contact, idle]
+            [of_state, idle.map(|at| (at, "close an idle link"))]
         });
-        let others = [self.seeds.deadline(), self.neighbours_deadline(now)];
+        let is_small = !self.is_large;
+        let away = self.peers.values().filter(|peer| {
+            is_small && matches!(peer.state, State::Away) && !peer.addresses.is_empty()
+        });
+        let away = away.map(|peer| peer.retry_at.map(|at| (at, "dial again")));
+        let others = [
+            self.contact_expires_at.map(|at| (at, "contact expires")),
+            self.seeds.deadline(),
+            self.neighbours_deadline(now),
+        ];
+        // In a large mesh nobody is dialled because of the time, and nobody is looked at for it.
+        let away = is_small.then_some(away).into_iter().flatten();
+        let peers = busy.chain(away);
         let all = peers.chain(others).flatten();
         all.min_by_key(|(at, _)| *at)
     }

@@ -112,7 +112,20 @@ impl Mesh {
         all
     }
 
-    pub(super) fn summary(&self, index: &dyn AvailabilityIndex) -> Summary {
+    /// The digest of [`Mesh::known`], worked out when something changed since.
+    pub(super) fn summary(&mut self, index: &dyn AvailabilityIndex) -> Summary {
+        let version = (self.membership.contacts_version(), self.gossip.version());
+        match self.summary {
+            Some((at, summary)) if at == version => summary,
+            _ => {
+                let summary = self.summary_anew(index);
+                self.summary = Some((version, summary));
+                summary
+            }
+        }
+    }
+
+    fn summary_anew(&self, index: &dyn AvailabilityIndex) -> Summary {
         let known = self.known(index);
         let mut bytes = Vec::with_capacity(known.len() * 56);
         for one in known {

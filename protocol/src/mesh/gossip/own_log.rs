@@ -38,6 +38,8 @@ pub(super) struct OwnLog {
     flush_at: Option<Instant>,
     /// The signed head at `cursor`, once somebody asked for it.
     head: Option<SignedHead>,
+    /// Counts changes of `cursor`.
+    version: u64,
 }
 
 impl OwnLog {
@@ -51,7 +53,12 @@ impl OwnLog {
             pending: Vec::new(),
             flush_at: None,
             head: None,
+            version: 0,
         }
+    }
+
+    pub(super) fn version(&self) -> u64 {
+        self.version
     }
 
     /// Continues the log where the index left it, or starts a new epoch when it left nothing.
@@ -169,6 +176,7 @@ impl OwnLog {
             ..before
         };
         index.apply(&self.key.peer_id(), cursor, &operations);
+        self.version += 1;
         self.cursor = Some(cursor);
         self.head = None;
         self.log.extend(&operations);
@@ -218,6 +226,7 @@ impl OwnLog {
         let cursor = Cursor { epoch, sequence };
         let prefixes: Vec<HashPrefix> = self.set.iter().copied().collect();
         index.replace(&self.key.peer_id(), cursor, &prefixes);
+        self.version += 1;
         self.cursor = Some(cursor);
         self.began_epoch = true;
         self.log.clear();

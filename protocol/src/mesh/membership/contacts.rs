@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Instant;
 
-use super::{ADDRESSES_MAX, Membership, Peer, Proved, State};
-use crate::certificate::Certificate;
+use super::{ADDRESSES_MAX, Event, Membership, Peer, Proved, State};
+use crate::certificate::{Certificate, UnixTime};
 use crate::contact::{CONTACT_ADDRESSES_MAX, NotAContact, SignedContact};
 use crate::peer::PeerId;
 
@@ -36,6 +36,7 @@ impl Membership {
     }
 
     pub(super) fn sign_own(&mut self, now: Instant) {
+        self.contacts_version += 1;
         let is_same = |kept: &SignedContact| {
             let kept = kept.contact();
             kept.addresses == self.own.addresses
@@ -120,12 +121,41 @@ impl Membership {
         } else if peer.contact.is_none() && peer.retry_at.is_none() {
             peer.retry_at = Some(now);
         }
+        let not_after = certificate.not_after;
         peer.contact = Some(Box::new(Proved {
             signed,
             certificate,
         }));
         self.is_changed = true;
+        self.contacts_version += 1;
+        let expires_at = self.instant_of(not_after);
+        let known = self.contact_expires_at.into_iter();
+        self.contact_expires_at = known.chain(expires_at).min();
         true
+    }
+
+    /// Forgets members whose certificate has ended.
+    pub(super) fn forget_expired(&mut self, unix: UnixTime) -> Vec<Event> {
+        let mut forgotten = Vec::new();
+        let mut next: Option<UnixTime> = None;
+        for (id, peer) in &mut self.peers {
+            let Some(known) = &peer.contact else { continue };
+            let not_after = known.certificate.not_after;
+            if not_after <= unix {
+                peer.contact = None;
+                forgotten.push(Event::Forgotten(*id));
+            } else {
+                next = Some(next.map_or(not_after, |next| next.min(not_after)));
+            }
+        }
+        self.contacts_version += forgotten.len() as u64;
+        self.contact_expires_at = next.and_then(|next| self.instant_of(next));
+        forgotten
+    }
+
+    /// Changes whenever what [`Membership::contacts`] returns does.
+    pub(crate) fn contacts_version(&self) -> u64 {
+        self.contacts_version
     }
 
     /// Every member known by its contact, this node included: its number, ordered by PeerId.

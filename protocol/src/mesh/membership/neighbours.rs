@@ -150,19 +150,23 @@ impl Membership {
 
     /// Finds out whether everyone can be linked, and mends too few or too many neighbours.
     pub(super) fn check_neighbours(&mut self, chance: &mut Chance, now: Instant) -> Vec<Event> {
+        // Counting looks at everybody: in a large mesh, not more often than anything is mended.
+        let is_early = self
+            .neighbours_checked_at
+            .is_some_and(|at| at + CHECK_INTERVAL > now);
+        if self.is_large && is_early {
+            return Vec::new();
+        }
         let mut events = self.recount(now);
         if !self.is_large {
             self.neighbours_checked_at = None;
             return events;
         }
-        let is_early = self
-            .neighbours_checked_at
-            .is_some_and(|at| at + CHECK_INTERVAL > now);
-        if is_early {
-            return events;
-        }
         self.neighbours_checked_at = Some(now);
-        for (id, peer) in &mut self.peers {
+        for id in &self.linked {
+            let Some(peer) = self.peers.get_mut(id) else {
+                continue;
+            };
             let wishes = &mut peer.neighbour;
             if wishes.asked_at.is_some_and(|at| at + WISH_TIMEOUT <= now) {
                 wishes.asked_at = None;
@@ -178,7 +182,8 @@ impl Membership {
         for _ in 0..mutual.saturating_sub(NEIGHBOURS_MAX).div_ceil(4) {
             events.extend(self.part_with_one(None, chance, now));
         }
-        let seeking = self.peers.values().filter(|peer| {
+        let busy = self.busy.iter().filter_map(|id| self.peers.get(id));
+        let seeking = busy.filter(|peer| {
             matches!(peer.state, State::Dialling { .. } | State::Greeting { .. }) && !peer.is_wanted
         });
         let mut engaged = self.engaged(now) + seeking.count();
@@ -197,10 +202,8 @@ impl Membership {
         if !self.is_large {
             return None;
         }
-        let is_waiting = self
-            .peers
-            .values()
-            .any(|peer| peer.neighbour.asked_at.is_some());
+        let mut linked = self.linked.iter().filter_map(|id| self.peers.get(id));
+        let is_waiting = linked.any(|peer| peer.neighbour.asked_at.is_some());
         let mutual = self.mutual();
         let is_well = (NEIGHBOURS_MIN..=NEIGHBOURS_MAX).contains(&mutual) && !is_waiting;
         let checked_at = self.neighbours_checked_at.unwrap_or(now);
@@ -312,6 +315,7 @@ impl Membership {
             .map(|(id, _)| *id)
             .collect();
         let id = *chance.pick(&away)?;
+        self.busy.insert(id);
         let peer = self.peers.get_mut(&id)?;
         Some(peer.dial(id, now))
     }

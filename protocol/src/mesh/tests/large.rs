@@ -341,7 +341,14 @@ fn a_restart_knows_members_and_sets_from_its_index_and_sends_cursors_only() {
     }
     // And it can prove to others what it kept.
     isolate(&mut lan, 2);
-    lan.nodes[1].index.forget(&id(2));
+    let config = lan.nodes[1].mind.config.clone();
+    isolate(&mut lan, 1);
+    lan.run(Duration::from_millis(10));
+    lan.nodes[1].index = MemoryIndex::new();
+    lan.nodes[1].mind = Mesh::new(id(1), config, 9, lan.now);
+    lan.nodes[1].admitted.clear();
+    lan.is_gone.remove(&1);
+    lan.input(1, Input::ClockRead { unix: START });
     lan.meet(0, 1);
     lan.run(Duration::from_secs(40));
     assert!(lan.knows(1, 2, 7));
