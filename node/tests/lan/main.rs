@@ -10,7 +10,7 @@
 //!
 //! `GRANARY_LAN_KEEP=1` keeps the folders of a test; `GRANARY_LAN_NIX="nix-versions run trixie"` puts
 //! that command before every call of Nix on machines that do not build, to run the same tests with
-//! another release as the client.
+//! another release as the client. `GRANARY_LAN_IDLE_SECONDS=60` has `office` watch an idle office that long.
 
 mod network;
 mod process;
@@ -20,6 +20,7 @@ mod machine;
 mod admission;
 mod status;
 mod proxy;
+mod tap;
 
 mod substitution;
 mod freshness;
@@ -28,3 +29,4 @@ mod corruption;
 mod garbage;
 mod roaming;
 mod faults;
+mod office;

@@ -30,6 +30,12 @@ impl Status {
             .count()
     }
 
+    /// How many paths the peer says it holds.
+    pub fn paths_of(&self, peer_id: &str) -> Option<u64> {
+        let mut peers = self.0["peers"].as_array().into_iter().flatten();
+        peers.find(|peer| peer["peer_id"].as_str() == Some(peer_id))?["paths"].as_u64()
+    }
+
     pub fn is_quarantined(&self, peer_id: &str) -> bool {
         let mut peers = self.0["peers"].as_array().into_iter().flatten();
         peers.any(|peer| peer["peer_id"].as_str() == Some(peer_id) && !peer["quarantine"].is_null())
