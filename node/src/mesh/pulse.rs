@@ -1,9 +1,13 @@
 //! The pulse: whether the other end of a connection still answers.
 //!
-//! A peer that lost its power or its network says nothing, and TCP takes minutes to notice. So each side asks the other
+//! A peer that lost its power or its network says nothing, and TCP takes minutes to notice. So one side asks the other
 //! for an echo of eight bytes over a substream of their own: every [`INTERVAL`], and at once when there is reason to
 //! doubt ([`Pulse::feel`]): this machine's network changed, or the peer owes an answer. libp2p's ping cannot be asked
 //! to hurry, and forgives the first failure.
+//!
+//! One of the two asking is enough: a question that follows another shows that the answer arrived, so who is asked
+//! knows as much as who asks. The side that dialled asks; the other one does when it has not been asked for a little
+//! longer, or is in doubt itself.
 //!
 //! Invariants: one question is under way per connection; one that is not answered in time is reported once, and the
 //! connection is not asked again; what the other side asks costs eight bytes of memory.
@@ -35,6 +39,10 @@ const PROTOCOL: StreamProtocol = StreamProtocol::new("/granary/pulse/1");
 /// their sum even when nobody wants anything of it.
 const INTERVAL: Duration = Duration::from_secs(5);
 const LIMIT: Duration = Duration::from_secs(5);
+
+/// The interval of the side that did not dial, counted from when it was last asked: longer by what a question may be
+/// late on a machine under load, so that both sides do not ask at the same time for ever.
+const LISTENER_INTERVAL: Duration = Duration::from_millis(5500);
 
 /// How long a question may take that is asked in doubt. On a LAN an answer takes a millisecond; a machine under load
 /// needs some hundred, and losing a link costs it a second.
@@ -91,7 +99,7 @@ impl NetworkBehaviour for Pulse {
         _local_address: &Multiaddr,
         _remote_address: &Multiaddr,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(Handler::new())
+        Ok(Handler::new(LISTENER_INTERVAL))
     }
 
     fn handle_established_outbound_connection(
@@ -102,7 +110,7 @@ impl NetworkBehaviour for Pulse {
         _role_override: Endpoint,
         _port_use: PortUse,
     ) -> Result<Handler, ConnectionDenied> {
-        Ok(Handler::new())
+        Ok(Handler::new(INTERVAL))
     }
 
     fn on_swarm_event(&mut self, event: FromSwarm<'_>) {
@@ -141,7 +149,10 @@ pub struct Handler {
     question: Question,
     /// Of the next question while none is under way, else of the answer.
     alarm: Pin<Box<Sleep>>,
-    answering: Option<BoxFuture<'static, io::Result<()>>>,
+    /// Between two questions of this side, as long as the other one asks nothing.
+    interval: Duration,
+    /// Ends when a question was answered.
+    answering: Option<BoxFuture<'static, io::Result<Stream>>>,
 }
 
 enum Question {
@@ -157,10 +168,11 @@ enum Question {
 }
 
 impl Handler {
-    fn new() -> Handler {
+    fn new(interval: Duration) -> Handler {
         Handler {
             question: Question::None(None),
-            alarm: Box::pin(tokio::time::sleep(INTERVAL)),
+            alarm: Box::pin(tokio::time::sleep(interval)),
+            interval,
             answering: None,
         }
     }
@@ -190,14 +202,13 @@ async fn beat(mut stream: Stream) -> io::Result<Stream> {
     }
 }
 
-/// Echoes until the other side ends the substream.
-async fn answer(mut stream: Stream) -> io::Result<()> {
+/// Echoes once; an error is the end of the substream.
+async fn answer(mut stream: Stream) -> io::Result<Stream> {
     let mut bytes = [0; BEAT.len()];
-    loop {
-        stream.read_exact(&mut bytes).await?;
-        stream.write_all(&bytes).await?;
-        stream.flush().await?;
-    }
+    stream.read_exact(&mut bytes).await?;
+    stream.write_all(&bytes).await?;
+    stream.flush().await?;
+    Ok(stream)
 }
 
 impl ConnectionHandler for Handler {
@@ -253,10 +264,13 @@ impl ConnectionHandler for Handler {
         &mut self,
         cx: &mut Context<'_>,
     ) -> Poll<ConnectionHandlerEvent<Self::OutboundProtocol, (), Silent>> {
-        if let Some(answering) = &mut self.answering
-            && answering.poll_unpin(cx).is_ready()
+        while let Some(answering) = &mut self.answering
+            && let Poll::Ready(answered) = answering.poll_unpin(cx)
         {
-            self.answering = None;
+            self.answering = answered.ok().map(|stream| answer(stream).boxed());
+            if self.answering.is_some() && matches!(self.question, Question::None(_)) {
+                self.alarm.as_mut().reset(Instant::now() + self.interval);
+            }
         }
         loop {
             match &mut self.question {
@@ -270,7 +284,7 @@ impl ConnectionHandler for Handler {
                 Question::Asked(asked) => match asked.poll_unpin(cx) {
                     Poll::Ready(Ok(stream)) => {
                         self.question = Question::None(Some(stream));
-                        self.alarm.as_mut().reset(Instant::now() + INTERVAL);
+                        self.alarm.as_mut().reset(Instant::now() + self.interval);
                     }
                     Poll::Ready(Err(_)) => {
                         self.question = Question::Over;

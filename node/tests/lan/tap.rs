@@ -242,11 +242,12 @@ impl Passed {
             .sum()
     }
 
-    /// When the control plane first sent something.
-    pub fn first_sent(&self) -> Option<Instant> {
-        let mut all = self.0.iter();
-        all.find(|packet| packet.kind == Kind::Control && packet.is_sent)
-            .map(|packet| packet.at)
+    /// When the control plane first sent a message of so many bytes or more.
+    pub fn first_sent(&self, bytes_min: usize) -> Option<Instant> {
+        let is_one = |packet: &&Packet| {
+            packet.kind == Kind::Control && packet.is_sent && packet.payload >= bytes_min
+        };
+        self.0.iter().find(is_one).map(|packet| packet.at)
     }
 
     /// When the control plane last said something in either direction.
