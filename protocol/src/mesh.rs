@@ -367,7 +367,11 @@ impl Mesh {
                 cursors,
                 is_complete,
             } => {
-                let ours = self.known(index);
+                let ours = if is_complete {
+                    self.known(index)
+                } else {
+                    self.known_of(index, &cursors)
+                };
                 let lacks = self.gossip.compare(peer, &ours, &cursors, is_complete);
                 if !lacks.is_empty() {
                     let cursors = lacks;

@@ -1,7 +1,7 @@
 //! Frames: NARs on disk and in storage as seekable zstd, written and read.
 //!
 //! [`FrameWriter`] compresses what is pushed into it, in frames of
-//! [`FRAME_RAW_BYTES`](granary_protocol::seekable::FRAME_RAW_BYTES), and ends with the table;
+//! [`FRAME_RAW_BYTES`], and ends with the table;
 //! `raw_of` undoes one frame. Everything here blocks and belongs on a blocking thread. Memory: two
 //! buffers of one frame each, and what zstd needs for one frame at [`LEVEL`] (some 6 MiB).
 

@@ -6,7 +6,7 @@
 //! request that fills it, so that an upload can be continued by the next one.
 //!
 //! Memory: [`PIECES_MAX`] pieces of the body, the decompressor, and a
-//! [`FrameWriter`](super::frames::FrameWriter), some 16 MiB together.
+//! [`FrameWriter`], some 16 MiB together.
 
 use std::fs::File;
 use std::io::{self, BufRead, Read};

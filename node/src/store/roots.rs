@@ -1,7 +1,7 @@
 //! Roots: keeps paths from Nix's garbage collector while they are being sent.
 //!
 //! Three ways, the first that works: a temporary root at the Nix daemon ([`daemon`]); as root without a daemon, a file
-//! of temporary roots as Nix's own processes have one ([`file`]); and else only the descriptor that every open
+//! of temporary roots as Nix's own processes have one ([`mod@file`]); and else only the descriptor that every open
 //! [`Nar`](super::Nar) has on its path, which a collector of the same file system that may look into `/proc` respects
 //! when it was open before the collection began.
 //!

@@ -112,6 +112,23 @@ impl Mesh {
         all
     }
 
+    /// What this node knows of the writers that somebody tells of, ascending as those are.
+    pub(super) fn known_of(
+        &self,
+        index: &dyn AvailabilityIndex,
+        told: &[WriterCursor],
+    ) -> Vec<WriterCursor> {
+        let known = |told: &WriterCursor| {
+            let contact = self.membership.contact(&told.writer)?;
+            Some(WriterCursor {
+                writer: told.writer,
+                contact: contact.contact().number,
+                cursor: index.cursor(&told.writer),
+            })
+        };
+        told.iter().filter_map(known).collect()
+    }
+
     /// The digest of [`Mesh::known`], worked out when something changed since.
     pub(super) fn summary(&mut self, index: &dyn AvailabilityIndex) -> Summary {
         let version = (self.membership.contacts_version(), self.gossip.version());
