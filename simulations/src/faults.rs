@@ -190,6 +190,10 @@ impl World {
                 machine,
                 loses_state,
             } => {
+                // One that sleeps is not running anything that could crash, and goes on with what it has.
+                if self.machines[machine].is_asleep {
+                    return;
+                }
                 self.end_process(machine);
                 if loses_state {
                     self.machines[machine].index = SharedIndex::new(&self.pool);

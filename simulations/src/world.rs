@@ -150,7 +150,10 @@ pub enum Event {
     /// Faults are over.
     Calm,
     /// Every index must be right.
-    JudgeIndexes,
+    /// The number of times that it was put off, because something was too fresh to be known.
+    JudgeIndexes {
+        again: u32,
+    },
     /// Every want must be delivered.
     JudgeDeliveries,
     /// A window of the report begins or ends.
@@ -442,7 +445,10 @@ impl World {
             self.post(at, Event::Fault(fault));
         }
         self.post(calm, Event::Calm);
-        self.post(calm + liveness::INDEX_WITHIN, Event::JudgeIndexes);
+        self.post(
+            calm + liveness::INDEX_WITHIN,
+            Event::JudgeIndexes { again: 0 },
+        );
         self.post(judgement, Event::JudgeDeliveries);
         self.post(Duration::ZERO, Event::Sample);
     }
@@ -597,8 +603,18 @@ impl World {
             Event::Fault(fault) => self.strike(fault),
             Event::Sample => self.sample(),
             Event::Calm => self.calm(),
-            Event::JudgeIndexes if self.scenario.phases.judges => liveness::indexes(self),
-            Event::JudgeIndexes => {}
+            Event::JudgeIndexes { again } => {
+                if self.scenario.phases.judges
+                    && liveness::indexes(self)
+                    && again < liveness::JUDGED_AGAIN_MAX
+                {
+                    let again = again + 1;
+                    self.post(
+                        self.now + liveness::NEWS_WITHIN,
+                        Event::JudgeIndexes { again },
+                    );
+                }
+            }
             Event::JudgeDeliveries => {
                 if self.scenario.phases.judges {
                     liveness::deliveries(self);

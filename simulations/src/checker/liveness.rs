@@ -10,6 +10,12 @@ use crate::world::World;
 /// Repair after faults takes at most this long.
 pub const INDEX_WITHIN: Duration = Duration::from_secs(35);
 
+/// What a writer gained so recently may be on its way: such a writer is judged again after this long.
+pub const NEWS_WITHIN: Duration = Duration::from_secs(1);
+
+/// How often the indexes are judged again at most: somebody has news all the time while much is fetched.
+pub const JUDGED_AGAIN_MAX: u32 = 10;
+
 /// Counts pairs of machines, and those of which the reader knows exactly what the writer holds.
 pub fn agreement(world: &World, readers: impl Iterator<Item = usize>) -> (u64, u64) {
     let (mut pairs, mut exact) = (0, 0);
@@ -39,12 +45,22 @@ fn can_link(world: &World, one: usize, other: usize) -> bool {
     world.can_connect(one, other) || world.can_connect(other, one)
 }
 
-/// Demands that every index is right.
-pub fn indexes(world: &mut World) {
+/// Demands that every index is right, and returns whether some writer had news too fresh to tell.
+pub fn indexes(world: &mut World) -> bool {
     let count = world.machines.len();
+    let is_fresh = |writer: usize| {
+        let since = world.machines[writer].held_since.values().max();
+        since.is_some_and(|since| *since + NEWS_WITHIN > world.now)
+    };
+    let fresh: Vec<bool> = (0..count).map(is_fresh).collect();
+    let mut has_news = false;
     for reader in 0..count {
         for writer in 0..count {
             if knows(world, reader, writer) == Some(false) {
+                if fresh[writer] {
+                    has_news = true;
+                    continue;
+                }
                 let known = world.machines[reader]
                     .index
                     .count(&world.machines[writer].peer);
@@ -52,10 +68,12 @@ pub fn indexes(world: &mut World) {
                     "{INDEX_WITHIN:?} after the faults it knows {known} paths of machine {writer}, which holds {} of them or others",
                     world.machines[writer].store.len(),
                 );
-                return world.violated(reader, "liveness", seen);
+                world.violated(reader, "liveness", seen);
+                return false;
             }
         }
     }
+    has_news
 }
 
 /// Demands that every path is delivered that somebody holds who can be reached.
