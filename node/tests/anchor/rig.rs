@@ -76,8 +76,21 @@ impl Rig {
         self.server = Some(server.unwrap());
     }
 
+    /// Stops the anchor, and waits until its threads have closed the catalog: SQLite in the same process
+    /// does not take well to files that are deleted under an open connection.
     pub async fn stop(&mut self) {
         self.server.take().unwrap().stop().await;
+        let state = self.state();
+        let is_open = || {
+            let open = std::fs::read_dir("/proc/self/fd").unwrap();
+            let mut files = open.filter_map(|fd| std::fs::read_link(fd.ok()?.path()).ok());
+            files.any(|file| file.starts_with(&state))
+        };
+        let started = std::time::Instant::now();
+        while is_open() {
+            assert!(started.elapsed() < GENEROUS, "the catalog stays open");
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
     }
 
     pub fn address(&self) -> SocketAddr {
