@@ -270,6 +270,10 @@ impl Anchor {
             return Ok(false);
         };
         let _held = self.locks.lock(path.nar_hash).await;
+        // One that is being read is not even hidden for a moment: its reader asks for the NAR next.
+        if used_before.is_some() && self.is_used_now(cache, hash) {
+            return Ok(false);
+        }
         if !self.catalog.begin_removal(cache, hash, used_before).await? {
             return Ok(false);
         }
