@@ -55,9 +55,9 @@ pub fn indexes(world: &mut World) -> bool {
     let fresh: Vec<bool> = (0..count).map(is_fresh).collect();
     let mut has_news = false;
     for reader in 0..count {
-        for writer in 0..count {
+        for (writer, is_fresh) in fresh.iter().enumerate() {
             if knows(world, reader, writer) == Some(false) {
-                if fresh[writer] {
+                if *is_fresh {
                     has_news = true;
                     continue;
                 }
