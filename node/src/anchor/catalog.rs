@@ -384,11 +384,14 @@ impl Catalog {
     }
 
     /// Whether a complete path of this cache has the NAR: who may read the cache may read that.
+    ///
+    /// A path that a collection has hidden counts: who read its narinfo before comes for the NAR after,
+    /// and the collection may yet find that it is in use. Its NAR is there for another day anyway.
     pub async fn cache_has_nar(&self, cache: i64, nar_hash: NarHash) -> Result<bool, CatalogError> {
         self.read(move |connection| {
             connection
                 .prepare_cached(
-                    "SELECT 1 FROM paths WHERE cache = ?1 AND nar_hash = ?2 AND state = 1",
+                    "SELECT 1 FROM paths WHERE cache = ?1 AND nar_hash = ?2 AND state IN (1, 2)",
                 )?
                 .exists(params![cache, nar_hash.as_bytes()])
         })
