@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use granary_protocol::certificate::{Certificate, SignedCertificate, UnixTime, mesh_tag};
@@ -226,8 +226,8 @@ impl Daemon {
     /// The longest that [`Daemon::stop`] takes.
     pub const STOP_TIMEOUT: Duration = Duration::from_secs(3 * DRAIN_TIMEOUT.as_secs() + 1);
 
-    fn mesh(&self) -> Option<&mesh::MeshHandle> {
-        Some(&self.endpoint.engine()?.joined.get()?.mesh)
+    fn mesh(&self) -> Option<mesh::MeshHandle> {
+        Some(self.endpoint.engine()?.joined()?.mesh.clone())
     }
 }
 
@@ -257,31 +257,43 @@ impl Start {
             deny: self.config.share.deny.clone(),
             trust: self.config.trusted_keys(),
         });
-        self.endpoint.start(Engine {
-            records: store.records(self.config.log_dir()),
-            store: store.clone(),
-            rules: rules.clone(),
-            joined: OnceLock::new(),
-            about: self.about(),
-        });
+        self.endpoint.start(Engine::new(
+            store.clone(),
+            store.records(self.config.log_dir()),
+            rules.clone(),
+            self.about(),
+        ));
         let shared = Arc::new(SharedStore::new(store, rules));
-        let joined = match self.config.mesh.key.clone() {
-            Some(mesh_key) => {
-                let certificate = self.certificate().await;
-                self.join(mesh_key, certificate, shared, mesh_ports, transfer)
-                    .await
+        let has_caches = !self.caches.roles().is_empty();
+        let Some(mesh_key) = self.config.mesh.key.clone() else {
+            match has_caches {
+                true => info!("mesh.key is not set, asking anchors and upstreams only"),
+                false => info!("mesh.key is not set, serving this machine only"),
             }
-            None if self.caches.roles().is_empty() => {
-                info!("mesh.key is not set, serving this machine only");
-                return;
+            if has_caches {
+                self.ask_caches_alone(shared).await;
             }
-            None => {
-                info!("mesh.key is not set, asking anchors and upstreams only");
-                self.join_nobody(shared).await
+            return;
+        };
+        let certificate = match self.read_certificate() {
+            Ok(certificate) => certificate,
+            Err(_) => {
+                if has_caches {
+                    // What waits for an administrator must not keep Nix from its caches.
+                    self.ask_caches_alone(shared.clone()).await;
+                }
+                self.certificate().await
             }
         };
-        if let Err(error) = joined {
+        let joined = self.join(mesh_key, certificate, shared, mesh_ports, transfer);
+        if let Err(error) = joined.await {
             error!(%error, "could not join the mesh, serving this machine only");
+        }
+    }
+
+    async fn ask_caches_alone(&self, shared: Arc<dyn LocalStore>) {
+        if let Err(error) = self.join_nobody(shared).await {
+            error!(%error, "could not set out to ask anchors and upstreams");
         }
     }
 
@@ -405,12 +417,15 @@ impl Start {
             seeds,
             caches: self.caches.clone(),
             mdns,
-            index_file: self.config.index_file(),
+            // What one that hears of nobody would keep has nobody to read it.
+            index_file: (!is_alone).then(|| self.config.index_file()),
         };
         let acceptor = tls::acceptor(&self.identity, HANDSHAKE_TIMEOUT)?;
         let connector = tls::connector(&self.identity, HANDSHAKE_TIMEOUT)?;
         let mesh = mesh::start(&self.identity, shared.clone(), options).await?;
-        info!(address = %mesh.listening(), ?transfer_port, "joined the mesh");
+        if !is_alone {
+            info!(address = %mesh.listening(), ?transfer_port, "joined the mesh");
+        }
         let port = MembersPort::new(
             acceptor,
             shared,
@@ -424,18 +439,19 @@ impl Start {
             self.tasks.spawn(port.clone().accept(listener));
         }
         let peers = Arc::new(PeerCaches::new(connector));
-        self.tasks.spawn(drop_departed(
-            mesh.clone(),
-            peers.clone(),
-            self.shutdown.clone(),
-        ));
+        if !is_alone {
+            // It holds the mesh, and one that is replaced shall end with its last fetch.
+            let (mesh, shutdown) = (mesh.clone(), self.shutdown.clone());
+            self.tasks
+                .spawn(drop_departed(mesh, peers.clone(), shutdown));
+        }
         if let Some(engine) = self.endpoint.engine() {
-            // Set once: this function runs once per process.
-            let _ = engine.joined.set(Joined {
+            engine.join(Joined {
+                is_member: !is_alone,
                 mesh,
                 peers,
                 caches: self.caches.clone(),
-                certificate: own,
+                certificate: own.filter(|_| !is_alone),
             });
         }
         Ok(())

@@ -71,7 +71,8 @@ pub struct Options {
     /// `host:port` of unknown peers; their number is `mind.seeds`.
     pub seeds: Vec<String>,
     pub mdns: Option<Mdns>,
-    pub index_file: PathBuf,
+    /// `None` keeps it in memory.
+    pub index_file: Option<PathBuf>,
     /// What `mind.caches` numbers.
     pub caches: Arc<WebCaches>,
 }
@@ -413,7 +414,10 @@ impl Loop {
     ) -> Result<(Loop, SocketAddr), MeshError> {
         let me = PeerId::from_public_key(identity.public_key());
         let clock = Clock::new();
-        let index = SqliteIndex::open(&options.index_file)?;
+        let index = match &options.index_file {
+            Some(file) => SqliteIndex::open(file)?,
+            None => SqliteIndex::in_memory()?,
+        };
         let limits = links::Limits::new(wire::FRAME_BYTES_MAX);
         let mut network = Network::new(identity, &options.listen, limits)?;
         let listening = match options.listen.first() {

@@ -6,7 +6,7 @@
 //! before its last 64 KiB ([`assembly`]). How connections come and go is the [`door`]'s affair.
 
 use std::ops::Range;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -60,18 +60,48 @@ pub struct Engine {
     pub store: Arc<dyn LocalStore>,
     pub records: Records,
     pub rules: Arc<SharingRules>,
-    /// Empty on a machine that belongs to no mesh, or not yet.
-    pub joined: OnceLock<Joined>,
     pub about: status::About,
+    joined: RwLock<Option<Arc<Joined>>>,
 }
 
 /// The way to other members, and to caches outside the mesh.
 pub struct Joined {
+    /// False for a mind that has no mesh, or no certificate yet, and asks caches alone.
+    pub is_member: bool,
     pub mesh: MeshHandle,
     pub peers: Arc<PeerCaches>,
     pub caches: Arc<WebCaches>,
     /// What our own certificate says; `None` when it says nothing sensible.
     pub certificate: Option<status::CertificateAbout>,
+}
+
+impl Engine {
+    pub fn new(
+        store: Arc<dyn LocalStore>,
+        records: Records,
+        rules: Arc<SharingRules>,
+        about: status::About,
+    ) -> Engine {
+        Engine {
+            store,
+            records,
+            rules,
+            about,
+            joined: RwLock::default(),
+        }
+    }
+
+    /// Sends lookups and fetches that begin from here on this way. Those under way end on theirs.
+    pub fn join(&self, joined: Joined) {
+        let mut place = self.joined.write().unwrap_or_else(PoisonError::into_inner);
+        *place = Some(Arc::new(joined));
+    }
+
+    /// `None` on a machine that can ask nobody, or not yet.
+    pub fn joined(&self) -> Option<Arc<Joined>> {
+        let place = self.joined.read().unwrap_or_else(PoisonError::into_inner);
+        place.clone()
+    }
 }
 
 /// The endpoint; answers from its first moment on, with 404 until the engine is there.
@@ -188,11 +218,17 @@ impl Substituter {
             Route::Browse(hash, path) => {
                 self.or_absent(browse::answer(&engine.store, hash, path, method, headers).await)
             }
-            Route::Status => respond::json(status::report(self.sources(engine)).await),
-            Route::Why(path) => match status::why(self.sources(engine), &path).await {
-                Some(report) => respond::json(report),
-                None => respond::not_found(false),
-            },
+            Route::Status => {
+                let joined = engine.joined();
+                respond::json(status::report(self.sources(engine, joined.as_deref())).await)
+            }
+            Route::Why(path) => {
+                let joined = engine.joined();
+                match status::why(self.sources(engine, joined.as_deref()), &path).await {
+                    Some(report) => respond::json(report),
+                    None => respond::not_found(false),
+                }
+            }
             Route::Unknown { is_nar } => respond::not_found(is_nar),
         }
     }
@@ -200,9 +236,9 @@ impl Substituter {
     /// Says how the node stands, from memory alone: a hung disk must not hide that we are alive.
     fn health(&self) -> Response<Body> {
         let engine = self.engine.get();
-        let mesh = match engine.and_then(|engine| engine.joined.get()) {
-            Some(_) if self.is_in_mesh => "joined",
-            None if self.is_in_mesh => "waiting",
+        let mesh = match engine.and_then(Engine::joined) {
+            Some(joined) if joined.is_member => "joined",
+            _ if self.is_in_mesh => "waiting",
             _ => "none",
         };
         let store = match engine {
@@ -221,10 +257,9 @@ impl Substituter {
 
     async fn exposition(&self) -> Response<Body> {
         let engine = self.engine.get();
-        let mesh = engine
-            .and_then(|engine| engine.joined.get())
-            .filter(|_| self.is_in_mesh)
-            .map(|joined| &joined.mesh);
+        let joined = engine.and_then(Engine::joined);
+        let mesh = joined.as_deref().filter(|joined| joined.is_member);
+        let mesh = mesh.map(|joined| &joined.mesh);
         let gauges = status::gauges(engine.is_some(), mesh).await;
         respond::metrics(self.metrics.exposition(gauges))
     }
@@ -286,11 +321,11 @@ impl Substituter {
         let narinfo = look_up(engine, hash).await.map(|(narinfo, _)| narinfo);
         let narinfo =
             narinfo.filter(|narinfo| narinfo.narinfo().nar_size <= listing::FETCHED_BYTES_MAX);
-        let (Some(narinfo), Some(joined)) = (narinfo, engine.joined.get()) else {
+        let (Some(narinfo), Some(joined)) = (narinfo, engine.joined()) else {
             return respond::not_found(false);
         };
         let size = narinfo.narinfo().nar_size;
-        let mut chunks = self.assemble(joined, narinfo, 0..size);
+        let mut chunks = self.assemble(&joined, narinfo, 0..size);
         let mut listing = FetchedListing::default();
         loop {
             match chunks.recv().await {
@@ -332,7 +367,7 @@ impl Substituter {
                 url.nar_hash
                     .is_none_or(|nar_hash| nar_hash == narinfo.narinfo().nar_hash)
             });
-        let (Some(narinfo), Some(joined)) = (narinfo, engine.joined.get()) else {
+        let (Some(narinfo), Some(joined)) = (narinfo, engine.joined()) else {
             self.metrics.nars_absent.add(1);
             return respond::not_found(true);
         };
@@ -353,7 +388,7 @@ impl Substituter {
             self.metrics.nars_absent.add(1);
             return respond::not_found(true);
         }
-        let mut chunks = self.assemble(joined, narinfo, bytes);
+        let mut chunks = self.assemble(&joined, narinfo, bytes);
         // Nothing is promised before there is something to send.
         match chunks.recv().await {
             Some(Ok(first)) => {
@@ -392,16 +427,17 @@ impl Substituter {
         chunks
     }
 
-    fn sources<'a>(&'a self, engine: &'a Engine) -> status::Sources<'a> {
+    fn sources<'a>(
+        &'a self,
+        engine: &'a Engine,
+        joined: Option<&'a Joined>,
+    ) -> status::Sources<'a> {
         status::Sources {
             about: &engine.about,
             store: engine.store.as_ref(),
             rules: &engine.rules,
-            mesh: engine.joined.get().map(|joined| &joined.mesh),
-            certificate: engine
-                .joined
-                .get()
-                .and_then(|joined| joined.certificate.as_ref()),
+            mesh: joined.map(|joined| &joined.mesh),
+            certificate: joined.and_then(|joined| joined.certificate.as_ref()),
             metrics: &self.metrics,
         }
     }
@@ -425,7 +461,7 @@ async fn look_up(
     engine: &Engine,
     hash: StorePathHash,
 ) -> Option<(Arc<VerifiedNarInfo>, SourceKind)> {
-    let joined = engine.joined.get()?;
+    let joined = engine.joined()?;
     let lookup = joined.mesh.lookup(hash);
     match tokio::time::timeout(LOOKUP_TIMEOUT, lookup).await {
         Ok(LookupOutcome::Found {

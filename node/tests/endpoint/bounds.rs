@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -220,25 +220,22 @@ fn endpoint(folder: &std::path::Path, store: Arc<dyn LocalStore>) -> SocketAddr 
     });
     let database = Arc::new(Database::start(store_config.clone()).unwrap());
     let endpoint = Substituter::new(&config, TaskTracker::new());
-    endpoint.start(Engine {
-        store,
-        records: Records {
-            logs: BuildLogs::new(folder.join("log")),
-            database: database.clone(),
-            debug_info: DebugInfo::new(store_config, database),
-        },
-        rules: Arc::new(SharingRules {
-            enabled: true,
-            deny: Vec::new(),
-            trust: TrustedKeys::new(),
-        }),
-        joined: OnceLock::new(),
-        about: About {
-            peer_id: String::new(),
-            version: String::new(),
-            mesh: None,
-        },
+    let records = Records {
+        logs: BuildLogs::new(folder.join("log")),
+        database: database.clone(),
+        debug_info: DebugInfo::new(store_config, database),
+    };
+    let rules = Arc::new(SharingRules {
+        enabled: true,
+        deny: Vec::new(),
+        trust: TrustedKeys::new(),
     });
+    let about = About {
+        peer_id: String::new(),
+        version: String::new(),
+        mesh: None,
+    };
+    endpoint.start(Engine::new(store, records, rules, about));
     let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap()).unwrap();
     let Address::Tcp(address) = *listener.address() else {
         unreachable!("bound to TCP");

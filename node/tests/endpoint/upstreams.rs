@@ -41,6 +41,12 @@ fn timed(machine: &Machine, target: &str) -> (u16, Duration) {
     (status, started.elapsed())
 }
 
+/// What `/health` says about the mesh.
+fn mesh_of(machine: &Machine) -> String {
+    let health: serde_json::Value = serde_json::from_slice(&machine.get("/health").body).unwrap();
+    health["mesh"].as_str().unwrap().to_owned()
+}
+
 /// A narinfo that nobody has; every number is another one.
 fn unknown(number: u8) -> String {
     let digit = char::from(b'a' + number % 4);
@@ -118,6 +124,37 @@ async fn a_machine_of_no_mesh_asks_upstreams_all_the_same() {
     let report = machine.status().unwrap();
     assert!(report.about.mesh.is_none() && report.peers.is_empty());
     machine.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_machine_that_waits_for_its_certificate_asks_upstreams_meanwhile() {
+    let mut peer = Machine::new();
+    let (near, far) = (peer.add("near", 300_000), peer.add("far", SMALL_BYTES));
+    let web = Web::new();
+    web.take(&peer, &far, "xz");
+    peer.start().await;
+    let mut machine = Machine::new();
+    machine.extra = web.as_upstream();
+    machine.peers = vec![peer.address];
+    machine.daemon = Some(machine.try_start().await.unwrap());
+    machine.wait_for(&far);
+    assert!(machine.get(&far.short()).body == far.nar);
+    assert_eq!(machine.get(&near.narinfo()).status, 404);
+    assert_eq!(mesh_of(&machine), "waiting");
+    let report = machine.status().unwrap();
+    assert!(
+        report.about.mesh.unwrap().certificate.is_none(),
+        "not a member"
+    );
+
+    machine.admit();
+    machine.wait_linked(1);
+    machine.wait_for(&near);
+    assert!(machine.get(&near.short()).body == near.nar);
+    assert!(machine.get(&far.short()).body == far.nar);
+    assert_eq!(mesh_of(&machine), "joined");
+    machine.stop().await;
+    peer.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
