@@ -1,6 +1,7 @@
 //! The command line. Parses, calls, prints; exit status 0 for success, 1 for failure, 2 for misuse.
 
 mod anchor;
+mod hide;
 mod push;
 
 use std::io::{self, IsTerminal, Write};
@@ -87,6 +88,10 @@ enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Keep store paths to this machine: they are not announced to other members, nor served.
+    Hide(hide::Arguments),
+    /// Let the rules decide about hidden paths again.
+    Unhide(hide::Arguments),
     /// Check a configuration file and what it refers to.
     CheckConfig {
         #[command(flatten)]
@@ -218,6 +223,8 @@ async fn execute(command: Command) -> Result<()> {
             let why: Why = serde_json::from_str(&text).context("the answer is no explanation")?;
             print(&if json { text } else { why.to_string() })
         }
+        Command::Hide(arguments) => hide::hide(arguments).await,
+        Command::Unhide(arguments) => hide::unhide(arguments).await,
         Command::CheckConfig { config, offline } => check_config(&config, offline).await,
         Command::Demo => demo::run().await,
     }

@@ -346,6 +346,11 @@ impl Config {
         self.state_dir.join("identity")
     }
 
+    /// What `granary hide` keeps to this machine.
+    pub fn hidden_file(&self) -> PathBuf {
+        self.state_dir.join("hidden")
+    }
+
     pub fn index_file(&self) -> PathBuf {
         self.state_dir.join("index.sqlite")
     }

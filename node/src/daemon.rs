@@ -16,6 +16,7 @@ use granary_protocol::mesh::{CacheRole, Config as MindConfig};
 use granary_protocol::peer::PeerId;
 use granary_protocol::signature::{KeyName, PublicKey, SecretKey};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
@@ -29,7 +30,9 @@ use crate::listener::{Address, Listener, bind_tcp};
 use crate::mesh;
 use crate::serve::members::MembersPort;
 use crate::serve::tls;
+use crate::state_folder;
 use crate::status::{About, CertificateAbout, MeshAbout};
+use crate::store::hidden::{Hidden, HiddenError};
 use crate::store::shared::{SharedStore, SharingRules};
 use crate::store::{LocalStore, NixStore};
 use crate::substituter::{Engine, Joined, Substituter};
@@ -74,6 +77,8 @@ pub enum StartError {
     StateDir { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Identity(#[from] crate::identity::IdentityError),
+    #[error(transparent)]
+    Hidden(#[from] HiddenError),
     #[error(transparent)]
     Mesh(#[from] mesh::MeshError),
     #[error("cannot set up TLS: {0}")]
@@ -160,9 +165,19 @@ impl Daemon {
             Some(_) => probe(&config.mesh.listen)?,
             None => config.mesh.listen.clone(),
         };
+        let changes = state_folder::changes(&config.state_dir);
+        let hidden = Hidden::load(&config.hidden_file())?;
+        let (hide, hidden) = watch::channel(Arc::new(hidden));
+        tasks.spawn(follow_hidden(
+            config.hidden_file(),
+            changes,
+            hide,
+            shutdown.clone(),
+        ));
         let start = Start {
             config,
             identity,
+            hidden,
             caches,
             endpoint: endpoint.clone(),
             shutdown: shutdown.clone(),
@@ -235,6 +250,7 @@ impl Daemon {
 struct Start {
     config: Config,
     identity: Identity,
+    hidden: watch::Receiver<Arc<Hidden>>,
     caches: Arc<WebCaches>,
     endpoint: Arc<Substituter>,
     shutdown: CancellationToken,
@@ -256,6 +272,7 @@ impl Start {
             enabled: self.config.share.enable,
             deny: self.config.share.deny.clone(),
             trust: self.config.trusted_keys(),
+            hidden: self.hidden.clone(),
         });
         self.endpoint.start(Engine::new(
             store.clone(),
@@ -507,6 +524,38 @@ fn read_token(path: &Path) -> Result<http::HeaderValue, io::Error> {
         .map_err(|_| io::Error::other("no token: it has characters that HTTP does not carry"))?;
     value.set_sensitive(true);
     Ok(value)
+}
+
+/// Reads what is hidden whenever that may have changed, until shutdown.
+async fn follow_hidden(
+    file: PathBuf,
+    mut changes: watch::Receiver<()>,
+    hide: watch::Sender<Arc<Hidden>>,
+    shutdown: CancellationToken,
+) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            changed = changes.changed() => if changed.is_err() { return },
+        }
+        let path = file.clone();
+        let read = tokio::task::spawn_blocking(move || Hidden::load(&path)).await;
+        match read {
+            Ok(Ok(hidden)) => {
+                hide.send_if_modified(|current| {
+                    let is_news = **current != hidden;
+                    if is_news {
+                        *current = Arc::new(hidden);
+                    }
+                    is_news
+                });
+            }
+            Ok(Err(error)) => {
+                error!(error = %chain(&error), "could not read what is hidden, it stays as it was");
+            }
+            Err(_) => return,
+        }
+    }
 }
 
 /// Closes idle connections to peers as they stop being members.

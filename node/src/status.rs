@@ -140,6 +140,9 @@ pub struct Why {
     pub source: String,
     /// For the local path: whether it is shared, and by which rule.
     pub sharing: Option<String>,
+    /// Whether `granary hide` keeps it here, valid or not.
+    #[serde(default)]
+    pub hidden: bool,
     /// Peers that announced it.
     pub announced_by: Vec<String>,
     /// Those of them that may be asked now, best first.
@@ -288,6 +291,7 @@ pub async fn why(sources: Sources<'_>, text: &str) -> Option<String> {
         status: 404,
         source: "nowhere".into(),
         sharing: None,
+        hidden: sources.rules.is_hidden(&hash),
         announced_by: Vec::new(),
         usable: Vec::new(),
         reasons: Vec::new(),

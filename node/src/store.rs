@@ -18,6 +18,7 @@ pub mod nar;
 pub mod roots;
 pub mod watcher;
 pub mod memory;
+pub mod hidden;
 pub mod shared;
 pub mod log;
 pub mod trace;

@@ -13,6 +13,8 @@ use crate::signature::KeyName;
 pub struct Facts<'a> {
     /// `share.enable` of the configuration.
     pub enabled: bool,
+    /// A person keeps this very path here (`granary hide`).
+    pub is_hidden: bool,
     /// The first `share.deny` expression that matches the path's name.
     pub denied_by: Option<&'a str>,
     /// The path ends in `.drv`.
@@ -29,6 +31,7 @@ pub enum Sharing {
     SignedBy(KeyName),
     BuiltHere,
     Disabled,
+    Hidden,
     DeniedBy(String),
     Derivation,
     Unsigned,
@@ -39,6 +42,8 @@ impl Sharing {
     pub fn decide(facts: Facts<'_>) -> Sharing {
         if !facts.enabled {
             Sharing::Disabled
+        } else if facts.is_hidden {
+            Sharing::Hidden
         } else if facts.is_derivation {
             Sharing::Derivation
         } else if let Some(expression) = facts.denied_by {
@@ -63,6 +68,7 @@ impl fmt::Display for Sharing {
             Sharing::SignedBy(key) => write!(f, "shared: signed by the trusted key {key}"),
             Sharing::BuiltHere => f.write_str("shared: built on this machine"),
             Sharing::Disabled => f.write_str("not shared: share.enable is false"),
+            Sharing::Hidden => f.write_str("not shared: hidden by granary hide"),
             Sharing::DeniedBy(expression) => {
                 write!(f, "not shared: its name matches share.deny {expression:?}")
             }
@@ -81,6 +87,7 @@ mod tests {
     fn facts() -> Facts<'static> {
         Facts {
             enabled: true,
+            is_hidden: false,
             denied_by: None,
             is_derivation: false,
             ultimate: false,
@@ -122,6 +129,13 @@ mod tests {
                 ..good.clone()
             }),
             Sharing::Disabled
+        );
+        assert_eq!(
+            Sharing::decide(Facts {
+                is_hidden: true,
+                ..good.clone()
+            }),
+            Sharing::Hidden
         );
         assert_eq!(
             Sharing::decide(Facts {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use anyhow::{Result, bail};
 use clap::Args;
-use granary_protocol::store_path::StorePath;
+use granary_protocol::store_path::{StoreDir, StorePath};
 
 use super::{ConfigFile, print};
 use crate::config::{self, Config};
@@ -40,7 +40,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     let store: Arc<dyn LocalStore> = Arc::new(NixStore::open(config.store_config()).await?);
     let mut roots = Vec::new();
     for path in &arguments.paths {
-        roots.push(store_path(store.as_ref(), path)?);
+        roots.push(store_path(store.dir(), path)?);
     }
     let is_shown = std::io::stderr().is_terminal() && !arguments.json;
     let progress = Box::new(move |done: usize, total: usize, bytes: u64| {
@@ -94,9 +94,9 @@ fn place(config: &Config, arguments: &Arguments) -> Result<(String, PathBuf)> {
 }
 
 /// Reads a store path, or finds the one that a symlink leads to.
-fn store_path(store: &dyn LocalStore, path: &std::path::Path) -> Result<StorePath> {
+pub fn store_path(dir: &StoreDir, path: &std::path::Path) -> Result<StorePath> {
     let in_store = |path: &std::path::Path| {
-        let rest = path.strip_prefix(store.dir().as_str()).ok()?;
+        let rest = path.strip_prefix(dir.as_str()).ok()?;
         let base_name = rest.components().next()?.as_os_str().to_str()?;
         StorePath::from_base_name(base_name).ok()
     };

@@ -11,22 +11,30 @@ use granary_protocol::sharing::{Facts, Sharing};
 use granary_protocol::signature::TrustedKeys;
 use granary_protocol::store_path::{StoreDir, StorePathHash};
 use regex::Regex;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tracing::warn;
 
-use super::{LocalStore, Nar, PathInfo, StoreError, StoreEvent};
+use super::hidden::Hidden;
+use super::{BATCH_MAX, LocalStore, Nar, PathInfo, StoreError, StoreEvent};
 
 /// Changes waiting for a slow reader; beyond it the watcher waits.
 const EVENTS_MAX: usize = 16;
 
-/// What decides about sharing, from the configuration.
+/// What decides about sharing: the configuration, and what a person hides meanwhile.
 #[derive(Clone, Debug)]
 pub struct SharingRules {
     pub enabled: bool,
     pub deny: Vec<Regex>,
     pub trust: TrustedKeys,
+    /// Changes take effect at once: on what is announced, and on every answer that begins after.
+    pub hidden: watch::Receiver<Arc<Hidden>>,
 }
 
 impl SharingRules {
+    pub fn is_hidden(&self, hash: &StorePathHash) -> bool {
+        self.hidden.borrow().contains(hash)
+    }
+
     /// Says whether a path is shared, and by which rule.
     pub fn decide(&self, info: &PathInfo, dir: &StoreDir) -> Sharing {
         let fingerprint = info.to_narinfo().fingerprint(dir);
@@ -36,6 +44,7 @@ impl SharingRules {
             .find(|deny| deny.is_match(info.store_path.name()));
         Sharing::decide(Facts {
             enabled: self.enabled,
+            is_hidden: self.is_hidden(&info.store_path.hash()),
             denied_by: denied_by.map(Regex::as_str),
             is_derivation: info.store_path.is_derivation(),
             ultimate: info.ultimate,
@@ -107,31 +116,81 @@ impl LocalStore for SharedStore {
 
     /// Reports shared paths only. A removal may name a path that was never shared.
     fn watch(&self) -> mpsc::Receiver<StoreEvent> {
-        let mut all = self.store.watch();
         let (sender, shared) = mpsc::channel(EVENTS_MAX);
-        let (rules, dir) = (self.rules.clone(), self.dir().clone());
+        let watching = Watching {
+            store: self.store.clone(),
+            rules: self.rules.clone(),
+            sender,
+        };
+        let all = self.store.watch();
         tokio::spawn(async move {
-            while let Some(event) = all.recv().await {
-                let event = match event {
-                    StoreEvent::Added(infos) => {
-                        // Verifying signatures of a whole store takes a while; not on the reactor.
-                        let (rules, dir) = (rules.clone(), dir.clone());
-                        let decide = move || {
-                            let is_shared = |info: &PathInfo| rules.decide(info, &dir).is_shared();
-                            infos.into_iter().filter(is_shared).collect::<Vec<_>>()
-                        };
-                        match tokio::task::spawn_blocking(decide).await {
-                            Ok(infos) => StoreEvent::Added(infos),
-                            Err(_) => return,
-                        }
-                    }
-                    event => event,
-                };
-                if sender.send(event).await.is_err() {
-                    return;
-                }
-            }
+            // It ends with its reader, or with the store.
+            let _ = watching.run(all).await;
         });
         shared
+    }
+}
+
+/// Turns what happens to the store and to what is hidden into changes of what is shared.
+struct Watching {
+    store: Arc<dyn LocalStore>,
+    rules: Arc<SharingRules>,
+    sender: mpsc::Sender<StoreEvent>,
+}
+
+/// Nobody listens any more, or nothing can be said.
+struct Ended;
+
+impl Watching {
+    async fn run(self, mut all: mpsc::Receiver<StoreEvent>) -> Result<(), Ended> {
+        let mut changes = self.rules.hidden.clone();
+        let mut hidden = changes.borrow_and_update().clone();
+        // Whoever could hide more may be gone: then nothing is hidden or shown any more.
+        let mut may_change = true;
+        loop {
+            tokio::select! {
+                event = all.recv() => match event.ok_or(Ended)? {
+                    StoreEvent::Added(infos) => self.added(infos).await?,
+                    event => self.send(event).await?,
+                },
+                changed = changes.changed(), if may_change => {
+                    may_change = changed.is_ok();
+                    let before = std::mem::replace(&mut hidden, changes.borrow_and_update().clone());
+                    self.hidden_changed(&before, &hidden).await?;
+                }
+            }
+        }
+    }
+
+    async fn added(&self, infos: Vec<PathInfo>) -> Result<(), Ended> {
+        // Verifying signatures of a whole store takes a while; not on the reactor.
+        let (rules, dir) = (self.rules.clone(), self.store.dir().clone());
+        let decide = move || {
+            let is_shared = |info: &PathInfo| rules.decide(info, &dir).is_shared();
+            infos.into_iter().filter(is_shared).collect::<Vec<_>>()
+        };
+        let shared = tokio::task::spawn_blocking(decide).await;
+        self.send(StoreEvent::Added(shared.map_err(|_| Ended)?))
+            .await
+    }
+
+    async fn hidden_changed(&self, before: &Hidden, after: &Hidden) -> Result<(), Ended> {
+        let gone: Vec<_> = after.without(before).collect();
+        for gone in gone.chunks(BATCH_MAX) {
+            self.send(StoreEvent::Removed(gone.to_vec())).await?;
+        }
+        let shown: Vec<_> = before.without(after).collect();
+        for shown in shown.chunks(BATCH_MAX) {
+            match self.store.path_infos(shown.to_vec()).await {
+                Ok(infos) => self.added(infos.into_iter().flatten().collect()).await?,
+                // The path is served all the same to whoever asks; it is announced after a restart.
+                Err(error) => warn!(%error, "could not announce paths that are shown again"),
+            }
+        }
+        Ok(())
+    }
+
+    async fn send(&self, event: StoreEvent) -> Result<(), Ended> {
+        self.sender.send(event).await.map_err(|_| Ended)
     }
 }

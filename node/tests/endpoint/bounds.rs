@@ -229,6 +229,7 @@ fn endpoint(folder: &std::path::Path, store: Arc<dyn LocalStore>) -> SocketAddr 
         enabled: true,
         deny: Vec::new(),
         trust: TrustedKeys::new(),
+        hidden: tokio::sync::watch::channel(Arc::default()).1,
     });
     let about = About {
         peer_id: String::new(),

@@ -14,6 +14,7 @@ mod process;
 mod proxy;
 mod restart;
 mod routes;
+mod sharing;
 mod start;
 mod strangers;
 mod roots;
