@@ -38,6 +38,7 @@ pub struct Config {
     pub anchor: Vec<Anchor>,
     /// `[[upstream]]`: other binary caches, asked after those.
     pub upstream: Vec<Upstream>,
+    pub upload: Upload,
     pub limits: Limits,
     pub anchor_server: AnchorServer,
 }
@@ -135,6 +136,60 @@ pub struct Upstream {
     pub public_keys: Vec<PublicKey>,
 }
 
+/// `[upload]`: what the node pushes by itself.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Upload {
+    /// Where to: an `[[anchor]]`, by its url or by the last word of it. Without it nothing is pushed.
+    pub cache: Option<String>,
+    /// Regular expressions; of what is built here, names that match one are pushed. All when empty.
+    #[serde(deserialize_with = "parsed_list")]
+    pub filter: Vec<Regex>,
+    /// Whether unsigned sources that a path references are pushed with it; without them it stays here.
+    pub sources: bool,
+    /// The most that leaves in a second; no limit when absent.
+    #[serde(deserialize_with = "parsed_option")]
+    pub rate: Option<Rate>,
+}
+
+/// Bytes in a second, written as `500kB/s` or `50MB/s`; never 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate(pub u64);
+
+/// Why a text is no rate.
+#[derive(Debug, thiserror::Error)]
+#[error("{text:?} is no rate, expected a number with B/s, kB/s, MB/s or GB/s: 50MB/s")]
+pub struct RateError {
+    text: String,
+}
+
+impl std::str::FromStr for Rate {
+    type Err = RateError;
+
+    fn from_str(text: &str) -> Result<Rate, RateError> {
+        let error = || RateError {
+            text: text.to_owned(),
+        };
+        let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(error)?;
+        let (number, unit) = text.split_at(digits);
+        let unit: u64 = match unit.trim_start() {
+            "B/s" => 1,
+            "kB/s" => 1_000,
+            "MB/s" => 1_000_000,
+            "GB/s" => 1_000_000_000,
+            _ => return Err(error()),
+        };
+        let rate = number
+            .parse()
+            .ok()
+            .and_then(|number| unit.checked_mul(number));
+        match rate {
+            None | Some(0) => Err(error()),
+            Some(rate) => Ok(Rate(rate)),
+        }
+    }
+}
+
 /// `[limits]`
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -200,6 +255,7 @@ impl Default for Config {
             trust: Trust::default(),
             anchor: Vec::new(),
             upstream: Vec::new(),
+            upload: Upload::default(),
             limits: Limits::default(),
             anchor_server: AnchorServer::default(),
         }
@@ -355,6 +411,19 @@ impl Config {
         self.state_dir.join("index.sqlite")
     }
 
+    pub fn uploads_file(&self) -> PathBuf {
+        self.state_dir.join("uploads.sqlite")
+    }
+
+    /// The `[[anchor]]` that is meant by its url, or by the last word of it, which is the cache's name.
+    pub fn anchor_of(&self, cache: &str) -> Option<&Anchor> {
+        let cache = cache.trim_end_matches('/');
+        self.anchor.iter().find(|anchor| {
+            let url = anchor.url.as_str().trim_end_matches('/');
+            url == cache || url.rsplit('/').next() == Some(cache)
+        })
+    }
+
     /// The folder of the anchor's catalog, keys and spool.
     pub fn anchor_dir(&self) -> PathBuf {
         self.state_dir.join("anchor")
@@ -415,6 +484,22 @@ impl Config {
         }
         if self.substituter.listen.is_empty() {
             return Some("substituter.listen is empty, Nix could not ask this node".into());
+        }
+        if let Some(cache) = &self.upload.cache {
+            match self.anchor_of(cache) {
+                None => {
+                    return Some(format!(
+                        "upload.cache is {cache:?}, but no [[anchor]] has a url that ends in it"
+                    ));
+                }
+                Some(anchor) if anchor.token_file.is_none() => {
+                    return Some(format!(
+                        "upload.cache is {cache:?}, but its [[anchor]] {} has no token-file, which must allow to push",
+                        anchor.url
+                    ));
+                }
+                Some(_) => {}
+            }
         }
         if self.limits.streams_per_peer == 0 {
             return Some("limits.streams-per-peer is 0, nobody could fetch; use share.enable = false to share nothing".into());
@@ -569,6 +654,11 @@ mod tests {
             [[upstream]]
             url = "http://other.example/cache"
             public-keys = ["cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="]
+            [upload]
+            cache = "main"
+            filter = ["^linux-"]
+            sources = true
+            rate = "50MB/s"
             [limits]
             streams-per-peer = 4
             [anchor-server]
@@ -598,6 +688,9 @@ mod tests {
             config.upstream[1].url.as_str(),
             "http://other.example/cache"
         );
+        assert_eq!(config.upload.rate, Some(Rate(50_000_000)));
+        let target = config.anchor_of(config.upload.cache.as_deref().unwrap());
+        assert_eq!(target.unwrap().url, config.anchor[0].url);
         let name = config.upstream[1].public_keys[0].name();
         assert!(config.trusted_keys().contains_name(name));
         assert_eq!(
@@ -645,6 +738,12 @@ mod tests {
         assert!(problem("[limits]\nstreams-per-peer = 0").contains("streams-per-peer"));
         assert!(problem("[[upstream]]\nurl = \"file:///x\"").contains("http://"));
         assert!(problem("[[upstream]]").contains("url"));
+        for rate in ["0MB/s", "1", "fast", "1MB", "99999999999999GB/s", "-1kB/s"] {
+            assert!(problem(&format!("[upload]\nrate = {rate:?}")).contains("50MB/s"));
+        }
+        let anchor = "[[anchor]]\nurl = \"http://nas.lan:4730/main\"\n";
+        assert!(problem(&format!("{anchor}[upload]\ncache = \"team\"")).contains("ends in it"));
+        assert!(problem(&format!("{anchor}[upload]\ncache = \"main\"")).contains("token-file"));
         let text = problem("[[anchor]]\nurl = \"https://me:secret@nas.lan\"");
         assert!(text.contains("password"), "{text}");
     }

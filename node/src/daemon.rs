@@ -36,6 +36,7 @@ use crate::store::hidden::{Hidden, HiddenError};
 use crate::store::shared::{SharedStore, SharingRules};
 use crate::store::{LocalStore, NixStore};
 use crate::substituter::{Engine, Joined, Substituter};
+use crate::upload::{Uploader, uploader};
 
 /// How often what is missing (a store, a certificate) is looked for again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -280,6 +281,7 @@ impl Start {
             rules.clone(),
             self.about(),
         ));
+        self.push_builds(store.clone());
         let shared = Arc::new(SharedStore::new(store, rules));
         let has_caches = !self.caches.roles().is_empty();
         let Some(mesh_key) = self.config.mesh.key.clone() else {
@@ -306,6 +308,25 @@ impl Start {
         if let Err(error) = joined.await {
             error!(%error, "could not join the mesh, serving this machine only");
         }
+    }
+
+    /// Begins to push what this machine builds, if it is told where to.
+    fn push_builds(&self, store: Arc<dyn LocalStore>) {
+        let Some(options) = upload_options(&self.config) else {
+            return;
+        };
+        let uploader = Arc::new(Uploader::new(options));
+        if let Some(engine) = self.endpoint.engine() {
+            // Set once: this function runs once per process.
+            let _ = engine.uploader.set(uploader.clone());
+        }
+        let shutdown = self.shutdown.clone();
+        self.tasks.spawn(async move {
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                never = uploader.run(store) => match never {},
+            }
+        });
     }
 
     async fn ask_caches_alone(&self, shared: Arc<dyn LocalStore>) {
@@ -485,6 +506,22 @@ impl Start {
             }),
         }
     }
+}
+
+/// What the configuration says about pushing; `None` when nothing is pushed by itself.
+pub fn upload_options(config: &Config) -> Option<uploader::Options> {
+    let upload = &config.upload;
+    let anchor = config.anchor_of(upload.cache.as_deref()?)?;
+    Some(uploader::Options {
+        file: config.uploads_file(),
+        url: anchor.url.to_string(),
+        token_file: anchor.token_file.clone()?,
+        rate: upload.rate.map(|rate| rate.0),
+        filter: upload.filter.clone(),
+        deny: config.share.deny.clone(),
+        sources: upload.sources,
+        trust: config.trusted_keys(),
+    })
 }
 
 /// The caches of the configuration, anchors first.

@@ -21,6 +21,12 @@
 //! | `granary_mesh_joined` | | 1 while the mesh answers |
 //! | `granary_peers_linked` | | members this node is linked to |
 //! | `granary_paths_held` | | paths offered to others |
+//! | `granary_uploads_total` | | paths pushed to the anchor by the node itself |
+//! | `granary_upload_nar_bytes_total` | | bytes of their NARs, uncompressed |
+//! | `granary_upload_paths_waiting` | | paths in the upload queue |
+//! | `granary_upload_paths_failed` | | those of them that were refused before |
+//! | `granary_upload_nar_bytes_waiting` | | bytes of the waiting NARs, without what they reference |
+//! | `granary_upload_anchor_away` | | 1 while pushes wait for the anchor |
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -118,6 +124,19 @@ pub struct Gauges {
     pub paths_held: u64,
     /// Counted by the mesh.
     pub index_errors: u64,
+    pub uploads: UploadGauges,
+}
+
+/// How the node's own pushes stand. All 0 where it pushes nothing by itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UploadGauges {
+    pub paths_waiting: u64,
+    pub bytes_waiting: u64,
+    pub paths_failed: u64,
+    /// Since the start.
+    pub paths_pushed: u64,
+    pub bytes_pushed: u64,
+    pub is_anchor_away: bool,
 }
 
 /// Requests by route and status.
@@ -224,6 +243,16 @@ impl Metrics {
                 "Writes of the availability index that failed.",
                 gauges.index_errors,
             ),
+            (
+                "granary_uploads_total",
+                "Paths pushed to the anchor by the node itself.",
+                gauges.uploads.paths_pushed,
+            ),
+            (
+                "granary_upload_nar_bytes_total",
+                "Bytes of NARs pushed to the anchor, uncompressed.",
+                gauges.uploads.bytes_pushed,
+            ),
         ] {
             out.family(name, "counter", help);
             out.sample(name, "", count);
@@ -253,6 +282,26 @@ impl Metrics {
                 "granary_paths_held",
                 "Paths offered to others.",
                 gauges.paths_held,
+            ),
+            (
+                "granary_upload_paths_waiting",
+                "Paths in the upload queue.",
+                gauges.uploads.paths_waiting,
+            ),
+            (
+                "granary_upload_paths_failed",
+                "Paths in the upload queue that were refused before.",
+                gauges.uploads.paths_failed,
+            ),
+            (
+                "granary_upload_nar_bytes_waiting",
+                "Bytes of the NARs in the upload queue, without what they reference.",
+                gauges.uploads.bytes_waiting,
+            ),
+            (
+                "granary_upload_anchor_away",
+                "1 while pushes wait for the anchor.",
+                u64::from(gauges.uploads.is_anchor_away),
             ),
         ] {
             out.family(name, "gauge", help);

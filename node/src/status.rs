@@ -16,9 +16,10 @@ use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
 use serde::{Deserialize, Serialize};
 
 use crate::mesh::MeshHandle;
-use crate::metrics::{Gauges, Metrics};
+use crate::metrics::{Gauges, Metrics, UploadGauges};
 use crate::store::LocalStore;
 use crate::store::shared::SharingRules;
+use crate::upload;
 
 /// How long `/metrics` waits for the mesh: less than the patience of whoever scrapes it.
 const GAUGES_TIMEOUT: Duration = Duration::from_secs(2);
@@ -58,6 +59,9 @@ pub struct Report {
     /// Anchors and upstreams, in the order of the configuration.
     #[serde(default)]
     pub caches: Vec<Cache>,
+    /// `None` where nothing is pushed by itself.
+    #[serde(default)]
+    pub upload: Option<upload::View>,
     /// NAR bytes moved with peers since the start.
     pub bytes: Moved,
     pub narinfos: Answers,
@@ -160,6 +164,7 @@ pub struct Sources<'a> {
     pub mesh: Option<&'a MeshHandle>,
     /// Of this node.
     pub certificate: Option<&'a CertificateAbout>,
+    pub upload: Option<upload::View>,
     pub metrics: &'a Metrics,
 }
 
@@ -233,6 +238,7 @@ pub async fn report(sources: Sources<'_>) -> String {
         paths_held,
         peers,
         caches,
+        upload: sources.upload,
         bytes: Moved {
             sent: total.sent,
             received: total.received,
@@ -260,7 +266,19 @@ pub async fn report(sources: Sources<'_>) -> String {
 
 /// Gathers what `/metrics` shows beside the counters. A mesh that does not answer in time counts as
 /// not joined.
-pub async fn gauges(is_ready: bool, mesh: Option<&MeshHandle>) -> Gauges {
+pub async fn gauges(
+    is_ready: bool,
+    mesh: Option<&MeshHandle>,
+    upload: Option<&upload::View>,
+) -> Gauges {
+    let uploads = upload.map_or_else(UploadGauges::default, |view| UploadGauges {
+        paths_waiting: view.paths_waiting,
+        bytes_waiting: view.bytes_waiting,
+        paths_failed: view.paths_failed,
+        paths_pushed: view.paths_pushed,
+        bytes_pushed: view.bytes_pushed,
+        is_anchor_away: view.retry_in.is_some(),
+    });
     let snapshot = match mesh {
         Some(mesh) => tokio::time::timeout(GAUGES_TIMEOUT, mesh.snapshot()).await,
         None => Ok(None),
@@ -268,6 +286,7 @@ pub async fn gauges(is_ready: bool, mesh: Option<&MeshHandle>) -> Gauges {
     let Ok(Some(snapshot)) = snapshot else {
         return Gauges {
             is_ready,
+            uploads,
             ..Gauges::default()
         };
     };
@@ -278,6 +297,7 @@ pub async fn gauges(is_ready: bool, mesh: Option<&MeshHandle>) -> Gauges {
         peers_linked: snapshot.peers.iter().filter(is_linked).count() as u64,
         paths_held: snapshot.paths,
         index_errors: snapshot.index_errors,
+        uploads,
     }
 }
 
@@ -511,6 +531,39 @@ impl fmt::Display for Report {
                 write!(f, "  failed, asked again in {probe_in} s at the earliest")?;
             }
             writeln!(f)?;
+        }
+        if let Some(upload) = &self.upload {
+            writeln!(
+                f,
+                "pushes    {} paths ({}) wait for {}; {} ({}) pushed",
+                upload.paths_waiting,
+                human_bytes(upload.bytes_waiting),
+                upload.cache,
+                upload.paths_pushed,
+                human_bytes(upload.bytes_pushed),
+            )?;
+            for one in &upload.current {
+                let percent = one.bytes.saturating_mul(100) / one.nar_size.max(1);
+                writeln!(
+                    f,
+                    "  sending {percent:>3} % of {}  {}",
+                    human_bytes(one.nar_size),
+                    one.path
+                )?;
+            }
+            if upload.paths_staying > 0 {
+                writeln!(
+                    f,
+                    "  staying {} paths that are not to leave this machine",
+                    upload.paths_staying
+                )?;
+            }
+            if let Some(problem) = &upload.problem {
+                writeln!(f, "  problem {problem}")?;
+            }
+            if let Some(seconds) = upload.retry_in {
+                writeln!(f, "  pausing tried again in {seconds} s")?;
+            }
         }
         Ok(())
     }

@@ -36,6 +36,7 @@ use crate::serve::{Route, browse, debug as debug_info, is_own_host, log, trace};
 use crate::status;
 use crate::store::shared::SharingRules;
 use crate::store::{LocalStore, PathInfo, Records, StoreError};
+use crate::upload::Uploader;
 
 mod assembly;
 mod door;
@@ -61,6 +62,8 @@ pub struct Engine {
     pub records: Records,
     pub rules: Arc<SharingRules>,
     pub about: status::About,
+    /// Set where the node pushes by itself.
+    pub uploader: OnceLock<Arc<Uploader>>,
     joined: RwLock<Option<Arc<Joined>>>,
 }
 
@@ -87,6 +90,7 @@ impl Engine {
             records,
             rules,
             about,
+            uploader: OnceLock::new(),
             joined: RwLock::default(),
         }
     }
@@ -260,7 +264,9 @@ impl Substituter {
         let joined = engine.and_then(Engine::joined);
         let mesh = joined.as_deref().filter(|joined| joined.is_member);
         let mesh = mesh.map(|joined| &joined.mesh);
-        let gauges = status::gauges(engine.is_some(), mesh).await;
+        let uploader = engine.and_then(|engine| engine.uploader.get());
+        let upload = uploader.map(|uploader| uploader.view());
+        let gauges = status::gauges(engine.is_some(), mesh, upload.as_ref()).await;
         respond::metrics(self.metrics.exposition(gauges))
     }
 
@@ -438,6 +444,7 @@ impl Substituter {
             rules: &engine.rules,
             mesh: joined.map(|joined| &joined.mesh),
             certificate: joined.and_then(|joined| joined.certificate.as_ref()),
+            upload: engine.uploader.get().map(|uploader| uploader.view()),
             metrics: &self.metrics,
         }
     }

@@ -30,7 +30,9 @@ const EDGES: &[(&str, &[&str])] = &[
         // The mind asks caches for narinfos through the loop, as it asks peers.
         &["index", "store", "binary_cache", "clock", "identity"],
     ),
-    ("status", &["mesh", "store", "metrics"]),
+    // It sends what the store has, to whatever anchor; it shares no code with that.
+    ("upload", &["store", "clock"]),
+    ("status", &["mesh", "store", "metrics", "upload"]),
     (
         "substituter",
         &[
@@ -42,12 +44,11 @@ const EDGES: &[(&str, &[&str])] = &[
             "config",
             "metrics",
             "listener",
+            "upload",
         ],
     ),
     // The durable role knows its own files, and how answers and ranges are written.
     ("anchor", &["serve"]),
-    // It sends what the store has, to whatever anchor; it shares no code with that.
-    ("upload", &["store"]),
     // The daemon wires everything, and only the command line and the demo start one.
     (
         "daemon",
@@ -63,6 +64,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "mesh",
             "status",
             "substituter",
+            "upload",
         ],
     ),
     ("loopback", &["listener"]),

@@ -3,18 +3,29 @@
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use granary_protocol::store_path::{StoreDir, StorePath};
 
 use super::{ConfigFile, print};
-use crate::config::{self, Config};
-use crate::store::{LocalStore, NixStore};
+use crate::config::Config;
+use crate::daemon::{make_state_dir, upload_options};
+use crate::status::human_bytes;
+use crate::store::{BATCH_MAX, LocalStore, NixStore};
+use crate::upload::progress::{Progress, Stage};
+use crate::upload::queue::{Entry, Queue};
 use crate::upload::{self, Target};
 
 /// Symlinks followed from one to the next, as many as Linux follows.
 const LINKS_MAX: usize = 40;
+
+/// How often the bar is drawn.
+const FRAME: Duration = Duration::from_millis(100);
+
+/// Characters of the bar itself.
+const BAR_WIDTH: usize = 24;
 
 #[derive(Args)]
 pub struct Arguments {
@@ -26,6 +37,9 @@ pub struct Arguments {
     /// A file with a token that allows to push, mode 0600. Default: that `[[anchor]]`'s token-file.
     #[arg(long, env = "GRANARY_TOKEN_FILE")]
     token_file: Option<PathBuf>,
+    /// Only put them first into the queue of the node on this machine, which pushes to that cache.
+    #[arg(long, conflicts_with_all = ["token_file", "json"])]
+    queue: bool,
     /// Print what was done as JSON.
     #[arg(long)]
     json: bool,
@@ -35,29 +49,24 @@ pub struct Arguments {
 
 pub async fn run(arguments: Arguments) -> Result<()> {
     let config = arguments.config.load()?;
-    let (url, token_file) = place(&config, &arguments)?;
-    let target = Target::new(&url, upload::read_token(&token_file)?)?;
     let store: Arc<dyn LocalStore> = Arc::new(NixStore::open(config.store_config()).await?);
     let mut roots = Vec::new();
     for path in &arguments.paths {
         roots.push(store_path(store.dir(), path)?);
     }
-    let is_shown = std::io::stderr().is_terminal() && !arguments.json;
-    let progress = Box::new(move |done: usize, total: usize, bytes: u64| {
-        if is_shown {
-            // Over the line before; a terminal that went away is no reason to stop.
-            let _ = write!(
-                std::io::stderr(),
-                "\rpushed {done} of {total} paths, {} MiB ",
-                bytes >> 20
-            );
-        }
-    });
-    let summary = upload::push(&store, &target, roots, &config.trusted_keys(), progress).await;
-    if is_shown {
-        let _ = writeln!(std::io::stderr());
+    if arguments.queue {
+        return queue(&config, &arguments.cache, store.as_ref(), roots).await;
     }
-    let summary = summary?;
+    let (url, token_file) = place(&config, &arguments)?;
+    let target = Target::new(&url, upload::read_token(&token_file)?)?;
+    let is_shown = std::io::stderr().is_terminal() && !arguments.json;
+    let progress = Progress::default();
+    let trust = config.trusted_keys();
+    let push = upload::push(&store, &target, roots, &trust, &progress);
+    let summary = match is_shown {
+        true => with_bar(push, &progress).await,
+        false => push.await,
+    }?;
     if arguments.json {
         return print(&format!("{}\n", serde_json::to_string(&summary)?));
     }
@@ -71,14 +80,86 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     ))
 }
 
+/// Puts the paths into the queue of the node, running or not.
+async fn queue(
+    config: &Config,
+    cache: &str,
+    store: &dyn LocalStore,
+    roots: Vec<StorePath>,
+) -> Result<()> {
+    let options = upload_options(config);
+    let options = options.context("the node pushes nothing by itself: upload.cache is not set")?;
+    let meant = config.anchor_of(cache).map(|anchor| anchor.url.as_str());
+    if meant != Some(options.url.as_str()) {
+        bail!("the node pushes to {}, not to {cache}", options.url);
+    }
+    let mut entries = Vec::new();
+    for roots in roots.chunks(BATCH_MAX) {
+        let hashes = roots.iter().map(StorePath::hash).collect();
+        for (path, info) in roots.iter().zip(store.path_infos(hashes).await?) {
+            let info = info.filter(|info| info.store_path == *path);
+            let info = info.with_context(|| format!("{path} is not in the local store"))?;
+            entries.push(Entry {
+                path: info.store_path,
+                nar_size: info.nar_size,
+                registered: info.id,
+            });
+        }
+    }
+    let count = entries.len();
+    make_state_dir(&config.state_dir).with_context(|| {
+        format!(
+            "cannot make the state folder {}",
+            config.state_dir.display()
+        )
+    })?;
+    let queue = Queue::open(&options.file, &options.url)?;
+    queue.ask(entries).await?;
+    print(&format!("queued {count} paths for {}\n", options.url))
+}
+
+/// Draws a bar on the terminal for as long as the work takes.
+async fn with_bar<T>(work: impl Future<Output = T>, progress: &Progress) -> T {
+    let started = Instant::now();
+    let draw = async {
+        loop {
+            tokio::time::sleep(FRAME).await;
+            // Over the line before. A terminal that went away is no reason to stop.
+            let line = bar(&progress.stage(), started.elapsed());
+            let _ = write!(std::io::stderr(), "\r{line}\x1b[K");
+        }
+    };
+    let done = tokio::select! {
+        done = work => done,
+        () = draw => unreachable!("it has no end"),
+    };
+    let _ = write!(std::io::stderr(), "\r\x1b[K");
+    done
+}
+
+fn bar(stage: &Stage, elapsed: Duration) -> String {
+    if stage.paths == 0 {
+        return "asking what is missing".to_owned();
+    }
+    let part = stage.nar_bytes_done as f64 / stage.nar_bytes.max(1) as f64;
+    let filled = ((part * BAR_WIDTH as f64) as usize).min(BAR_WIDTH);
+    let speed = stage.nar_bytes_done as f64 / elapsed.as_secs_f64().max(0.1);
+    format!(
+        "[{}{}] {}/{} paths, {} of {}, {}/s",
+        "=".repeat(filled),
+        " ".repeat(BAR_WIDTH - filled),
+        stage.paths_done,
+        stage.paths,
+        human_bytes(stage.nar_bytes_done),
+        human_bytes(stage.nar_bytes),
+        human_bytes(speed as u64),
+    )
+}
+
 /// Finds the address of the cache, and the token for it.
 fn place(config: &Config, arguments: &Arguments) -> Result<(String, PathBuf)> {
     let cache = arguments.cache.trim_end_matches('/');
-    let is_meant = |anchor: &&config::Anchor| {
-        let url = anchor.url.as_str().trim_end_matches('/');
-        url == cache || url.rsplit('/').next() == Some(cache)
-    };
-    let anchor = config.anchor.iter().find(is_meant);
+    let anchor = config.anchor_of(cache);
     let url = match anchor {
         Some(anchor) => anchor.url.to_string(),
         None if cache.contains("://") => cache.to_owned(),
@@ -118,4 +199,27 @@ pub fn store_path(dir: &StoreDir, path: &std::path::Path) -> Result<StorePath> {
         }
     }
     bail!("{} is no store path, and no symlink to one", path.display())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_bar_says_how_far_it_is() {
+        let mut stage = Stage::default();
+        let second = Duration::from_secs(1);
+        assert_eq!(bar(&stage, second), "asking what is missing");
+        stage.paths = 4;
+        stage.paths_done = 1;
+        stage.nar_bytes = 4096;
+        stage.nar_bytes_done = 2048;
+        assert_eq!(
+            bar(&stage, second),
+            "[============            ] 1/4 paths, 2.0 KiB of 4.0 KiB, 2.0 KiB/s"
+        );
+        // A path that grew under our hands.
+        stage.nar_bytes_done = 8192;
+        assert!(bar(&stage, second).contains("[========================]"));
+    }
 }

@@ -9,6 +9,7 @@ mod command;
 mod hostile;
 mod nix;
 mod pushing;
+mod queue;
 mod reading;
 mod rig;
 mod s3;

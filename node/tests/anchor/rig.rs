@@ -71,7 +71,10 @@ impl Rig {
     }
 
     pub async fn start(&mut self) {
-        let listen = "127.0.0.1:0".parse().unwrap();
+        self.start_at("127.0.0.1:0".parse().unwrap()).await;
+    }
+
+    pub async fn start_at(&mut self, listen: SocketAddr) {
         let server = Server::start(self.options(), listen, None).await;
         self.server = Some(server.unwrap());
     }

@@ -1,0 +1,421 @@
+//! Uploader: pushes by itself what this machine builds.
+//!
+//! Two halves. One follows the store and writes what was built here into the [`Queue`]; since the
+//! store's watcher begins with every path that is there, what was built while no node ran is found as
+//! well. The other takes rounds from the queue, pushes them, and writes down what became of them. When
+//! the anchor is away it waits, and everything else of the node goes on.
+//!
+//! A queue that cannot be used (a full disk, a damaged file) is closed, and opened again later; then the
+//! store is gone through from its beginning, so nothing is missed.
+
+use std::collections::BTreeSet;
+use std::convert::Infallible;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use granary_protocol::signature::TrustedKeys;
+use granary_protocol::store_path::StorePath;
+use regex::Regex;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+use tracing::{debug, info, warn};
+
+use super::order::{self, Facts};
+use super::pace::Pace;
+use super::progress::{Progress, UnderWay};
+use super::queue::{Count, Due, Entry, Queue, QueueError, Settled};
+use super::target::chance;
+use super::{Extent, Outcome, PushError, Root, Target, TokenFileError, push_round, read_token};
+use crate::clock::unix_time;
+use crate::store::{LocalStore, PathInfo, StoreEvent};
+
+/// How often to look for what `granary push --queue` wrote. A question takes 20 µs.
+const POLL: Duration = Duration::from_secs(2);
+
+/// When a queue that cannot be used is opened again.
+const REOPEN: Duration = Duration::from_secs(5);
+
+/// What is pushed, and where.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where the queue is kept.
+    pub file: PathBuf,
+    /// The cache of an anchor.
+    pub url: String,
+    /// Read again for every round, so that a new token is taken without a restart.
+    pub token_file: PathBuf,
+    /// Bytes that may leave in a second.
+    pub rate: Option<u64>,
+    /// Names that are pushed; all when empty.
+    pub filter: Vec<Regex>,
+    /// Names that never leave this machine.
+    pub deny: Vec<Regex>,
+    /// Whether unsigned sources go along with what references them.
+    pub sources: bool,
+    /// Keys by which an upstream's paths are recognised.
+    pub trust: TrustedKeys,
+}
+
+/// The uploader of one node, for those who show how it is doing.
+pub struct Uploader {
+    options: Options,
+    progress: Progress,
+    told: Mutex<Told>,
+}
+
+#[derive(Default)]
+struct Told {
+    count: Count,
+    /// Why nothing is pushed, and when it is tried again.
+    trouble: Option<(String, Instant)>,
+}
+
+/// How the uploader is doing.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct View {
+    /// The address of the cache that is pushed to.
+    pub cache: String,
+    pub paths_waiting: u64,
+    /// Of NARs, without what they reference.
+    pub bytes_waiting: u64,
+    /// Waiting paths that were refused before.
+    pub paths_failed: u64,
+    /// Built here, but not to leave this machine.
+    pub paths_staying: u64,
+    /// Since the start, with what they reference.
+    pub paths_pushed: u64,
+    pub bytes_pushed: u64,
+    pub current: Vec<UnderWay>,
+    /// While the anchor is not to be had: seconds to the next attempt.
+    pub retry_in: Option<u64>,
+    pub problem: Option<String>,
+}
+
+/// Why no round can be pushed.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Token(#[from] TokenFileError),
+    #[error(transparent)]
+    Push(#[from] PushError),
+    #[error("a thread that read the token has ended")]
+    Stopped,
+}
+
+impl Uploader {
+    pub fn new(options: Options) -> Uploader {
+        Uploader {
+            options,
+            progress: Progress::default(),
+            told: Mutex::default(),
+        }
+    }
+
+    pub fn view(&self) -> View {
+        let stage = self.progress.stage();
+        let told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let (problem, retry_in) = match &told.trouble {
+            Some((problem, at)) => {
+                let seconds = at.saturating_duration_since(now).as_secs();
+                (Some(problem.clone()), Some(seconds))
+            }
+            None => (told.count.problem.clone(), None),
+        };
+        View {
+            cache: self.options.url.clone(),
+            paths_waiting: told.count.waiting,
+            bytes_waiting: told.count.waiting_bytes,
+            paths_failed: told.count.failed,
+            paths_staying: told.count.staying,
+            paths_pushed: stage.paths_done,
+            bytes_pushed: stage.nar_bytes_done,
+            current: stage.current,
+            retry_in,
+            problem,
+        }
+    }
+
+    /// Pushes until it is dropped, which may happen at any moment.
+    pub async fn run(&self, store: Arc<dyn LocalStore>) -> Infallible {
+        loop {
+            let Err(error) = self.work(&store).await;
+            warn!(%error, "could not use the upload queue, builds wait in the store");
+            self.tell_trouble(error.to_string(), REOPEN);
+            tokio::time::sleep(REOPEN).await;
+            self.tell_well();
+        }
+    }
+
+    async fn work(&self, store: &Arc<dyn LocalStore>) -> Result<Infallible, QueueError> {
+        let (file, url) = (self.options.file.clone(), self.options.url.clone());
+        let open = tokio::task::spawn_blocking(move || Queue::open(&file, &url));
+        let queue = open.await.map_err(|_| QueueError::Stopped)??;
+        queue.reconsider().await?;
+        let offered = Notify::new();
+        tokio::select! {
+            ended = self.follow(store, &queue, &offered) => ended,
+            ended = self.drain(store, &queue, &offered) => ended,
+        }
+    }
+
+    /// Writes what the store gets into the queue, and takes out what it loses.
+    async fn follow(
+        &self,
+        store: &Arc<dyn LocalStore>,
+        queue: &Queue,
+        offered: &Notify,
+    ) -> Result<Infallible, QueueError> {
+        let mut events = store.watch();
+        // Those that were there from the beginning, until all have been seen.
+        let mut present = Some(BTreeSet::new());
+        while let Some(event) = events.recv().await {
+            match event {
+                StoreEvent::Added(infos) => {
+                    let mut entries: Vec<_> = Vec::new();
+                    for info in infos {
+                        if !self.facts(&info).is_queued() {
+                            continue;
+                        }
+                        if let Some(present) = &mut present {
+                            present.insert(info.store_path.hash());
+                        }
+                        entries.push(Entry {
+                            path: info.store_path,
+                            nar_size: info.nar_size,
+                            registered: info.id,
+                        });
+                    }
+                    if !entries.is_empty() && queue.offer(entries).await? > 0 {
+                        offered.notify_one();
+                    }
+                }
+                StoreEvent::Complete => {
+                    if let Some(present) = present.take() {
+                        queue.retain(present).await?;
+                        offered.notify_one();
+                    }
+                }
+                StoreEvent::Removed(hashes) => {
+                    queue.remove(hashes).await?;
+                    offered.notify_one();
+                }
+            }
+        }
+        // The watcher ends with the runtime.
+        std::future::pending().await
+    }
+
+    /// Pushes what is in the queue, round after round.
+    async fn drain(
+        &self,
+        store: &Arc<dyn LocalStore>,
+        queue: &Queue,
+        offered: &Notify,
+    ) -> Result<Infallible, QueueError> {
+        let pace = self.options.rate.map(|rate| Arc::new(Pace::new(rate)));
+        let mut target = None;
+        let mut failures = 0;
+        loop {
+            self.tell_count(queue.count().await?);
+            let mut due = queue.due(unix_time().0).await?;
+            due.truncate(order::round(due.iter().map(|due| due.nar_size)));
+            if due.is_empty() {
+                self.idle(queue, offered).await?;
+                continue;
+            }
+            let round = async {
+                let token = self.token().await?;
+                let target = match &target {
+                    Some(target) => target,
+                    // Kept for its connections.
+                    None => target.insert(
+                        Target::new(&self.options.url, token.clone())?
+                            .with_pace(pace.clone())
+                            .asking_once(),
+                    ),
+                };
+                let target = target.with_token(token);
+                Ok(self.push(store, queue, &target, due).await?)
+            };
+            // The outer failure is the queue's, the inner one says that nothing can be pushed.
+            let trouble: Option<Trouble> = match round.await {
+                Ok(trouble) => trouble.map(Trouble::Push),
+                Err(Stopped::Queue(error)) => return Err(error),
+                Err(Stopped::Trouble(trouble)) => Some(trouble),
+            };
+            match trouble {
+                None => {
+                    if failures > 0 {
+                        info!("pushing again");
+                    }
+                    failures = 0;
+                    self.tell_well();
+                }
+                Some(trouble) => {
+                    failures += 1;
+                    let retry_after = match &trouble {
+                        Trouble::Push(error) => error.retry_after(),
+                        _ => None,
+                    };
+                    let pause = order::away_pause(failures, retry_after, chance());
+                    let text = chain(&trouble);
+                    match failures {
+                        1 => warn!(error = text, "could not push, builds wait in the queue"),
+                        _ => debug!(error = text, failures, "could not push"),
+                    }
+                    self.tell_count(queue.count().await?);
+                    self.tell_trouble(text, pause);
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        }
+    }
+
+    /// Pushes one round and writes down what became of it; returns why nothing can be pushed, if so.
+    async fn push(
+        &self,
+        store: &Arc<dyn LocalStore>,
+        queue: &Queue,
+        target: &Target,
+        due: Vec<Due>,
+    ) -> Result<Option<PushError>, QueueError> {
+        let root = |due: &Due| Root {
+            path: due.path.clone(),
+            is_asked: due.is_asked,
+        };
+        let roots = due.iter().map(root).collect();
+        let stays = |info: &PathInfo| self.facts(info).stays(self.options.sources);
+        let trust = &self.options.trust;
+        let mut round = push_round(store, target, roots, &stays, trust, &self.progress).await;
+        let mut settled = Vec::new();
+        for due in due {
+            let outcome = round
+                .outcomes
+                .iter()
+                .position(|(path, _)| *path == due.path);
+            let outcome = outcome.map(|position| round.outcomes.swap_remove(position).1);
+            let later = |problem: String| {
+                let pause = order::path_pause(due.failures.saturating_add(1), chance());
+                Settled::Later {
+                    not_before: unix_time().0.saturating_add(pause.as_secs()),
+                    problem,
+                }
+            };
+            let became = match outcome {
+                Some(Outcome::Pushed | Outcome::Present | Outcome::Upstream) => Settled::Done,
+                Some(Outcome::Stays(path, reason)) => Settled::Stays(match path == due.path {
+                    true => reason.to_string(),
+                    false => format!("it references {path}: {reason}"),
+                }),
+                Some(Outcome::Failed(error)) => {
+                    let text = chain(&*error);
+                    match error.extent() == Extent::Gone && is_gone(store, &due.path).await {
+                        true => Settled::Gone,
+                        false => later(text),
+                    }
+                }
+                // It was not its turn.
+                None if round.trouble.is_some() => continue,
+                None => later("it waits for itself: the Nix database is damaged".to_owned()),
+            };
+            debug!(path = %due.path, ?became, "settled an upload");
+            settled.push((due.path, became));
+        }
+        queue.settle(settled).await?;
+        Ok(round.trouble)
+    }
+
+    /// Waits until there may be something to do.
+    async fn idle(&self, queue: &Queue, offered: &Notify) -> Result<(), QueueError> {
+        let version = queue.version().await?;
+        let until = queue.next_due().await?;
+        loop {
+            tokio::select! {
+                () = offered.notified() => return Ok(()),
+                () = tokio::time::sleep(POLL) => {}
+            }
+            let is_due = until.is_some_and(|time| time <= unix_time().0);
+            if is_due || queue.version().await? != version {
+                return Ok(());
+            }
+        }
+    }
+
+    async fn token(&self) -> Result<zeroize::Zeroizing<String>, Stopped> {
+        let file = self.options.token_file.clone();
+        let read = tokio::task::spawn_blocking(move || read_token(&file)).await;
+        let token = read.map_err(|_| Trouble::Stopped)?;
+        Ok(token.map_err(Trouble::from)?)
+    }
+
+    fn facts(&self, info: &PathInfo) -> Facts {
+        let name = info.store_path.name();
+        let matches = |expressions: &[Regex]| expressions.iter().any(|one| one.is_match(name));
+        Facts {
+            is_derivation: info.store_path.is_derivation(),
+            is_built_here: info.ultimate,
+            is_source: info.ca.is_some() && info.signatures.is_empty() && !info.ultimate,
+            is_denied: matches(&self.options.deny),
+            is_wanted: self.options.filter.is_empty() || matches(&self.options.filter),
+        }
+    }
+
+    fn tell_count(&self, count: Count) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.count = count;
+    }
+
+    fn tell_trouble(&self, problem: String, pause: Duration) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.trouble = Some((problem, Instant::now() + pause));
+    }
+
+    fn tell_well(&self) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.trouble = None;
+    }
+}
+
+/// Why a round was not pushed at all.
+enum Stopped {
+    Queue(QueueError),
+    Trouble(Trouble),
+}
+
+impl From<QueueError> for Stopped {
+    fn from(error: QueueError) -> Stopped {
+        Stopped::Queue(error)
+    }
+}
+
+impl From<PushError> for Stopped {
+    fn from(error: PushError) -> Stopped {
+        Stopped::Trouble(error.into())
+    }
+}
+
+impl From<Trouble> for Stopped {
+    fn from(trouble: Trouble) -> Stopped {
+        Stopped::Trouble(trouble)
+    }
+}
+
+async fn is_gone(store: &Arc<dyn LocalStore>, path: &StorePath) -> bool {
+    matches!(store.path_info(path.hash()).await, Ok(None))
+}
+
+/// An error and its causes, as one line for a status.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text
+}
