@@ -2,6 +2,7 @@
 
 mod anchor;
 mod hide;
+mod nix_conf;
 mod push;
 
 use std::io::{self, IsTerminal, Write};
@@ -72,6 +73,8 @@ enum Command {
     Pin(anchor::PinArguments),
     /// Push paths and all they reference to a cache of an anchor.
     Push(push::Arguments),
+    /// Make Nix on this machine ask this node: edits nix.conf, and says what it changed.
+    Use(nix_conf::Arguments),
     /// Show what the running node knows and did.
     Status {
         #[command(flatten)]
@@ -206,6 +209,7 @@ async fn execute(command: Command) -> Result<()> {
         Command::Gc(arguments) => anchor::gc(arguments).await,
         Command::Pin(arguments) => anchor::pin(arguments).await,
         Command::Push(arguments) => push::run(arguments).await,
+        Command::Use(arguments) => nix_conf::run(arguments),
         Command::Status { config, json } => {
             let text = ask(&config.load()?, "/api/v1/status").await?;
             let text = text.context("the node is still opening its store")?;

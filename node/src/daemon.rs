@@ -315,7 +315,7 @@ impl Start {
         let Some(options) = upload_options(&self.config) else {
             return;
         };
-        let uploader = Arc::new(Uploader::new(options));
+        let uploader = Arc::new(Uploader::new(options, self.hidden.clone()));
         if let Some(engine) = self.endpoint.engine() {
             // Set once: this function runs once per process.
             let _ = engine.uploader.set(uploader.clone());

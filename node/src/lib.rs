@@ -16,6 +16,7 @@ pub mod upload;
 pub mod status;
 pub mod substituter;
 pub mod anchor;
+pub mod nix_conf;
 pub mod daemon;
 pub mod loopback;
 pub mod demo;

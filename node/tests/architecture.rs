@@ -49,6 +49,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     // The durable role knows its own files, and how answers and ranges are written.
     ("anchor", &["serve"]),
+    ("nix_conf", &[]),
     // The daemon wires everything, and only the command line and the demo start one.
     (
         "daemon",
@@ -90,6 +91,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "demo",
             "anchor",
             "upload",
+            "nix_conf",
         ],
     ),
 ];

@@ -37,6 +37,8 @@ pub struct Facts {
     pub is_source: bool,
     /// Its name matches `share.deny`.
     pub is_denied: bool,
+    /// Somebody hid it.
+    pub is_hidden: bool,
     /// Its name matches `upload.filter`, or there is none.
     pub is_wanted: bool,
 }
@@ -46,6 +48,7 @@ pub struct Facts {
 pub enum Reason {
     Derivation,
     Denied,
+    Hidden,
     Source,
 }
 
@@ -54,6 +57,7 @@ impl fmt::Display for Reason {
         f.write_str(match self {
             Reason::Derivation => "it is a derivation",
             Reason::Denied => "its name matches share.deny",
+            Reason::Hidden => "it was hidden with granary hide",
             Reason::Source => "it is an unsigned source, and upload.sources is false",
         })
     }
@@ -71,6 +75,8 @@ impl Facts {
             Some(Reason::Derivation)
         } else if self.is_denied {
             Some(Reason::Denied)
+        } else if self.is_hidden {
+            Some(Reason::Hidden)
         } else if self.is_source && !are_sources_pushed {
             Some(Reason::Source)
         } else {
@@ -138,6 +144,7 @@ mod tests {
             is_built_here: true,
             is_source: false,
             is_denied: false,
+            is_hidden: false,
             is_wanted: true,
         }
     }
@@ -185,6 +192,11 @@ mod tests {
             ..source
         };
         assert_eq!(denied.stays(true), Some(Reason::Denied));
+        let hidden = Facts {
+            is_hidden: true,
+            ..substituted
+        };
+        assert_eq!(hidden.stays(true), Some(Reason::Hidden));
         let derivation = Facts {
             is_derivation: true,
             ..denied

@@ -18,7 +18,7 @@ use granary_protocol::signature::TrustedKeys;
 use granary_protocol::store_path::StorePath;
 use regex::Regex;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 use tracing::{debug, info, warn};
 
 use super::order::{self, Facts};
@@ -28,6 +28,7 @@ use super::queue::{Count, Due, Entry, Queue, QueueError, Settled};
 use super::target::chance;
 use super::{Extent, Outcome, PushError, Root, Target, TokenFileError, push_round, read_token};
 use crate::clock::unix_time;
+use crate::store::hidden::Hidden;
 use crate::store::{LocalStore, PathInfo, StoreEvent};
 
 /// How often to look for what `granary push --queue` wrote. A question takes 20 µs.
@@ -60,6 +61,7 @@ pub struct Options {
 /// The uploader of one node, for those who show how it is doing.
 pub struct Uploader {
     options: Options,
+    hidden: watch::Receiver<Arc<Hidden>>,
     progress: Progress,
     told: Mutex<Told>,
 }
@@ -104,9 +106,11 @@ enum Trouble {
 }
 
 impl Uploader {
-    pub fn new(options: Options) -> Uploader {
+    /// `hidden` are paths that a person keeps here; one that is shown again is pushed after the next start.
+    pub fn new(options: Options, hidden: watch::Receiver<Arc<Hidden>>) -> Uploader {
         Uploader {
             options,
+            hidden,
             progress: Progress::default(),
             told: Mutex::default(),
         }
@@ -358,6 +362,7 @@ impl Uploader {
             is_built_here: info.ultimate,
             is_source: info.ca.is_some() && info.signatures.is_empty() && !info.ultimate,
             is_denied: matches(&self.options.deny),
+            is_hidden: self.hidden.borrow().contains(&info.store_path.hash()),
             is_wanted: self.options.filter.is_empty() || matches(&self.options.filter),
         }
     }

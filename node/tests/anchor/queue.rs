@@ -198,6 +198,9 @@ async fn what_is_built_is_pushed_with_its_closure_and_nothing_else() {
         pusher.extra = "[share]\ndeny = [\"^denied-\"]\n".to_owned();
         // Before the node ever ran.
         let before = pusher.machine.build();
+        let hidden = pusher.build(&["hidden-1".to_owned()], 10);
+        let hide = pusher.granary(&["hide", &hidden[0]]).output().unwrap();
+        assert!(hide.status.success(), "{hide:?}");
         pusher.start();
         pusher.wait("what was there", |_| {
             before.iter().all(|path| holds(&rig, path))
@@ -220,9 +223,9 @@ async fn what_is_built_is_pushed_with_its_closure_and_nothing_else() {
             .nix("nix-build", &["--no-out-link", file.to_str().unwrap()]);
         let plain = pusher.build(&["plain-1".to_owned()], 10);
         pusher.wait("the build", |_| holds(&rig, &plain[0]));
-        pusher.wait("one that stays", |upload| upload["paths_staying"] == 1);
+        pusher.wait("one that stays", |upload| upload["paths_staying"] == 2);
         pusher.wait_idle();
-        for path in [&source, &denied[0], &referrer] {
+        for path in [&source, &denied[0], &hidden[0], &referrer] {
             assert!(!holds(&rig, path), "{path}");
         }
         let upload = pusher.status().unwrap();
