@@ -11,16 +11,40 @@
         "aarch64-linux"
       ];
       forEachSystem = make: nixpkgs.lib.genAttrs systems (system: make nixpkgs.legacyPackages.${system});
+      packageOf = pkgs: self.packages.${pkgs.stdenv.hostPlatform.system}.granary;
     in
     {
       packages = forEachSystem (pkgs: {
-        default = self.packages.${pkgs.stdenv.hostPlatform.system}.granary;
+        default = packageOf pkgs;
         granary = pkgs.callPackage ./nixos/package.nix { };
       });
 
+      overlays.default = final: _previous: {
+        granary = final.callPackage ./nixos/package.nix { };
+      };
+
+      nixosModules = {
+        default = self.nixosModules.node;
+        node = ./nixos/node.nix;
+        anchor = ./nixos/anchor.nix;
+        keystone = ./nixos/keystone.nix;
+      };
+
+      # `nix flake check` builds the package, evaluates every example, and runs the virtual machines.
+      checks = forEachSystem (
+        pkgs:
+        {
+          package = packageOf pkgs;
+          examples = pkgs.writeText "examples.json" (
+            builtins.toJSON (import ./nixos/tests/evaluate.nix { inherit (pkgs) lib; }).examples
+          );
+        }
+        // import ./nixos/tests/vm.nix { inherit pkgs; }
+      );
+
       devShells = forEachSystem (pkgs: {
         default = pkgs.mkShell {
-          inputsFrom = [ self.packages.${pkgs.stdenv.hostPlatform.system}.granary ];
+          inputsFrom = [ (packageOf pkgs) ];
           packages = with pkgs; [
             cargo-deny
             cargo-nextest

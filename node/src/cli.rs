@@ -97,6 +97,9 @@ enum Command {
     Unhide(hide::Arguments),
     /// Check a configuration file and what it refers to.
     CheckConfig {
+        /// The file; `--config` says the same.
+        #[arg(conflicts_with = "config")]
+        file: Option<PathBuf>,
         #[command(flatten)]
         config: ConfigFile,
         /// Only the file itself, not the store and certificate that it names.
@@ -229,7 +232,17 @@ async fn execute(command: Command) -> Result<()> {
         }
         Command::Hide(arguments) => hide::hide(arguments).await,
         Command::Unhide(arguments) => hide::unhide(arguments).await,
-        Command::CheckConfig { config, offline } => check_config(&config, offline).await,
+        Command::CheckConfig {
+            file,
+            config,
+            offline,
+        } => {
+            let config = match file {
+                Some(file) => ConfigFile { config: Some(file) },
+                None => config,
+            };
+            check_config(&config, offline).await
+        }
         Command::Demo => demo::run().await,
     }
 }
@@ -280,6 +293,10 @@ async fn node(config: Config) -> Result<()> {
 /// connections and files of a busy machine.
 fn raise_file_limit() {
     let limit = rustix::process::getrlimit(Resource::Nofile);
+    // A unit that was given its share may be forbidden to ask for more.
+    if limit.current == limit.maximum {
+        return;
+    }
     let raised = Rlimit {
         current: limit.maximum,
         maximum: limit.maximum,

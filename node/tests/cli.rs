@@ -270,3 +270,26 @@ fn questions_to_a_node_that_does_not_run_say_so() {
         );
     }
 }
+
+#[test]
+fn secrets_that_others_may_read_are_taken_as_credentials_of_systemd_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let credentials = folder.path().join("credentials");
+    fs::create_dir(&credentials).unwrap();
+    let key = credentials.join("attic");
+    fs::write(&key, "hs256:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=").unwrap();
+    fs::set_permissions(&key, fs::Permissions::from_mode(0o440)).unwrap();
+    let config = folder.path().join("anchor.toml");
+    let text = format!(
+        "state-dir = {:?}\n[anchor-server]\nattic-token-key-file = {key:?}\n",
+        folder.path()
+    );
+    fs::write(&config, text).unwrap();
+    let list = ["cache", "list", "--config", "anchor.toml"];
+    let exposed = refusal(folder.path(), &list);
+    assert!(exposed.contains("0440"), "{exposed}");
+    let mut command = granary();
+    command.current_dir(folder.path()).args(list);
+    let output = command.env("CREDENTIALS_DIRECTORY", &credentials).output();
+    stdout(&output.unwrap());
+}

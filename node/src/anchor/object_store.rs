@@ -454,6 +454,12 @@ fn s3_builder(bucket: &str, options: &S3Options) -> Result<AmazonS3Builder, Setu
     Ok(builder)
 }
 
+/// Whether a file is one of systemd's credentials. They are 0440, in a folder of their own that only the
+/// service may enter.
+pub fn is_credential(file: &FilePath) -> bool {
+    std::env::var_os("CREDENTIALS_DIRECTORY").is_some_and(|folder| file.starts_with(folder))
+}
+
 fn with_credentials(
     mut builder: AmazonS3Builder,
     file: &FilePath,
@@ -465,7 +471,7 @@ fn with_credentials(
         source,
     })?;
     let mode = metadata.permissions().mode();
-    if mode & FOREIGN_PERMISSIONS != 0 {
+    if mode & FOREIGN_PERMISSIONS != 0 && !is_credential(file) {
         return Err(SetupError::Exposed {
             path: file.to_owned(),
             mode: mode & 0o7777,

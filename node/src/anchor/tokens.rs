@@ -29,6 +29,7 @@ use zeroize::Zeroizing;
 
 use super::cache::{CacheName, Keys, KeysError, write_secret};
 use super::catalog::{Catalog, CatalogError, signed};
+use super::object_store::is_credential;
 use crate::anchor::catalog::unsigned;
 
 /// Largest key file read; a 4096-bit RSA key has some 3 KiB.
@@ -159,7 +160,7 @@ fn read_secret(path: &Path) -> Result<Zeroizing<String>, TokenKeyError> {
     };
     let metadata = fs::metadata(path).map_err(read)?;
     let mode = metadata.permissions().mode();
-    if mode & 0o077 != 0 {
+    if mode & 0o077 != 0 && !is_credential(path) {
         return Err(TokenKeyError::Exposed {
             path: path.to_owned(),
             mode: mode & 0o7777,
