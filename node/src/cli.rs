@@ -4,6 +4,7 @@ mod anchor;
 mod hide;
 mod nix_conf;
 mod push;
+mod up;
 
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -46,6 +47,8 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run a node and an anchor on local storage in one process; makes what is missing.
+    Up(up::Arguments),
     /// Run a node: the substituter on loopback and its part of the mesh.
     Node(ConfigFile),
     /// Print this machine's peer id, making its identity at first use.
@@ -190,7 +193,8 @@ fn log_to_stderr() {
 
 async fn execute(command: Command) -> Result<()> {
     match command {
-        Command::Node(config) => node(config.load()?).await,
+        Command::Up(arguments) => up::run(arguments).await,
+        Command::Node(config) => node(config.load()?, || Ok(())).await,
         Command::Identity { config, state_dir } => identity(&config, state_dir),
         Command::Mesh(MeshCommand::Create {
             key_file,
@@ -260,7 +264,8 @@ impl ConfigFile {
     }
 }
 
-async fn node(config: Config) -> Result<()> {
+/// Runs a node to its end; `started` is called once Nix is answered.
+async fn node(config: Config, started: impl FnOnce() -> Result<()>) -> Result<()> {
     raise_file_limit();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let inherited = Listener::inherited()?;
@@ -269,6 +274,7 @@ async fn node(config: Config) -> Result<()> {
         false => Daemon::start_on(inherited, config).await?,
     };
     supervisor::ready();
+    started()?;
     let end = async {
         tokio::select! {
             _ = terminate.recv() => {}
@@ -319,11 +325,19 @@ fn identity(config: &ConfigFile, state_dir: Option<PathBuf>) -> Result<()> {
 }
 
 fn mesh_create(key_file: &Path, public_file: Option<&Path>, name: &str) -> Result<()> {
+    let public = make_mesh_key(key_file, name)?.public_key();
+    if let Some(public_file) = public_file {
+        std::fs::write(public_file, format!("{public}\n"))
+            .with_context(|| format!("cannot write the public key to {}", public_file.display()))?;
+    }
+    print(&format!("{public}\n"))
+}
+
+fn make_mesh_key(key_file: &Path, name: &str) -> Result<SecretKey> {
     let name = KeyName::new(name)?;
     let mut seed = Zeroizing::new([0u8; 32]);
     getrandom::fill(seed.as_mut()).context("the system gave no random bytes")?;
     let key = SecretKey::from_seed(name, *seed);
-    let public = key.public_key();
     // Never over an existing key: the members of its mesh would be lost.
     let mut file = std::fs::OpenOptions::new()
         .write(true)
@@ -334,11 +348,7 @@ fn mesh_create(key_file: &Path, public_file: Option<&Path>, name: &str) -> Resul
     file.write_all(key.to_nix_string().as_bytes())
         .and_then(|()| file.sync_all())
         .with_context(|| format!("cannot write the mesh key to {}", key_file.display()))?;
-    if let Some(public_file) = public_file {
-        std::fs::write(public_file, format!("{public}\n"))
-            .with_context(|| format!("cannot write the public key to {}", public_file.display()))?;
-    }
-    print(&format!("{public}\n"))
+    Ok(key)
 }
 
 fn mesh_admit(
@@ -349,6 +359,19 @@ fn mesh_admit(
     permissions: Permissions,
     days: u64,
 ) -> Result<()> {
+    let key = read_mesh_key(key_file)?;
+    let (certificate, text) = certify(&key, peer, name, permissions, days)?;
+    std::fs::write(out, format!("{text}\n"))
+        .with_context(|| format!("cannot write the certificate to {}", out.display()))?;
+    print(&format!(
+        "admitted {} as {} for {days} days: {}\n",
+        peer,
+        certificate.name,
+        out.display()
+    ))
+}
+
+fn read_mesh_key(key_file: &Path) -> Result<SecretKey> {
     let read = || {
         format!(
             "cannot read the mesh key {} (made by granary mesh create)",
@@ -369,10 +392,19 @@ fn mesh_admit(
     let text = std::fs::read_to_string(key_file)
         .map(Zeroizing::new)
         .with_context(read)?;
-    let key: SecretKey = text
-        .trim()
+    text.trim()
         .parse()
-        .with_context(|| format!("{} is no mesh key", key_file.display()))?;
+        .with_context(|| format!("{} is no mesh key", key_file.display()))
+}
+
+/// Makes a certificate, and the text of its file.
+fn certify(
+    key: &SecretKey,
+    peer: PeerId,
+    name: Option<String>,
+    permissions: Permissions,
+    days: u64,
+) -> Result<(Certificate, String)> {
     let now = unix_time();
     let mut serial = [0u8; 8];
     getrandom::fill(&mut serial).context("the system gave no random bytes")?;
@@ -391,15 +423,8 @@ fn mesh_admit(
         not_after: UnixTime(lifetime.context("--days is too large")?),
         serial: u64::from_ne_bytes(serial),
     };
-    let text = certificate.sign(&key)?.to_text();
-    std::fs::write(out, format!("{text}\n"))
-        .with_context(|| format!("cannot write the certificate to {}", out.display()))?;
-    print(&format!(
-        "admitted {} as {} for {days} days: {}\n",
-        peer,
-        certificate.name,
-        out.display()
-    ))
+    let text = certificate.sign(key)?.to_text();
+    Ok((certificate, text))
 }
 
 async fn check_config(config: &ConfigFile, offline: bool) -> Result<()> {

@@ -242,7 +242,7 @@ pub struct PinArguments {
     config: ConfigFile,
 }
 
-fn options(config: &Config) -> Options {
+pub(super) fn options(config: &Config) -> Options {
     let server = &config.anchor_server;
     Options {
         state: config.anchor_dir(),
@@ -435,6 +435,39 @@ fn read_key(path: &Path) -> Result<SecretKey> {
         .with_context(|| format!("{} is no signing key", path.display()))
 }
 
+/// Makes a token, and lists it.
+pub(super) async fn new_token(
+    config: &Config,
+    anchor: &Anchor,
+    subject: String,
+    caches: Vec<Pattern>,
+    allow: &[Permission],
+    days: u64,
+) -> Result<String> {
+    let now = unix_time();
+    let mut id = [0u8; 10];
+    getrandom::fill(&mut id).context("the system gave no random bytes")?;
+    let lifetime = days
+        .checked_mul(SECONDS_PER_DAY)
+        .and_then(|seconds| now.0.checked_add(seconds));
+    let grant = |pattern| Grant {
+        pattern,
+        permissions: allow.to_vec(),
+    };
+    let claims = Claims {
+        id: Some(granary_protocol::nix32::encode(&id)),
+        subject,
+        not_before: None,
+        expires: Some(UnixTime(lifetime.context("--days is too large")?)),
+        grants: caches.into_iter().map(grant).collect(),
+    };
+    let text = claims.mint(&token_key(&config.anchor_dir())?);
+    // Proves that whoever reads it will take it: a subject may be too long.
+    granary_protocol::token::Token::parse(&text)?;
+    anchor.tokens.issued(claims, now).await?;
+    Ok(text)
+}
+
 pub async fn token(arguments: TokenArguments) -> Result<()> {
     match arguments.command {
         TokenCommand::Create {
@@ -445,27 +478,7 @@ pub async fn token(arguments: TokenArguments) -> Result<()> {
             config,
         } => {
             let (config, anchor) = open(&config).await?;
-            let now = unix_time();
-            let mut id = [0u8; 10];
-            getrandom::fill(&mut id).context("the system gave no random bytes")?;
-            let lifetime = days
-                .checked_mul(SECONDS_PER_DAY)
-                .and_then(|seconds| now.0.checked_add(seconds));
-            let grant = |pattern| Grant {
-                pattern,
-                permissions: allow.clone(),
-            };
-            let claims = Claims {
-                id: Some(granary_protocol::nix32::encode(&id)),
-                subject,
-                not_before: None,
-                expires: Some(UnixTime(lifetime.context("--days is too large")?)),
-                grants: caches.into_iter().map(grant).collect(),
-            };
-            let text = claims.mint(&token_key(&config.anchor_dir())?);
-            // Proves that whoever reads it will take it: a subject may be too long.
-            granary_protocol::token::Token::parse(&text)?;
-            anchor.tokens.issued(claims, now).await?;
+            let text = new_token(&config, &anchor, subject, caches, &allow, days).await?;
             print(&format!("{text}\n"))
         }
         TokenCommand::List { json, config } => {

@@ -97,6 +97,48 @@ impl Machine {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// Makes an empty store.
+    pub fn make_store(&self) {
+        self.nix(
+            "nix-store",
+            &["--init", "--store", &self.path().display().to_string()],
+        );
+    }
+
+    /// Builds a path into the store.
+    pub fn build(&self, name: &str) -> String {
+        let paths = ["/bin", "/usr", "/lib", "/lib64"];
+        let paths: Vec<_> = paths
+            .into_iter()
+            .filter(|path| Path::new(path).exists())
+            .collect();
+        let file = self.file("build.nix");
+        let text = format!(
+            "derivation {{ name = \"{name}\"; system = builtins.currentSystem; builder = \"/bin/sh\";\n\
+             PATH = \"/bin:/usr/bin\"; args = [ \"-c\" \"echo {name} > $out\" ]; }}"
+        );
+        fs::write(&file, text).unwrap();
+        let (file, root) = (
+            file.display().to_string(),
+            self.path().display().to_string(),
+        );
+        let sandbox = ["--option", "sandbox-paths", &paths.join(" ")];
+        let options = [
+            "--option",
+            "build-users-group",
+            "",
+            "--option",
+            "substitute",
+            "false",
+        ];
+        let arguments = [
+            &["--no-out-link", &file, "--store", &root],
+            &sandbox[..],
+            &options[..],
+        ];
+        self.nix("nix-build", &arguments.concat()).trim().to_owned()
+    }
+
     /// Everything that Nix is configured with, as Nix says it.
     pub fn settings(&self) -> String {
         let features = ["--extra-experimental-features", "nix-command"];

@@ -5,3 +5,4 @@
 
 mod leaving;
 mod machine;
+mod up;

@@ -1,0 +1,234 @@
+//! `granary up`: from nothing to a running node with an anchor beside it, in one process.
+//!
+//! What is missing is made in the state folder, each file with mode 0600: the mesh key, a certificate
+//! of this machine, a token for its own pushes. What is there and good is kept, so running it again
+//! changes nothing. The configuration may say more, and wins.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use granary_protocol::certificate::SignedCertificate;
+use granary_protocol::peer::PeerId;
+use granary_protocol::signature::PublicKey;
+use granary_protocol::token::Permission;
+use http::header::AUTHORIZATION;
+use http::{HeaderMap, HeaderValue};
+
+use super::anchor::{new_token, options};
+use super::nix_conf::wanted;
+use super::{ConfigFile, SECONDS_PER_DAY, certify, make_mesh_key, node, print, read_mesh_key};
+use crate::anchor::Anchor;
+use crate::anchor::cache::CacheName;
+use crate::anchor::server::Server;
+use crate::clock::unix_time;
+use crate::config::{self, Config};
+use crate::daemon::make_state_dir;
+use crate::identity::Identity;
+use crate::state_folder;
+use crate::upload::read_token;
+
+/// Days that this machine's own certificate and token are good for. Whoever has the state folder has
+/// the mesh key as well, so that a short life would protect nothing.
+const OWN_DAYS: u64 = 365;
+
+/// Days before their end at which they are made anew, at a start.
+const RENEWAL_DAYS: u64 = 180;
+
+/// Largest certificate file looked at.
+const CERTIFICATE_BYTES_MAX: u64 = 16 * 1024;
+
+/// Linux has 64.
+const HOST_NAME_BYTES_MAX: u64 = 256;
+
+const MESH_NAME: &str = "granary-mesh";
+
+#[derive(Args)]
+pub struct Arguments {
+    /// Keep everything here instead of in the configured state folder.
+    #[arg(long)]
+    state_dir: Option<PathBuf>,
+    #[command(flatten)]
+    config: ConfigFile,
+}
+
+pub async fn run(arguments: Arguments) -> Result<()> {
+    let mut config = arguments.config.load()?;
+    let is_elsewhere = arguments.state_dir.is_some();
+    if let Some(state_dir) = arguments.state_dir {
+        config.state_dir = std::path::absolute(&state_dir)
+            .with_context(|| format!("{} is no path", state_dir.display()))?;
+    }
+    make_state_dir(&config.state_dir).with_context(|| {
+        format!(
+            "cannot make the state folder {}",
+            config.state_dir.display()
+        )
+    })?;
+    let admits = join_own_mesh(&mut config)?;
+    let default_cache = config.anchor_server.default_cache.clone();
+    if default_cache.is_empty() {
+        bail!("anchor-server.default-cache is empty, and builds would have no place to go");
+    }
+    let listen = config.anchor_server.listen;
+    let server = Server::start(options(&config), listen, Some(&default_cache)).await?;
+    let prepared = use_own_anchor(&mut config, &server, &default_cache).await;
+    let outcome = match prepared {
+        Ok(key) => {
+            let text = lines(&config, server.address, &key, admits, is_elsewhere)?;
+            node(config, move || print(&text)).await
+        }
+        Err(error) => Err(error),
+    };
+    server.stop().await;
+    outcome
+}
+
+/// Makes this machine a member of its mesh, which is made if there is none; returns whether it admits
+/// others.
+fn join_own_mesh(config: &mut Config) -> Result<bool> {
+    let key_file = mesh_key_file(config);
+    let key = match (key_file.exists(), &config.mesh.key) {
+        (true, _) => read_mesh_key(&key_file)?,
+        (false, None) => make_mesh_key(&key_file, MESH_NAME)?,
+        // A mesh that another machine admits to.
+        (false, Some(_)) => return Ok(false),
+    };
+    let public = key.public_key();
+    match &config.mesh.key {
+        Some(configured) if *configured != public => return Ok(false),
+        _ => config.mesh.key = Some(public.clone()),
+    }
+    let identity = Identity::load_or_create(&config.identity_file())?;
+    let peer = PeerId::from_public_key(identity.public_key());
+    let file = config.certificate_file();
+    if !is_good(&file, &public, &peer) {
+        let permissions = "share,vouch".parse()?;
+        let (_, text) = certify(&key, peer, host_name(), permissions, OWN_DAYS)?;
+        state_folder::write(&file, format!("{text}\n").as_bytes())
+            .with_context(|| format!("cannot write the certificate to {}", file.display()))?;
+    }
+    Ok(true)
+}
+
+fn host_name() -> Option<String> {
+    let name = state_folder::read(Path::new("/proc/sys/kernel/hostname"), HOST_NAME_BYTES_MAX);
+    Some(name.ok()??.trim().to_owned()).filter(|name| !name.is_empty())
+}
+
+fn mesh_key_file(config: &Config) -> PathBuf {
+    config.state_dir.join("mesh.key")
+}
+
+fn is_good(file: &Path, mesh: &PublicKey, peer: &PeerId) -> bool {
+    let Ok(Some(text)) = state_folder::read(file, CERTIFICATE_BYTES_MAX) else {
+        return false;
+    };
+    let Ok(certificate) = SignedCertificate::from_text(&text) else {
+        return false;
+    };
+    let now = unix_time();
+    let verified = certificate.verify(mesh, peer, now);
+    verified.is_ok_and(|own| own.not_after.0 > now.0 + RENEWAL_DAYS * SECONDS_PER_DAY)
+}
+
+/// Has the node ask the anchor beside it, and push to it; returns the cache's public key.
+async fn use_own_anchor(config: &mut Config, server: &Server, cache: &str) -> Result<String> {
+    let name = CacheName::new(cache)?;
+    let row = server.anchor.catalog.cache(&name).await?;
+    let row = row.with_context(|| format!("the anchor has no cache {cache}"))?;
+    let keys = row.settings.public_keys;
+    let token_file = config.state_dir.join("anchor.token");
+    if !allows_push(&server.anchor, &token_file, &name).await? {
+        let subject = "this machine".to_owned();
+        let patterns = vec![cache.parse()?];
+        let allow = [Permission::Pull, Permission::Push];
+        let token = new_token(config, &server.anchor, subject, patterns, &allow, OWN_DAYS).await?;
+        state_folder::write(&token_file, format!("{token}\n").as_bytes())
+            .with_context(|| format!("cannot write the token to {}", token_file.display()))?;
+    }
+    let url = format!("http://{}/{cache}", nearest(server.address)).parse()?;
+    let public_keys = keys.iter().map(|key| key.parse());
+    let own = config::Anchor {
+        url,
+        token_file: Some(token_file),
+        public_keys: public_keys.collect::<Result<_, _>>()?,
+    };
+    if config.upload.cache.is_none() {
+        config.upload.cache = Some(own.url.to_string());
+    }
+    // Unless the configuration has it, which then knows better.
+    if !config.anchor.iter().any(|anchor| anchor.url == own.url) {
+        config.anchor.insert(0, own);
+    }
+    keys.into_iter()
+        .next()
+        .with_context(|| format!("cache {cache} has no key"))
+}
+
+/// Where the anchor is reached from this machine.
+fn nearest(address: SocketAddr) -> SocketAddr {
+    match address.ip().is_unspecified() {
+        true => SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), address.port()),
+        false => address,
+    }
+}
+
+/// Whether the token in this file is good for a while.
+async fn allows_push(anchor: &Anchor, file: &Path, cache: &CacheName) -> Result<bool> {
+    if !file.exists() {
+        return Ok(false);
+    }
+    let token = read_token(&file.to_owned())?;
+    let Ok(value) = HeaderValue::from_str(&format!("Bearer {}", token.as_str())) else {
+        return Ok(false);
+    };
+    let mut headers = HeaderMap::new();
+    headers.insert(AUTHORIZATION, value);
+    let mut soon = unix_time();
+    soon.0 += RENEWAL_DAYS * SECONDS_PER_DAY;
+    let bearer = anchor.tokens.bearer(&headers, soon).await;
+    Ok(bearer.is_ok_and(|bearer| bearer.may(Permission::Push, cache).is_ok()))
+}
+
+/// What a person does next.
+fn lines(
+    config: &Config,
+    anchor: SocketAddr,
+    key: &str,
+    admits: bool,
+    is_elsewhere: bool,
+) -> Result<String> {
+    let wanted = wanted(config)?;
+    let keys = wanted.keys.join(" ");
+    let cache = &config.anchor_server.default_cache;
+    let port = anchor.port();
+    let mut text = format!(
+        "granary is up: Nix is answered at {0}, the anchor at port {port}, state in {1}\n\n\
+         Nix on this machine asks it with these lines in nix.conf (granary use puts them there):\n\n\
+         substituters = {0} https://cache.nixos.org\n\
+         trusted-public-keys = {keys}\n\
+         narinfo-cache-negative-ttl = 10\n",
+        wanted.substituter,
+        config.state_dir.display(),
+    );
+    if let (true, Some(mesh)) = (admits, &config.mesh.key) {
+        text.push_str(&format!(
+            "\nThe next machine needs this in its granary.toml, with the address of this one:\n\n\
+             [mesh]\nkey = \"{mesh}\"\n\
+             [[anchor]]\nurl = \"http://<this machine>:{port}/{cache}\"\n\
+             token-file = \"/etc/granary/token\"\npublic-keys = [\"{key}\"]\n\
+             [upload]\ncache = \"{cache}\"\n\n\
+             and from here a certificate for what `granary identity` prints there, and a token:\n\n\
+             granary mesh admit <peer id> --key-file {}\n\
+             {}granary token create --subject <its name> --cache {cache} --allow pull,push\n",
+            mesh_key_file(config).display(),
+            match is_elsewhere {
+                true => format!("STATE_DIRECTORY={} ", config.state_dir.display()),
+                false => String::new(),
+            },
+        ));
+    }
+    Ok(text)
+}
