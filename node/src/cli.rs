@@ -2,6 +2,7 @@
 
 mod anchor;
 mod hide;
+mod doctor;
 mod nix_conf;
 mod push;
 mod up;
@@ -78,6 +79,8 @@ enum Command {
     Push(push::Arguments),
     /// Make Nix on this machine ask this node: edits nix.conf, and says what it changed.
     Use(nix_conf::Arguments),
+    /// Look for what usually goes wrong, and say how to mend it. Exit status 1 if anything is wrong.
+    Doctor(doctor::Arguments),
     /// Show what the running node knows and did.
     Status {
         #[command(flatten)]
@@ -216,6 +219,7 @@ async fn execute(command: Command) -> Result<()> {
         Command::Gc(arguments) => anchor::gc(arguments).await,
         Command::Pin(arguments) => anchor::pin(arguments).await,
         Command::Push(arguments) => push::run(arguments).await,
+        Command::Doctor(arguments) => doctor::run(arguments).await,
         Command::Use(arguments) => nix_conf::run(arguments),
         Command::Status { config, json } => {
             let text = ask(&config.load()?, "/api/v1/status").await?;

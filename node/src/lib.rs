@@ -20,4 +20,5 @@ pub mod nix_conf;
 pub mod daemon;
 pub mod loopback;
 pub mod demo;
+pub mod doctor;
 pub mod cli;

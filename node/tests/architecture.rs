@@ -76,6 +76,21 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "doctor",
+        &[
+            "clock",
+            "config",
+            "identity",
+            "state_folder",
+            "store",
+            "upload",
+            "status",
+            "nix_conf",
+            "daemon",
+            "loopback",
+        ],
+    ),
+    (
         "cli",
         &[
             "clock",
@@ -92,6 +107,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "anchor",
             "upload",
             "nix_conf",
+            "doctor",
         ],
     ),
 ];

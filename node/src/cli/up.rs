@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use granary_protocol::certificate::SignedCertificate;
+use granary_protocol::certificate::{MEMBER_NAME_BYTES_MAX, SignedCertificate};
 use granary_protocol::peer::PeerId;
 use granary_protocol::signature::PublicKey;
 use granary_protocol::token::Permission;
@@ -114,7 +114,15 @@ fn join_own_mesh(config: &mut Config) -> Result<bool> {
 
 fn host_name() -> Option<String> {
     let name = state_folder::read(Path::new("/proc/sys/kernel/hostname"), HOST_NAME_BYTES_MAX);
-    Some(name.ok()??.trim().to_owned()).filter(|name| !name.is_empty())
+    let name = name.ok()??;
+    let is_allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    // As a certificate has names, so that no host name keeps a machine from starting.
+    let name: String = name
+        .chars()
+        .filter(is_allowed)
+        .take(MEMBER_NAME_BYTES_MAX)
+        .collect();
+    Some(name).filter(|name| !name.is_empty())
 }
 
 fn mesh_key_file(config: &Config) -> PathBuf {

@@ -75,6 +75,23 @@ fn nix_asks_the_node_first_and_later_has_its_configuration_back() {
 }
 
 #[test]
+fn builds_work_after_leaving_and_hear_nothing_of_the_node() {
+    let machine = Machine::new();
+    machine.make_store();
+    let original = "substituters =\nrequire-sigs = true\n";
+    fs::write(machine.nix_conf(), original).unwrap();
+    machine.run(&["use"]);
+    // The node is gone already, as after the package was removed in the wrong order.
+    machine.build("meanwhile");
+    machine.run(&["use", "--undo"]);
+    assert_eq!(fs::read_to_string(machine.nix_conf()).unwrap(), original);
+    let root = machine.path().display().to_string();
+    let path = machine.build("afterwards");
+    machine.nix("nix-store", &["--check-validity", &path, "--store", &root]);
+    assert_eq!(machine.setting("substituters"), [] as [&str; 0]);
+}
+
+#[test]
 fn a_link_is_kept_and_one_into_the_store_is_left_to_nixos() {
     let machine = Machine::new();
     let real = machine.file("dotfiles.conf");

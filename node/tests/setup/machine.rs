@@ -123,14 +123,7 @@ impl Machine {
             self.path().display().to_string(),
         );
         let sandbox = ["--option", "sandbox-paths", &paths.join(" ")];
-        let options = [
-            "--option",
-            "build-users-group",
-            "",
-            "--option",
-            "substitute",
-            "false",
-        ];
+        let options = ["--option", "build-users-group", ""];
         let arguments = [
             &["--no-out-link", &file, "--store", &root],
             &sandbox[..],

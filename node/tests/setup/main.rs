@@ -5,4 +5,5 @@
 
 mod leaving;
 mod machine;
+mod doctor;
 mod up;

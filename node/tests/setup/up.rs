@@ -11,13 +11,13 @@ use crate::machine::{Machine, free_port};
 
 const GENEROUS: Duration = Duration::from_secs(30);
 
-struct Up {
+pub struct Up {
     process: Child,
     said: Arc<Mutex<String>>,
 }
 
 impl Up {
-    fn start(machine: &Machine) -> Up {
+    pub fn start(machine: &Machine) -> Up {
         let mut process = machine
             .granary(&["up"])
             .stdout(Stdio::piped())
@@ -40,11 +40,11 @@ impl Up {
         Up { process, said }
     }
 
-    fn said(&self) -> String {
+    pub fn said(&self) -> String {
         self.said.lock().unwrap().clone()
     }
 
-    fn wait(&self, what: &str, mut is_so: impl FnMut() -> bool) {
+    pub fn wait(&self, what: &str, mut is_so: impl FnMut() -> bool) {
         let started = Instant::now();
         while !is_so() {
             assert!(started.elapsed() < GENEROUS, "{what}: {}", self.said());
@@ -52,7 +52,7 @@ impl Up {
         }
     }
 
-    fn stop(mut self) -> String {
+    pub fn stop(mut self) -> String {
         let pid = rustix::process::Pid::from_child(&self.process);
         rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
         assert!(self.process.wait().unwrap().success(), "{}", self.said());
@@ -86,6 +86,8 @@ fn one_command_makes_everything_and_a_second_changes_nothing() {
         "[mesh]\nlisten = [\"127.0.0.1:{mesh}\"]\ntransfer = [\"127.0.0.1:{transfer}\"]\nmdns = false\n\
          [anchor-server]\nlisten = \"127.0.0.1:{anchor}\"\n"
     );
+    // No test speaks to the world.
+    fs::write(machine.nix_conf(), "substituters =\n").unwrap();
     machine.build("built-here");
     let up = Up::start(&machine);
     up.wait("the lines", || up.said().contains("granary token create"));
