@@ -45,13 +45,19 @@ type Faults = Arc<Mutex<VecDeque<(Filter, Fault)>>>;
 
 impl S3 {
     pub async fn start() -> S3 {
+        S3::on(std::net::TcpListener::bind("127.0.0.1:0").unwrap())
+    }
+
+    /// Serves on a listener, which may stand in another network namespace. Needs a runtime around it.
+    pub fn on(listener: std::net::TcpListener) -> S3 {
         let folder = TempDir::new().unwrap();
         std::fs::create_dir(folder.path().join(BUCKET)).unwrap();
         let files = s3s_fs::FileSystem::new(folder.path()).unwrap();
         let mut builder = S3ServiceBuilder::new(files);
         builder.set_auth(SimpleAuth::from_single("key", "secret"));
         let service = builder.build();
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let listener = TcpListener::from_std(listener).unwrap();
         let address = listener.local_addr().unwrap();
         let faults = Faults::default();
         let requests = Arc::new(Mutex::new(Vec::new()));

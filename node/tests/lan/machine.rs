@@ -52,19 +52,27 @@ impl Lan {
 
     /// A machine that trusts the builders' key; its node is not admitted to any mesh yet.
     pub fn stranger(&self, name: &str) -> Machine {
-        self.place(name, None)
+        self.place(name, None, &self.builder_key.public)
+    }
+
+    /// An admitted machine, whose Nix and node trust this key alone.
+    pub fn believer(&self, name: &str, key: &str) -> Machine {
+        let mut machine = self.place(name, None, key);
+        machine.admit(&self.mesh, &[]);
+        machine
     }
 
     /// A machine admitted to this LAN's mesh.
     pub fn machine(&self, name: &str) -> Machine {
-        let mut machine = self.place(name, None);
+        let mut machine = self.place(name, None, &self.builder_key.public);
         machine.admit(&self.mesh, &[]);
         machine
     }
 
     /// An admitted machine whose Nix signs what it builds.
     pub fn builder(&self, name: &str) -> Machine {
-        let mut machine = self.place(name, Some(&self.builder_key));
+        let trusted = &self.builder_key.public;
+        let mut machine = self.place(name, Some(&self.builder_key), trusted);
         machine.admit(&self.mesh, &[]);
         machine
     }
@@ -79,10 +87,10 @@ impl Lan {
         self.bridge.plug(name)
     }
 
-    fn place(&self, name: &str, signing: Option<&SigningKey>) -> Machine {
+    fn place(&self, name: &str, signing: Option<&SigningKey>, trusted: &str) -> Machine {
         let folder = Folder::new(name);
         let namespace = self.bridge.plug(name);
-        let nix = Nix::new(folder.path(), &[&self.builder_key.public], signing);
+        let nix = Nix::new(folder.path(), &[trusted], signing);
         nix.initialize(&namespace);
         let state = folder.path().join("state");
         let peer_id = admission::peer_id(&state);
@@ -96,9 +104,10 @@ impl Lan {
                 certificate: None,
                 mdns: true,
                 peers: Vec::new(),
-                trusted_keys: vec![self.builder_key.public.clone()],
+                trusted_keys: vec![trusted.to_owned()],
                 deny: Vec::new(),
                 transfer: SocketAddr::from((Ipv4Addr::UNSPECIFIED, TRANSFER_PORT)),
+                extra: String::new(),
             },
             name: name.to_owned(),
             may_log_errors: false,
@@ -117,6 +126,8 @@ pub struct Settings {
     pub deny: Vec<String>,
     /// Where the data plane listens.
     pub transfer: SocketAddr,
+    /// Further tables.
+    pub extra: String,
 }
 
 /// One machine on the LAN. Dropping it ends the node, then fails the test over ERROR lines.
@@ -373,6 +384,7 @@ impl Machine {
             trusted_keys,
             deny,
             transfer,
+            extra,
         } = &self.settings;
         let mesh_key = mesh_key
             .as_ref()
@@ -390,7 +402,7 @@ impl Machine {
              listen = [\"0.0.0.0:{MESH_PORT}\"]\ntransfer = [\"{transfer}\"]\n\
              mdns = {mdns}\npeers = {peers:?}\ninterfaces = []\n\
              [trust]\nkeys = {trusted_keys:?}\n\
-             [share]\nenable = true\ndeny = {deny:?}\n",
+             [share]\nenable = true\ndeny = {deny:?}\n{extra}",
             self.folder.path().join("state"),
             self.nix.store_folder(),
             self.nix.database(),

@@ -21,6 +21,9 @@ mod admission;
 mod status;
 mod proxy;
 mod tap;
+#[path = "../anchor/s3.rs"]
+#[allow(dead_code, reason = "the anchor's own tests use all of it")]
+mod s3;
 
 mod substitution;
 mod freshness;
@@ -30,3 +33,4 @@ mod garbage;
 mod roaming;
 mod faults;
 mod office;
+mod durable;

@@ -1,0 +1,267 @@
+//! What an anchor is for: builds outlive the machine that made them, and the anchor's own memory.
+
+use std::fs::{self, File};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::http::{self, Reading};
+use crate::machine::{Lan, Machine, SUBSTITUTER_PORT};
+use crate::network::Namespace;
+use crate::process::{self, wait_for};
+use crate::proxy::{Fault, Then};
+use crate::s3::S3;
+
+const PORT: u16 = 4730;
+/// Where an anchor listens that has something before its port.
+const BEHIND: u16 = 4731;
+
+const DEADLINE: Duration = Duration::from_secs(30);
+/// What a build may take to the anchor.
+const PUSHED: Duration = Duration::from_secs(10);
+
+/// An anchor in a namespace of its own.
+struct Anchor {
+    namespace: Namespace,
+    folder: TempDir,
+    /// `[anchor-server]`, without its state.
+    settings: String,
+    process: Option<Child>,
+}
+
+impl Anchor {
+    fn new(lan: &Lan, name: &str, settings: &str) -> Anchor {
+        Anchor {
+            namespace: lan.plug(name),
+            folder: TempDir::new().expect("temporary folder"),
+            settings: settings.to_owned(),
+            process: None,
+        }
+    }
+
+    fn state(&self) -> PathBuf {
+        self.folder.path().join("state")
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let config = self.folder.path().join("granary.toml");
+        let text = format!(
+            "state-dir = {:?}\n[anchor-server]\ndefault-cache = \"\"\n{}",
+            self.state(),
+            self.settings
+        );
+        fs::write(&config, text).expect("write configuration");
+        let mut command = self.namespace.command(env!("CARGO_BIN_EXE_granary"));
+        command.args(arguments).arg("--config").arg(config);
+        command.env("NO_COLOR", "1");
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> String {
+        process::run(&mut self.command(arguments), DEADLINE).expect_success()
+    }
+
+    fn start(&mut self) {
+        let log = self.folder.path().join("log");
+        let log = File::options().create(true).append(true).open(log);
+        let log = log.expect("open log");
+        let mut command = self.command(&["anchor"]);
+        command
+            .stdout(log.try_clone().expect("duplicate log"))
+            .stderr(log);
+        self.process = Some(command.spawn().expect("start the anchor"));
+        wait_for("the anchor answers", DEADLINE, || {
+            let cache = self.get("/team/nix-cache-info");
+            match cache.map(|response| response.status) {
+                // Without the cache as well.
+                Ok(200 | 401 | 404) => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        });
+    }
+
+    /// SIGKILL.
+    fn kill(&mut self) {
+        if let Some(mut process) = self.process.take() {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+
+    fn get(&self, target: &str) -> std::io::Result<http::Response> {
+        let address = SocketAddr::from((self.namespace.address, PORT));
+        self.namespace.inside(|| http::get(address, target))
+    }
+
+    /// What a machine's configuration says to use it, with a token of its own.
+    fn table(&self, machine: &Machine, token: &str) -> String {
+        let file = self.folder.path().join(format!("{}.token", machine.name));
+        fs::write(&file, token).expect("write token");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("set mode");
+        let address = self.namespace.address;
+        format!("[[anchor]]\nurl = \"http://{address}:{PORT}/team\"\ntoken-file = {file:?}\n")
+    }
+
+    fn token(&self) -> String {
+        self.run(&[
+            "token",
+            "create",
+            "--subject",
+            "lan",
+            "--cache",
+            "team",
+            "--allow",
+            "pull,push",
+        ])
+    }
+}
+
+impl Drop for Anchor {
+    fn drop(&mut self) {
+        self.kill();
+        let log = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+        if std::thread::panicking() {
+            eprintln!("-- the anchor logged:\n{log}");
+        } else {
+            assert!(!log.contains("ERROR") && !log.contains("panicked"), "{log}");
+        }
+    }
+}
+
+/// An expression for a path that nothing compresses.
+fn noise(name: &str, bytes: u64) -> String {
+    format!(
+        r#"derivation {{
+          name = "{name}"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";
+          args = [ "-e" "-c" "mkdir $out; head -c {bytes} /dev/urandom >$out/content" ];
+        }}"#
+    )
+}
+
+#[test]
+fn a_build_outlives_its_machine_and_the_state_of_the_anchor() {
+    let lan = Lan::new();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .expect("a runtime");
+    let mut anchor = Anchor::new(&lan, "nas", "");
+    let bind = || TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).expect("bind");
+    let listener = anchor.namespace.inside(bind);
+    let s3 = runtime.block_on(async { S3::on(listener) });
+    anchor.settings = format!(
+        "listen = \"0.0.0.0:{PORT}\"\nstorage = \"s3://granary-test/anchor\"\n\
+         [anchor-server.s3]\nendpoint = {:?}\nregion = \"us-east-1\"\ncredentials-file = {:?}\n",
+        s3.endpoint(),
+        s3.options().credentials_file.expect("a file"),
+    );
+    anchor.start();
+    let key = anchor.run(&["cache", "create", "team", "--public"]);
+    let token = anchor.token();
+
+    // Nothing signs what this machine builds.
+    let mut desk = lan.machine("desk");
+    desk.settings.extra = format!(
+        "{}[upload]\ncache = \"team\"\n",
+        anchor.table(&desk, &token)
+    );
+    desk.start();
+    let path = desk.build(&noise("durable", 3_000_000));
+    let hash = &path["/nix/store/".len()..][..32];
+    let target = format!("/team/{hash}.narinfo");
+    let (elapsed, narinfo) = wait_for("the build at the anchor", PUSHED, || {
+        let answer = anchor.get(&target).map_err(|error| error.to_string())?;
+        match answer.status {
+            200 => Ok(answer),
+            status => Err(format!("status {status}")),
+        }
+    });
+    println!("at the anchor after {elapsed:.1?}");
+    assert!(
+        narinfo
+            .line("Sig")
+            .expect("a signature")
+            .starts_with("team-1:")
+    );
+    drop(desk);
+
+    let mut laptop = lan.believer("laptop", &key);
+    laptop.settings.extra = anchor.table(&laptop, &token);
+    laptop.start();
+    laptop.wait_offered(&path, DEADLINE);
+    laptop.realise(&path).expect_success();
+    laptop.assert_sound();
+
+    anchor.kill();
+    fs::remove_dir_all(anchor.state()).expect("lose the state");
+    let said = anchor.run(&["anchor", "rebuild"]);
+    assert!(said.contains("1 caches with 1 paths"), "{said}");
+    anchor.start();
+    laptop.delete(&path);
+    assert!(!laptop.is_valid(&path));
+    // The cache is public: the old token, whose key is lost, would be refused.
+    let address = anchor.namespace.address;
+    laptop.stop();
+    laptop.settings.extra = format!("[[anchor]]\nurl = \"http://{address}:{PORT}/team\"\n");
+    laptop.start();
+    laptop.wait_offered(&path, DEADLINE);
+    laptop.realise(&path).expect_success();
+    laptop.assert_sound();
+}
+
+#[test]
+fn an_anchor_that_is_killed_in_the_middle_of_a_nar_is_followed_by_another() {
+    const BYTES: u64 = 24_000_000;
+    let lan = Lan::new();
+    let fault = Fault::default();
+    let behind = SocketAddr::from((Ipv4Addr::LOCALHOST, BEHIND));
+    let settings = format!("listen = \"{behind}\"\n");
+    let mut builder = lan.machine("builder");
+    let path = builder.build(&noise("large", BYTES));
+    let mut anchors = ["nas", "vps"].map(|name| Anchor::new(&lan, name, &settings));
+    let mut tables = String::new();
+    let mut keys = Vec::new();
+    for (number, anchor) in anchors.iter_mut().enumerate() {
+        let before = SocketAddr::from((anchor.namespace.address, PORT));
+        fault.stand_before(number, &anchor.namespace, before, behind);
+        anchor.start();
+        keys.push(anchor.run(&["cache", "create", "team", "--public"]));
+        let table = anchor.table(&builder, &anchor.token());
+        builder.settings.extra = table.clone();
+        builder.granary(&["push", "team", &path]).expect_success();
+        tables.push_str(&table);
+    }
+    drop(builder);
+    let mut laptop = lan.believer("laptop", &keys[0]);
+    laptop.settings.trusted_keys = keys;
+    laptop.settings.extra = tables;
+    laptop.start();
+    laptop.wait_offered(&path, DEADLINE);
+    let pids = anchors.each_ref().map(|anchor| {
+        let process = anchor.process.as_ref().expect("it runs");
+        Pid::from_child(process)
+    });
+    let kill = move |number: usize| kill_process(pids[number], Signal::KILL).expect("kill");
+    fault.arm(BYTES / 2, Then::Close, Box::new(kill));
+
+    let narinfo = laptop.narinfo(&path);
+    let url = narinfo.line("URL").expect("a URL");
+    let endpoint = SocketAddr::from((Ipv4Addr::LOCALHOST, SUBSTITUTER_PORT));
+    let read = || http::read(endpoint, &format!("/{url}")).expect("an answer");
+    let Reading {
+        status,
+        bytes,
+        nar_hash,
+        ..
+    } = laptop.namespace.inside(read);
+    assert!(fault.befallen().is_some());
+    assert_eq!(status, 200);
+    assert_eq!(Some(bytes.to_string()), narinfo.line("NarSize"));
+    assert_eq!(Some(nar_hash), narinfo.line("NarHash"));
+}
