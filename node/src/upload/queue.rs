@@ -7,7 +7,7 @@
 //!
 //! `granary push --queue` writes to it from another process, beside a running node.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,7 +22,7 @@ use tracing::warn;
 use super::order;
 
 /// Written to `user_version`. A file with another number is made anew.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 const SCHEMA: &str = "
     CREATE TABLE uploads (
@@ -36,6 +36,8 @@ const SCHEMA: &str = "
         problem TEXT
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX waiting ON uploads (state, is_asked DESC, registered DESC);
+    -- Uploads that were begun and are not complete, as the anchor calls them, and when.
+    CREATE TABLE begun (hash TEXT PRIMARY KEY, upload TEXT NOT NULL, at INTEGER NOT NULL) STRICT;
     CREATE TABLE target (url TEXT NOT NULL) STRICT;
 ";
 
@@ -43,6 +45,12 @@ const SCHEMA: &str = "
 const WAITING: i64 = 0;
 const SETTLED: i64 = 1;
 const STAYS: i64 = 2;
+
+/// Seconds after which an upload that was begun is of no use: the anchor has forgotten it.
+const BEGUN_SECONDS: u64 = 3600;
+
+/// Uploads that are remembered at once; more than run at once in an hour of breaks.
+const BEGUN_MAX: i64 = 1000;
 
 /// How long a statement waits for the other process.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
@@ -333,6 +341,53 @@ impl Queue {
         .await
     }
 
+    /// Writes down that an upload was begun, or, without its id, that it is over.
+    pub async fn mark(
+        &self,
+        hash: StorePathHash,
+        upload: Option<String>,
+        now: u64,
+    ) -> Result<(), QueueError> {
+        self.change(move |transaction| {
+            let hash = hash.to_string();
+            match upload {
+                Some(upload) => transaction.execute(
+                    "INSERT INTO begun VALUES (?1, ?2, ?3)
+                     ON CONFLICT DO UPDATE SET upload = ?2, at = ?3",
+                    params![hash, upload, signed(now)],
+                ),
+                None => transaction.execute("DELETE FROM begun WHERE hash = ?1", [hash]),
+            }
+            .map(drop)
+        })
+        .await
+    }
+
+    /// Returns the uploads that were begun and may still be known.
+    pub async fn begun(&self, now: u64) -> Result<BTreeMap<StorePathHash, String>, QueueError> {
+        self.change(move |transaction| {
+            let earliest = signed(now.saturating_sub(BEGUN_SECONDS));
+            transaction.execute(
+                "DELETE FROM begun WHERE at < ?1 OR at > ?2",
+                [earliest, signed(now)],
+            )?;
+            let mut select = transaction.prepare("SELECT hash, upload FROM begun LIMIT ?1")?;
+            let rows = select.query_map([BEGUN_MAX], |row| {
+                Ok((row.get::<_, String>(0)?, row.get(1)?))
+            })?;
+            let mut begun = BTreeMap::new();
+            for row in rows {
+                let (hash, upload) = row?;
+                // One that is malformed costs a NAR that is begun anew.
+                if let Ok(hash) = hash.parse() {
+                    begun.insert(hash, upload);
+                }
+            }
+            Ok(begun)
+        })
+        .await
+    }
+
     pub async fn count(&self) -> Result<Count, QueueError> {
         self.change(|transaction| {
             let (waiting, bytes, failed): (i64, i64, i64) = transaction.query_row(
@@ -444,6 +499,7 @@ fn aim(connection: &mut Connection, target: &str) -> rusqlite::Result<()> {
     let found = transaction.query_row("SELECT url FROM target", [], |row| row.get::<_, String>(0));
     if found.optional()?.as_deref() != Some(target) {
         transaction.execute("DELETE FROM target", [])?;
+        transaction.execute("DELETE FROM begun", [])?;
         transaction.execute("INSERT INTO target VALUES (?1)", [target])?;
         transaction.execute(
             "UPDATE uploads SET state = ?1, failures = 0, not_before = 0, problem = NULL",
@@ -576,6 +632,25 @@ mod tests {
         let queue = place.open();
         assert_eq!(queue.due(100).await.unwrap(), []);
         assert!(place.0.path().join("uploads.sqlite.damaged").exists());
+    }
+
+    #[tokio::test]
+    async fn an_upload_is_remembered_until_it_is_over_or_forgotten_by_the_anchor() {
+        let place = Place::new();
+        let queue = place.open();
+        for (number, at) in [(1, 10_000), (2, 10_000), (3, 6_000), (4, 99_999)] {
+            let upload = Some(format!("upload-{number}"));
+            let hash = entry(number).path.hash();
+            queue.mark(hash, upload, at).await.unwrap();
+        }
+        queue
+            .mark(entry(2).path.hash(), None, 10_000)
+            .await
+            .unwrap();
+        drop(queue);
+        let begun = place.open().begun(10_001).await.unwrap();
+        let expected = BTreeMap::from([(entry(1).path.hash(), "upload-1".to_owned())]);
+        assert_eq!(begun, expected);
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@
 //! is waited out, and the NAR goes on at the byte that the anchor has. Every failure is put into one
 //! of three [`Extent`]s, which is all that those who decide about retries look at.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -16,6 +16,7 @@ use granary_protocol::store_path::{StorePath, StorePathHash};
 use reqwest::header::RETRY_AFTER;
 use reqwest::{StatusCode, Url};
 use serde::Deserialize;
+use tokio::sync::mpsc;
 use zeroize::Zeroizing;
 
 use super::order;
@@ -52,6 +53,38 @@ const ATTEMPTS_MAX: u32 = 6;
 /// Longest answer read.
 const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
 
+/// NARs below this are begun anew by another process; what is sent twice then is sent within seconds.
+const MARKED_BYTES_MIN: u64 = 8 * 1024 * 1024;
+
+/// Large uploads that were begun and are not complete, so that another process can go on with them.
+pub struct Marks {
+    known: Mutex<BTreeMap<StorePathHash, String>>,
+    /// What is to be written down: the id of an upload that began, or that it is over.
+    changes: mpsc::Sender<(StorePathHash, Option<String>)>,
+}
+
+impl Marks {
+    pub fn new(
+        known: BTreeMap<StorePathHash, String>,
+        changes: mpsc::Sender<(StorePathHash, Option<String>)>,
+    ) -> Marks {
+        Marks {
+            known: Mutex::new(known),
+            changes,
+        }
+    }
+
+    fn take(&self, hash: &StorePathHash) -> Option<String> {
+        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        known.remove(hash)
+    }
+
+    /// A mark that finds no room is not written: then the NAR is begun anew, should it come to that.
+    fn change(&self, hash: StorePathHash, upload: Option<&str>) {
+        let _ = self.changes.try_send((hash, upload.map(str::to_owned)));
+    }
+}
+
 /// A cache of an anchor, and the right to push to it.
 #[derive(Clone)]
 pub struct Target {
@@ -62,6 +95,7 @@ pub struct Target {
     config: Url,
     token: Arc<Zeroizing<String>>,
     pace: Option<Arc<Pace>>,
+    marks: Option<Arc<Marks>>,
     /// How often a question is asked.
     attempts: u32,
 }
@@ -230,6 +264,7 @@ impl Target {
             config: below(format!("{root}/_api/v1/cache-config/{cache}")),
             token: Arc::new(token),
             pace: None,
+            marks: None,
             attempts: ATTEMPTS_MAX,
         })
     }
@@ -245,6 +280,14 @@ impl Target {
     /// The same within a limit on what leaves.
     pub fn with_pace(self, pace: Option<Arc<Pace>>) -> Target {
         Target { pace, ..self }
+    }
+
+    /// The same, which goes on with large uploads that another process began.
+    pub fn with_marks(self, marks: Arc<Marks>) -> Target {
+        Target {
+            marks: Some(marks),
+            ..self
+        }
     }
 
     /// The same, whose questions are asked once: for those who come back later by themselves.
@@ -352,16 +395,37 @@ impl Target {
         progress: &Progress,
     ) -> Result<(), PushError> {
         let place = progress.begin(&info.store_path, info.nar_size);
+        let hash = info.store_path.hash();
+        let marks = self.marks.as_deref();
+        let marks = marks.filter(|_| info.nar_size >= MARKED_BYTES_MIN);
         let mut failures = 0;
-        let mut upload = Upload::default();
+        let mut upload = Upload {
+            id: marks.and_then(|marks| marks.take(&hash)),
+            offset: 0,
+        };
+        let mut marked = upload.id.clone();
         loop {
             let before = upload.offset;
             let meter = place.meter();
-            let attempt = self.attempt(store, info, &mut upload, |offset| {
+            let attempt = self.attempt(store, info, &mut upload, |id, offset| {
+                if let Some(marks) = marks
+                    && marked.as_deref() != Some(id)
+                {
+                    marks.change(hash, Some(id));
+                    marked = Some(id.to_owned());
+                }
                 place.at(offset);
                 meter
             });
-            let error = match attempt.await {
+            let outcome = attempt.await;
+            let is_over = match &outcome {
+                Ok(is_complete) => *is_complete,
+                Err(error) => !error.is_transient() && error.extent() != Extent::Everything,
+            };
+            if let Some(marks) = marks.filter(|_| is_over) {
+                marks.change(hash, None);
+            }
+            let error = match outcome {
                 Ok(true) => {
                     place.done();
                     return Ok(());
@@ -392,7 +456,7 @@ impl Target {
         store: &Arc<dyn LocalStore>,
         info: &PathInfo,
         upload: &mut Upload,
-        at: impl FnOnce(u64) -> Meter,
+        at: impl FnOnce(&str, u64) -> Meter,
     ) -> Result<bool, PushError> {
         let id = match &upload.id {
             Some(id) => {
@@ -425,7 +489,7 @@ impl Target {
         })?;
         let offset = upload.offset;
         let end = info.nar_size.min(offset.saturating_add(self.part_bytes()));
-        let meter = at(offset);
+        let meter = at(&id, offset);
         let nar = nar.stream(offset..end).inspect(move |piece| {
             if let Ok(piece) = piece {
                 meter.add(piece.len() as u64);

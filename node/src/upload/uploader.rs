@@ -15,17 +15,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use granary_protocol::signature::TrustedKeys;
-use granary_protocol::store_path::StorePath;
+use granary_protocol::store_path::{StorePath, StorePathHash};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::{debug, info, warn};
 
 use super::order::{self, Facts};
 use super::pace::Pace;
 use super::progress::{Progress, UnderWay};
 use super::queue::{Count, Due, Entry, Queue, QueueError, Settled};
-use super::target::chance;
+use super::target::{Marks, chance};
 use super::{Extent, Outcome, PushError, Root, Target, TokenFileError, push_round, read_token};
 use crate::clock::unix_time;
 use crate::store::hidden::Hidden;
@@ -33,6 +33,9 @@ use crate::store::{LocalStore, PathInfo, StoreEvent};
 
 /// How often to look for what `granary push --queue` wrote. A question takes 20 µs.
 const POLL: Duration = Duration::from_secs(2);
+
+/// Marks waiting to be written; six uploads make two each.
+const MARKS_MAX: usize = 64;
 
 /// When a queue that cannot be used is opened again.
 const REOPEN: Duration = Duration::from_secs(5);
@@ -157,10 +160,13 @@ impl Uploader {
         let open = tokio::task::spawn_blocking(move || Queue::open(&file, &url));
         let queue = open.await.map_err(|_| QueueError::Stopped)??;
         queue.reconsider().await?;
+        let (changes, marked) = mpsc::channel(MARKS_MAX);
+        let marks = Marks::new(queue.begun(unix_time().0).await?, changes);
         let offered = Notify::new();
         tokio::select! {
             ended = self.follow(store, &queue, &offered) => ended,
-            ended = self.drain(store, &queue, &offered) => ended,
+            ended = self.drain(store, &queue, &offered, Arc::new(marks)) => ended,
+            ended = write_marks(&queue, marked) => ended,
         }
     }
 
@@ -217,6 +223,7 @@ impl Uploader {
         store: &Arc<dyn LocalStore>,
         queue: &Queue,
         offered: &Notify,
+        marks: Arc<Marks>,
     ) -> Result<Infallible, QueueError> {
         let pace = self.options.rate.map(|rate| Arc::new(Pace::new(rate)));
         let mut target = None;
@@ -237,6 +244,7 @@ impl Uploader {
                     None => target.insert(
                         Target::new(&self.options.url, token.clone())?
                             .with_pace(pace.clone())
+                            .with_marks(marks.clone())
                             .asking_once(),
                     ),
                 };
@@ -405,6 +413,18 @@ impl From<Trouble> for Stopped {
     fn from(trouble: Trouble) -> Stopped {
         Stopped::Trouble(trouble)
     }
+}
+
+/// Writes down which uploads were begun, while they run.
+async fn write_marks(
+    queue: &Queue,
+    mut marked: mpsc::Receiver<(StorePathHash, Option<String>)>,
+) -> Result<Infallible, QueueError> {
+    while let Some((hash, upload)) = marked.recv().await {
+        queue.mark(hash, upload, unix_time().0).await?;
+    }
+    // Whoever pushes holds the other end.
+    std::future::pending().await
 }
 
 async fn is_gone(store: &Arc<dyn LocalStore>, path: &StorePath) -> bool {

@@ -3,6 +3,7 @@
 //! `GRANARY_QUEUE_ROUNDS=50` has the loop of kills go on that long.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -113,6 +114,18 @@ impl Pusher {
         self.wait("an empty queue", |upload| upload["paths_waiting"] == 0);
     }
 
+    /// Builds a path that nothing compresses.
+    fn build_noise(&self, bytes: u64) -> String {
+        let file = self.file("noise.nix");
+        let text = format!(
+            "derivation {{ name = \"noise\"; system = builtins.currentSystem; builder = \"/bin/sh\";\n\
+             PATH = \"/bin:/usr/bin\"; args = [ \"-c\" \"head -c {bytes} /dev/urandom > $out\" ]; }}"
+        );
+        fs::write(&file, text).unwrap();
+        let file = file.to_str().unwrap();
+        self.machine.nix("nix-build", &["--no-out-link", file])
+    }
+
     /// Builds paths that reference nothing.
     fn build(&self, names: &[String], bytes: usize) -> Vec<String> {
         let one = |name: &String| {
@@ -154,10 +167,11 @@ fn holds(rig: &Rig, path: &str) -> bool {
     rig.get(&format!("/main/{}.narinfo", hash(path))).status == 200
 }
 
-/// Carries connections to the anchor, and counts them.
+/// Carries connections to the anchor, and counts them and what goes there.
 struct Line {
     address: SocketAddr,
     connections: Arc<AtomicU64>,
+    bytes: Arc<AtomicU64>,
 }
 
 fn line(anchor: SocketAddr) -> Line {
@@ -165,8 +179,9 @@ fn line(anchor: SocketAddr) -> Line {
     let line = Line {
         address: listener.local_addr().unwrap(),
         connections: Arc::default(),
+        bytes: Arc::default(),
     };
-    let connections = line.connections.clone();
+    let (connections, bytes) = (line.connections.clone(), line.bytes.clone());
     std::thread::spawn(move || {
         while let Ok((client, _)) = listener.accept() {
             connections.fetch_add(1, Ordering::Relaxed);
@@ -174,9 +189,16 @@ fn line(anchor: SocketAddr) -> Line {
                 continue;
             };
             let (mut up, mut down) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            let bytes = bytes.clone();
             std::thread::spawn(move || {
                 let (mut from, mut to) = (client, server);
-                let _ = std::io::copy(&mut from, &mut to);
+                let mut buffer = [0; 16 * 1024];
+                while let Ok(length @ 1..) = from.read(&mut buffer) {
+                    bytes.fetch_add(length as u64, Ordering::Relaxed);
+                    if to.write_all(&buffer[..length]).is_err() {
+                        break;
+                    }
+                }
                 let _ = to.shutdown(Shutdown::Both);
             });
             std::thread::spawn(move || {
@@ -337,22 +359,14 @@ async fn a_queue_that_cannot_be_used_harms_nothing_and_is_used_when_it_can_be() 
 
 #[tokio::test(flavor = "multi_thread")]
 async fn pushes_keep_to_the_rate_that_they_may_have() {
-    const BYTES: usize = 600_000;
+    const BYTES: u64 = 600_000;
     let rig = Rig::new().await;
     rig.cache("main", true).await;
     let token = rig.token(&[("main", &[Push])]).await;
     tokio::task::block_in_place(|| {
         let mut pusher = Pusher::new(&rig.url("main"), &token);
         pusher.upload = "rate = \"300kB/s\"\n".to_owned();
-        let file = pusher.file("noise.nix");
-        let text = format!(
-            "derivation {{ name = \"noise\"; system = builtins.currentSystem; builder = \"/bin/sh\";\n\
-             PATH = \"/bin:/usr/bin\"; args = [ \"-c\" \"head -c {BYTES} /dev/urandom > $out\" ]; }}"
-        );
-        fs::write(&file, text).unwrap();
-        let noise = pusher
-            .machine
-            .nix("nix-build", &["--no-out-link", file.to_str().unwrap()]);
+        let noise = pusher.build_noise(BYTES);
         pusher.start();
         pusher.wait("progress", |upload| {
             let current = upload["current"].as_array();
@@ -362,6 +376,30 @@ async fn pushes_keep_to_the_rate_that_they_may_have() {
         pusher.wait("the whole", |_| holds(&rig, &noise));
         assert!(started.elapsed() > Duration::from_secs(1));
     });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_killed_in_a_large_nar_goes_on_where_it_was() {
+    const BYTES: u64 = 40_000_000;
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let line = line(rig.address());
+    let url = format!("http://{}/main", line.address);
+    tokio::task::block_in_place(|| {
+        let mut pusher = Pusher::new(&url, &token);
+        pusher.upload = "rate = \"20MB/s\"\n".to_owned();
+        let noise = pusher.build_noise(BYTES);
+        pusher.start();
+        pusher.wait("half of it", |_| {
+            line.bytes.load(Ordering::Relaxed) > BYTES / 2
+        });
+        pusher.kill();
+        pusher.start();
+        pusher.wait("all of it", |_| holds(&rig, &noise));
+    });
+    let bytes = line.bytes.load(Ordering::Relaxed);
+    assert!(bytes < BYTES * 5 / 4, "{bytes} bytes for {BYTES}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
