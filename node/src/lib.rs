@@ -3,6 +3,7 @@
 pub mod clock;
 pub mod identity;
 pub mod metrics;
+pub mod activity;
 pub mod state_folder;
 pub mod listener;
 pub mod supervisor;

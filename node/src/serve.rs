@@ -62,6 +62,10 @@ pub enum Route {
     DebugInfo(BuildId),
     /// A file or folder of a store path, for a browser.
     Browse(StorePathHash, FilePath),
+    /// For a person with a browser.
+    Page,
+    /// The reasons for one answer, for the same.
+    WhyPage(String),
     Health,
     Metrics,
     Status,
@@ -89,11 +93,15 @@ impl Route {
 
     fn find(path: &str, target: &str) -> Option<Route> {
         match path {
+            "/" => return Some(Route::Page),
             "/nix-cache-info" => return Some(Route::CacheInfo),
             "/health" => return Some(Route::Health),
             "/metrics" => return Some(Route::Metrics),
             "/api/v1/status" => return Some(Route::Status),
             _ => {}
+        }
+        if let Some(asked) = target.strip_prefix("/why?path=") {
+            return Some(Route::WhyPage(decoded(&asked.replace('+', " "))?));
         }
         if let Some(path) = path.strip_prefix("/api/v1/why/") {
             return Some(Route::Why(path.to_owned()));
@@ -151,7 +159,12 @@ impl Route {
             Route::Realisation(_) | Route::TraceEntry(..) => "trace",
             Route::DebugInfo(_) => "debuginfo",
             Route::Browse(..) => "browse",
-            Route::Health | Route::Metrics | Route::Status | Route::Why(_) => "about",
+            Route::Page
+            | Route::WhyPage(_)
+            | Route::Health
+            | Route::Metrics
+            | Route::Status
+            | Route::Why(_) => "about",
             Route::Unknown { .. } => "unknown",
         }
     }
@@ -295,6 +308,8 @@ mod tests {
             route(&format!("/serve/{hash}")),
             Route::Browse(hash, FilePath::root())
         );
+        assert_eq!(route("/"), Route::Page);
+        assert_eq!(route("/why?path=%2Fa+b"), Route::WhyPage("/a b".into()));
         assert_eq!(route("/health"), Route::Health);
         assert_eq!(route("/api/v1/why/abc"), Route::Why("abc".into()));
     }
@@ -302,7 +317,8 @@ mod tests {
     #[test]
     fn everything_else_is_unknown() {
         for target in [
-            "/",
+            "/why",
+            "/why?path=%f",
             "/favicon.ico",
             "/..",
             "/%2e%2e/etc/passwd",

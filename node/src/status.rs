@@ -4,6 +4,8 @@
 //! `/api/v1/why/<path>`); `granary status` and `granary why` read them there and print them for a
 //! person. The types are the format: fields are added, never renamed.
 
+pub mod page;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -15,6 +17,7 @@ use granary_protocol::peer::PeerId;
 use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
 use serde::{Deserialize, Serialize};
 
+use crate::activity::{Activity, LookupView, TransferView};
 use crate::mesh::MeshHandle;
 use crate::metrics::{Gauges, Metrics, UploadGauges};
 use crate::store::LocalStore;
@@ -62,6 +65,12 @@ pub struct Report {
     /// `None` where nothing is pushed by itself.
     #[serde(default)]
     pub upload: Option<upload::View>,
+    /// NARs on their way to Nix.
+    #[serde(default)]
+    pub transfers: Vec<TransferView>,
+    /// What Nix asked last, newest first.
+    #[serde(default)]
+    pub lookups: Vec<LookupView>,
     /// NAR bytes moved with peers since the start.
     pub bytes: Moved,
     pub narinfos: Answers,
@@ -166,10 +175,11 @@ pub struct Sources<'a> {
     pub certificate: Option<&'a CertificateAbout>,
     pub upload: Option<upload::View>,
     pub metrics: &'a Metrics,
+    pub activity: &'a Activity,
 }
 
-/// Gathers the report as JSON.
-pub async fn report(sources: Sources<'_>) -> String {
+/// Gathers the report.
+pub async fn report(sources: Sources<'_>) -> Report {
     let metrics = sources.metrics;
     let snapshot = match sources.mesh {
         Some(mesh) => mesh.snapshot().await,
@@ -233,12 +243,14 @@ pub async fn report(sources: Sources<'_>) -> String {
         mesh.certificate = sources.certificate.cloned();
     }
     let total = metrics.traffic.total();
-    to_json(&Report {
+    Report {
         about,
         paths_held,
         peers,
         caches,
         upload: sources.upload,
+        transfers: sources.activity.transfers(),
+        lookups: sources.activity.lookups(),
         bytes: Moved {
             sent: total.sent,
             received: total.received,
@@ -261,7 +273,7 @@ pub async fn report(sources: Sources<'_>) -> String {
         store_errors: metrics.store_errors.get(),
         index_errors,
         refusals,
-    })
+    }
 }
 
 /// Gathers what `/metrics` shows beside the counters. A mesh that does not answer in time counts as
@@ -302,7 +314,7 @@ pub async fn gauges(
 }
 
 /// Explains what Nix would be told about a path; `None` when the text names none.
-pub async fn why(sources: Sources<'_>, text: &str) -> Option<String> {
+pub async fn why(sources: Sources<'_>, text: &str) -> Option<Why> {
     let dir = sources.store.dir();
     let hash = hash_of(text, dir)?;
     let mut why = Why {
@@ -377,7 +389,7 @@ pub async fn why(sources: Sources<'_>, text: &str) -> Option<String> {
             }
         }
     }
-    Some(to_json(&why))
+    Some(why)
 }
 
 /// What is to be said of a found narinfo, which is `cache`'s or else a member's.
@@ -445,7 +457,8 @@ pub fn hash_of(text: &str, dir: &StoreDir) -> Option<StorePathHash> {
     path.ok().or_else(|| base_name.parse().ok())
 }
 
-fn to_json(value: &impl Serialize) -> String {
+/// A report or explanation as JSON.
+pub fn to_json(value: &impl Serialize) -> String {
     // These types have no maps with keys that are not text, the only thing that can fail.
     let mut text = serde_json::to_string_pretty(value).unwrap_or_default();
     text.push('\n');

@@ -22,7 +22,9 @@ use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use crate::activity::Activity;
 use crate::binary_cache::{PeerCaches, WebCaches};
+use crate::clock::unix_time;
 use crate::config::Config;
 use crate::listener::Address;
 use crate::mesh::MeshHandle;
@@ -33,7 +35,7 @@ use crate::serve::nar::{self, Part};
 use crate::serve::narinfo as narinfo_json;
 use crate::serve::respond::{self, Body};
 use crate::serve::{Route, browse, debug as debug_info, is_own_host, log, trace};
-use crate::status;
+use crate::status::{self, page};
 use crate::store::shared::SharingRules;
 use crate::store::{LocalStore, PathInfo, Records, StoreError};
 use crate::upload::Uploader;
@@ -115,6 +117,7 @@ pub struct Substituter {
     priority: i32,
     is_in_mesh: bool,
     pub metrics: Arc<Metrics>,
+    activity: Activity,
     tainted: Arc<Tainted>,
     listings: Listings,
     log_places: LogPlaces,
@@ -131,6 +134,7 @@ impl Substituter {
             priority: config.substituter.priority,
             is_in_mesh: config.mesh.key.is_some(),
             metrics: Arc::new(Metrics::default()),
+            activity: Activity::default(),
             tainted: Arc::default(),
             listings: Listings::default(),
             log_places: LogPlaces::default(),
@@ -188,6 +192,9 @@ impl Substituter {
             }
             Route::Health => return self.health(),
             Route::Metrics => return self.exposition().await,
+            Route::Page | Route::WhyPage(_) if self.engine.get().is_none() => {
+                return respond::page(page::starting(), page::policy());
+            }
             _ => {}
         }
         let Some(engine) = self.engine.get() else {
@@ -222,14 +229,25 @@ impl Substituter {
             Route::Browse(hash, path) => {
                 self.or_absent(browse::answer(&engine.store, hash, path, method, headers).await)
             }
+            Route::Page => {
+                let joined = engine.joined();
+                let report = status::report(self.sources(engine, joined.as_deref())).await;
+                respond::page(page::page(&report, unix_time()), page::policy())
+            }
+            Route::WhyPage(asked) => {
+                let joined = engine.joined();
+                let why = status::why(self.sources(engine, joined.as_deref()), &asked).await;
+                respond::page(page::why(&asked, why.as_ref()), page::policy())
+            }
             Route::Status => {
                 let joined = engine.joined();
-                respond::json(status::report(self.sources(engine, joined.as_deref())).await)
+                let report = status::report(self.sources(engine, joined.as_deref())).await;
+                respond::json(status::to_json(&report))
             }
             Route::Why(path) => {
                 let joined = engine.joined();
                 match status::why(self.sources(engine, joined.as_deref()), &path).await {
-                    Some(report) => respond::json(report),
+                    Some(why) => respond::json(status::to_json(&why)),
                     None => respond::not_found(false),
                 }
             }
@@ -273,25 +291,30 @@ impl Substituter {
     /// Finds a narinfo: in the store, else in the mesh.
     async fn narinfo(&self, engine: &Engine, hash: StorePathHash) -> Option<NarInfo> {
         let started = Instant::now();
-        let narinfo = match self.local_info(engine, hash).await {
+        let (narinfo, source) = match self.local_info(engine, hash).await {
             Some(info) => {
                 self.metrics.narinfos_local.add(1);
-                Some(info.to_narinfo())
+                (Some(info.to_narinfo()), "local")
             }
             None => match look_up(engine, hash).await {
                 Some((narinfo, kind)) => {
                     kind.narinfos(&self.metrics).add(1);
                     debug!(%hash, source = kind.word(), "answered a narinfo");
                     let narinfo = VerifiedNarInfo::clone(&narinfo).served_uncompressed();
-                    Some(narinfo.narinfo().clone())
+                    (Some(narinfo.narinfo().clone()), kind.word())
                 }
                 None => {
                     self.metrics.narinfos_absent.add(1);
-                    None
+                    (None, "nowhere")
                 }
             },
         };
-        self.metrics.narinfo_time.observe(started.elapsed());
+        let took = started.elapsed();
+        self.metrics.narinfo_time.observe(took);
+        let path = narinfo
+            .as_ref()
+            .map(|narinfo| narinfo.store_path.to_string());
+        self.activity.looked_up(hash, path, source, took);
         narinfo
     }
 
@@ -418,6 +441,8 @@ impl Substituter {
         range: Range<u64>,
     ) -> mpsc::Receiver<Result<Bytes, Cut>> {
         let (sender, chunks) = mpsc::channel(CHUNKS_WAITING_MAX);
+        let path = narinfo.narinfo().store_path.to_string();
+        let transfer = self.activity.begin(path, narinfo.narinfo().nar_size);
         let assembly = Assembly {
             mesh: joined.mesh.clone(),
             narinfo,
@@ -427,6 +452,7 @@ impl Substituter {
             peers: joined.peers.clone(),
             caches: joined.caches.clone(),
             metrics: self.metrics.clone(),
+            transfer,
             tainted: self.tainted.clone(),
         };
         self.fetches.spawn(assembly.run());
@@ -446,6 +472,7 @@ impl Substituter {
             certificate: joined.and_then(|joined| joined.certificate.as_ref()),
             upload: engine.uploader.get().map(|uploader| uploader.view()),
             metrics: &self.metrics,
+            activity: &self.activity,
         }
     }
 

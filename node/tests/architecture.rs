@@ -16,6 +16,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("clock", &[]),
     ("identity", &[]),
     ("metrics", &[]),
+    ("activity", &[]),
     ("listener", &[]),
     ("supervisor", &[]),
     ("state_folder", &[]),
@@ -32,10 +33,17 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     // It sends what the store has, to whatever anchor; it shares no code with that.
     ("upload", &["store", "clock"]),
-    ("status", &["mesh", "store", "metrics", "upload"]),
+    (
+        "status",
+        &["mesh", "store", "metrics", "activity", "upload"],
+    ),
     (
         "substituter",
         &[
+            // A page says for how long a certificate lasts.
+            "clock",
+            // What it does is shown while it does it.
+            "activity",
             "mesh",
             "store",
             "binary_cache",

@@ -173,6 +173,8 @@ impl MembersPort {
             // Named one by one, so that a new route is not given to members without a thought. What
             // stands beside the shared paths says more of this machine than they do.
             route @ (Route::NarInfoJson(_)
+            | Route::Page
+            | Route::WhyPage(_)
             | Route::Listing(_)
             | Route::Log(_)
             | Route::Realisation(_)

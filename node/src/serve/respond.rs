@@ -8,7 +8,10 @@ use std::io;
 
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
-use http::header::{ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_TYPE};
+use http::header::{
+    ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE,
+    REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+};
 use http::{HeaderValue, Response, StatusCode};
 use http_body::Frame;
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
@@ -81,6 +84,21 @@ pub fn narinfo(text: String) -> Response<Body> {
 
 pub fn json(text: String) -> Response<Body> {
     small(StatusCode::OK, "application/json", text)
+}
+
+/// A page of ours, which may do what `policy` says, and which nothing remembers.
+pub fn page(html: String, policy: &'static str) -> Response<Body> {
+    let mut response = small(StatusCode::OK, "text/html; charset=utf-8", html);
+    let headers = response.headers_mut();
+    for (name, value) in [
+        (CONTENT_SECURITY_POLICY, policy),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (REFERRER_POLICY, "no-referrer"),
+        (CACHE_CONTROL, "no-store"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    response
 }
 
 /// What a monitor hears while the store is not open. Nix never asks for this.

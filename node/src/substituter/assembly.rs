@@ -18,6 +18,7 @@ use granary_protocol::store_path::StorePathHash;
 use tokio::sync::mpsc;
 use tracing::{debug, info, warn};
 
+use crate::activity;
 use crate::binary_cache::{
     HeldBack, Origin, PeerCaches, Transfer, TransferError, Wanted, WebCaches, WrongBytes,
 };
@@ -77,6 +78,7 @@ impl Tainted {
 
 /// Brings one NAR and passes `from..to` of it on.
 pub struct Assembly {
+    pub transfer: activity::Transfer,
     pub mesh: MeshHandle,
     pub narinfo: Arc<VerifiedNarInfo>,
     pub from: u64,
@@ -269,6 +271,7 @@ impl Assembly {
             if let Err(wrong) = held.push(bytes) {
                 return Attempt::Wrong(wrong);
             }
+            self.transfer.progress(held.at(), transfer.peer());
             if reported.is_none_or(|reported| reported.elapsed() >= PROGRESS_INTERVAL) {
                 fetch.progress(attempt, held.at(), *held_up).await;
                 reported = Some(Instant::now());

@@ -9,6 +9,7 @@ mod bounds;
 mod client;
 mod conformance;
 mod faults;
+mod page;
 mod machine;
 mod process;
 mod proxy;

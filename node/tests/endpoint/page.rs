@@ -1,0 +1,349 @@
+//! The status page in a real browser: that it shows what a person looks for, renews itself, asks for
+//! nothing elsewhere, says nothing on the console, and takes a stranger's words for text.
+//!
+//! `GRANARY_SCREENSHOTS=folder` keeps pictures of every state, light, dark and narrow, to be looked at.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use granary::status::{Report, Why, page};
+use granary_protocol::certificate::UnixTime;
+use serde_json::{Value, json};
+
+use crate::machine::{Machine, SMALL_BYTES};
+
+/// What the clock reads while a page is written.
+const NOW: UnixTime = UnixTime(1_800_000_000);
+
+/// A browser's time that a page gets, in milliseconds; it runs ahead of the real one, answers excepted.
+const BUDGET_MS: u32 = 7_000;
+
+/// Runs Chromium without a screen, and returns what it printed.
+fn chromium(arguments: &[&str], url: &str) -> (String, String) {
+    let profile = tempfile::tempdir().unwrap();
+    let output = Command::new("chromium-headless-shell")
+        .args([
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--no-proxy-server",
+            "--hide-scrollbars",
+        ])
+        .arg(format!("--user-data-dir={}", profile.path().display()))
+        .arg(format!("--virtual-time-budget={BUDGET_MS}"))
+        .args(arguments)
+        .arg(url)
+        .output()
+        .expect("run chromium-headless-shell, which Debian's package of that name has");
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{errors}");
+    (String::from_utf8_lossy(&output.stdout).into_owned(), errors)
+}
+
+/// The page as it stands after some time in the browser, which must have had nothing to complain of.
+fn dom(url: &str) -> String {
+    let (dom, errors) = chromium(&["--dump-dom"], url);
+    assert!(!errors.contains("CONSOLE"), "{errors}");
+    dom
+}
+
+/// Answers `/` with one page after another, the last for ever; counts requests for anything else.
+struct Pages {
+    address: SocketAddr,
+    elsewhere: Arc<AtomicUsize>,
+    is_away: Arc<AtomicBool>,
+}
+
+impl Pages {
+    fn new(pages: Vec<String>) -> Pages {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let served = Pages {
+            address: listener.local_addr().unwrap(),
+            elsewhere: Arc::default(),
+            is_away: Arc::default(),
+        };
+        let (elsewhere, is_away) = (served.elsewhere.clone(), served.is_away.clone());
+        std::thread::spawn(move || {
+            let mut rounds = 0;
+            for socket in listener.incoming() {
+                let Ok(mut socket) = socket else { return };
+                let mut lines = BufReader::new(&socket).lines().map_while(Result::ok);
+                // A connection that a browser opens ahead and closes unused says nothing.
+                let Some(request) = lines.next() else {
+                    continue;
+                };
+                for line in lines.by_ref() {
+                    if line.is_empty() {
+                        break;
+                    }
+                }
+                if request.split(' ').nth(1) != Some("/") {
+                    elsewhere.fetch_add(1, Ordering::Relaxed);
+                    continue;
+                }
+                if rounds > 0 && is_away.load(Ordering::Relaxed) {
+                    // The connection is cut without an answer.
+                    continue;
+                }
+                let page = &pages[rounds.min(pages.len() - 1)];
+                rounds += 1;
+                let _ = write!(
+                    socket,
+                    "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Security-Policy: {}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{page}",
+                    page::policy(),
+                    page.len(),
+                );
+            }
+        });
+        served
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}/", self.address)
+    }
+}
+
+/// A report of a node that has nothing and nobody.
+fn empty() -> Value {
+    let answers = json!({"local": 0, "peer": 0, "absent": 0});
+    json!({
+        "peer_id": "12D3KooWEmpty", "version": "0.1.0", "mesh": null, "paths_held": 0, "peers": [],
+        "bytes": {"sent": 0, "received": 0}, "narinfos": answers, "nars": answers,
+        "nars_mismatched": 0, "store_errors": 0, "index_errors": 0, "refusals": {},
+    })
+}
+
+fn with(mut report: Value, changes: Value) -> Value {
+    for (name, value) in changes.as_object().unwrap() {
+        report[name] = value.clone();
+    }
+    report
+}
+
+fn busy() -> Value {
+    let peer = |name: &str, state: &str, ms: u64| {
+        json!({
+            "peer_id": format!("12D3KooW{name}PeerIdThatIsLong"), "name": name, "address": "192.168.1.20:4727",
+            "state": state, "paths": 12_400, "bytes_sent": 3_000_000, "bytes_received": 5_000_000_000_u64,
+            "quarantine": null, "answers_within_ms": ms, "bytes_per_second": 110_000_000,
+        })
+    };
+    let lookup = |name: &str, source: &str, found: bool| {
+        let hash = "00bgd045z0d4icpbc2yyz4gx48ak44la";
+        let path = found.then(|| format!("{hash}-{name}"));
+        json!({"hash": hash, "path": path, "source": source, "microseconds": 1_234, "seconds_ago": 3})
+    };
+    with(
+        empty(),
+        json!({
+            "mesh": {"key": "home:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=",
+                     "certificate": {"name": "laptop", "permissions": "share,vouch", "expires": NOW.0 + 20 * 86_400}},
+            "paths_held": 9_876,
+            "peers": [peer("desk", "linked", 2), peer("nas", "linked", 4), peer("attic", "away", 9)],
+            "caches": [{"url": "https://nas.lan:4730/main", "role": "anchor", "failed_probe_in": null,
+                        "answers_within_ms": 12, "bytes_per_second": 50_000_000}],
+            "upload": {"cache": "https://nas.lan:4730/main", "paths_waiting": 3, "bytes_waiting": 7_000_000, "paths_failed": 0,
+                       "paths_staying": 0, "paths_pushed": 40, "bytes_pushed": 90_000_000, "current": [], "retry_in": null, "problem": null},
+            "transfers": [{"path": "00bgd045z0d4icpbc2yyz4gx48ak44la-linux-6.18", "bytes": 60_000_000, "nar_size": 150_000_000,
+                           "peer_id": "12D3KooWdeskPeerIdThatIsLong", "seconds": 1}],
+            "lookups": [lookup("hello-2.12", "peer", true), lookup("", "nowhere", false), lookup("glibc-2.40", "upstream", true)],
+            "bytes": {"sent": 3_000_000, "received": 5_000_000_000_u64},
+            "narinfos": {"local": 120, "peer": 300, "anchor": 20, "upstream": 60, "absent": 9},
+            "nars": {"local": 4, "peer": 280, "anchor": 18, "upstream": 55, "absent": 1},
+        }),
+    )
+}
+
+fn failing() -> Value {
+    let mut report = busy();
+    report["mesh"]["certificate"]["expires"] = json!(NOW.0 - 1);
+    report["caches"][0]["failed_probe_in"] = json!(17);
+    report["peers"][0]["quarantine"] = json!({"seconds_left": 25, "offence": "sent wrong bytes"});
+    report["upload"]["problem"] = json!("the token was refused");
+    report["upload"]["retry_in"] = json!(30);
+    with(
+        report,
+        json!({"store_errors": 4, "nars_mismatched": 1, "refusals": {"expired": 2}, "transfers": []}),
+    )
+}
+
+fn render(report: Value) -> String {
+    let report: Report = serde_json::from_value(report).expect("a report");
+    page::page(&report, NOW)
+}
+
+#[test]
+fn a_browser_shows_what_a_person_looks_for() {
+    for (name, report, expected) in [
+        (
+            "empty",
+            empty(),
+            &[
+                "Nothing is being fetched",
+                "No peer was seen yet",
+                "this machine only",
+                "Nothing yet",
+            ][..],
+        ),
+        (
+            "busy",
+            busy(),
+            &[
+                "laptop",
+                "desk",
+                "linked",
+                "110.0",
+                "104.9 MiB/s",
+                "4.7 GiB",
+                "linux-6.18",
+                "from desk",
+                "hello-2.12",
+                "nobody has it",
+                "3 paths",
+                "2 ms",
+            ][..],
+        ),
+        (
+            "failing",
+            failing(),
+            &[
+                "The certificate has expired",
+                "asked again in 17 s",
+                "sent wrong bytes",
+                "4 times the local store",
+                "the token was refused",
+                "Tried again in 30 s",
+            ][..],
+        ),
+    ] {
+        let pages = Pages::new(vec![render(report)]);
+        let dom = dom(&pages.url());
+        for text in expected.iter().filter(|text| **text != "110.0") {
+            assert!(dom.contains(text), "{name}: no {text:?} in {dom}");
+        }
+        assert_eq!(dom.contains("id=\"trouble\""), name == "failing", "{name}");
+        assert!(
+            dom.contains("hidden=\"\""),
+            "{name} says that the node is away"
+        );
+        assert_eq!(pages.elsewhere.load(Ordering::Relaxed), 0, "{name}");
+        if let Ok(folder) = std::env::var("GRANARY_SCREENSHOTS") {
+            for (look, options) in [
+                ("light", &["--window-size=1200,1300"][..]),
+                (
+                    "dark",
+                    &[
+                        "--window-size=1200,1300",
+                        "--blink-settings=preferredColorScheme=0",
+                    ][..],
+                ),
+                ("narrow", &["--window-size=500,2400"][..]),
+            ] {
+                let file = format!("--screenshot={folder}/{name}-{look}.png");
+                let mut arguments = options.to_vec();
+                arguments.push(&file);
+                chromium(&arguments, &pages.url());
+            }
+        }
+    }
+}
+
+#[test]
+fn a_page_renews_itself_and_says_when_the_node_is_away() {
+    let pages = Pages::new(vec![render(empty()), render(busy())]);
+    assert!(dom(&pages.url()).contains("hello-2.12"));
+    let pages = Pages::new(vec![render(busy())]);
+    pages.is_away.store(true, Ordering::Relaxed);
+    let (dom, _) = chromium(&["--dump-dom"], &pages.url());
+    assert!(
+        !dom.contains("hidden=\"\"") && dom.contains("hello-2.12"),
+        "{dom}"
+    );
+}
+
+#[test]
+fn what_strangers_chose_is_text() {
+    let evil =
+        "<script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">\"'>";
+    let mut report = failing();
+    for place in [
+        "/mesh/certificate/name",
+        "/peers/0/address",
+        "/peers/1/name",
+        "/peers/2/state",
+        "/peers/0/quarantine/offence",
+        "/transfers",
+        "/caches/0/url",
+        "/upload/problem",
+        "/lookups/0/path",
+        "/version",
+    ] {
+        match place {
+            "/transfers" => {
+                report["transfers"] = json!([{"path": evil, "bytes": 1, "nar_size": 2, "peer_id": evil, "seconds": 1}])
+            }
+            place => *report.pointer_mut(place).unwrap() = json!(evil),
+        }
+    }
+    report["refusals"] = json!({evil: 1});
+    let why: Why = serde_json::from_value(json!({
+        "hash": evil, "path": evil, "status": 404, "source": evil, "sharing": null,
+        "announced_by": [evil], "usable": [], "reasons": [evil],
+    }))
+    .unwrap();
+    for html in [
+        render(report),
+        page::why(evil, Some(&why)),
+        page::why(evil, None),
+    ] {
+        assert!(
+            !html.contains("<img") && !html.contains("<script>document"),
+            "{html}"
+        );
+        let pages = Pages::new(vec![html]);
+        let dom = dom(&pages.url());
+        assert!(!dom.contains("<title>owned"), "{dom}");
+        assert!(dom.contains("&lt;script&gt;"), "{dom}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_endpoint_shows_itself_to_a_browser_and_disturbs_nothing() {
+    let mut machine = Machine::new();
+    let path = machine.add("small", SMALL_BYTES);
+    machine.start().await;
+    machine.wait_for(&path);
+    assert_eq!(machine.get(&path.narinfo()).status, 200);
+    let answer = machine.get("/");
+    assert_eq!(answer.status, 200);
+    assert_eq!(
+        answer.header("content-security-policy"),
+        Some(page::policy())
+    );
+    assert_eq!(answer.header("cache-control"), Some("no-store"));
+    assert_eq!(answer.header("content-encoding"), None);
+    assert_eq!(
+        machine.ask("POST", "/", "Content-Length: 0\r\n").status,
+        405
+    );
+    assert_eq!(
+        machine.ask("GET", "/", "Host: evil.example\r\n").status,
+        403
+    );
+    let url = machine.url();
+    let (shown, why) = tokio::task::spawn_blocking(move || {
+        let why = format!("{url}/why?path={}", path.path);
+        (dom(&format!("{url}/")), dom(&why))
+    })
+    .await
+    .unwrap();
+    assert!(
+        shown.contains("-small") && shown.contains("this store"),
+        "{shown}"
+    );
+    assert!(why.contains("valid in the local store"), "{why}");
+    assert_eq!(machine.get("/nix-cache-info").status, 200);
+}
