@@ -58,8 +58,12 @@ impl Pusher {
              [upload]\ncache = \"main\"\n{}{}",
             self.url, self.upload, self.extra
         );
-        fs::write(self.file("granary.toml"), text).unwrap();
-        self.file("granary.toml")
+        let file = self.file("granary.toml");
+        // A node that starts must not find it half written.
+        if fs::read_to_string(&file).ok().as_ref() != Some(&text) {
+            fs::write(&file, text).unwrap();
+        }
+        file
     }
 
     fn granary(&self, arguments: &[&str]) -> Command {

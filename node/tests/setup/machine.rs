@@ -46,7 +46,10 @@ impl Machine {
             self.port, self.extra
         );
         let config = self.file("granary.toml");
-        fs::write(&config, text).unwrap();
+        // A node that starts must not find it half written.
+        if fs::read_to_string(&config).ok().as_ref() != Some(&text) {
+            fs::write(&config, text).unwrap();
+        }
         let mut command = Command::new(env!("CARGO_BIN_EXE_granary"));
         command
             .args(arguments)
