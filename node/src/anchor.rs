@@ -15,7 +15,7 @@
 //! is in the bucket; only what was hashed here is signed; a cache that is not public says nothing to
 //! those who may not read it, not even that it exists.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -33,6 +33,7 @@ use tokio::sync::Semaphore;
 pub mod object_store;
 pub mod frames;
 pub mod catalog;
+pub mod uses;
 pub mod cache;
 pub mod tokens;
 pub mod intake;
@@ -51,6 +52,7 @@ use self::object_store::{ObjectStore, S3Options, SetupError, StorageError};
 use cache::Keys;
 use catalog::{Catalog, CatalogError};
 use tokens::{TokenKeyError, Tokens};
+use uses::{CachePath, Uses};
 
 /// The layout that this version writes and reads.
 const FORMAT: u32 = 1;
@@ -63,9 +65,6 @@ const NARINFO_BYTES_MAX: u64 = granary_protocol::narinfo::NARINFO_BYTES_MAX as u
 /// NARs that are taken in at once; the others wait. With 16 MiB each, and a decompressor, this keeps
 /// the anchor below 512 MiB.
 const INTAKES_PARALLEL: usize = 16;
-
-/// Paths whose use has not been written down, some 25 MB; beyond it uses are lost until the next writing.
-const USED_MAX: usize = 500_000;
 
 /// The wall clock; a test may set it ahead.
 #[derive(Debug, Clone, Default)]
@@ -142,14 +141,19 @@ pub struct Anchor {
     spool: PathBuf,
     nar_bytes_max: u64,
     clock: Clock,
-    locks: Locks,
+    /// Held while a NAR is stored, or deleted.
+    nar_locks: Locks<NarHash>,
+    /// Held while a path's narinfo and row change. Taken after the NAR's.
+    path_locks: Locks<CachePath>,
     intakes: Semaphore,
     uploads: uploads::Uploads,
+    /// Read by those who sign with the keys that there are, written by those who change the keys.
+    signing: tokio::sync::RwLock<()>,
     /// Serialises what reads settings, changes and writes them.
     administration: tokio::sync::Mutex<()>,
     /// One collection at a time.
     collecting: tokio::sync::Mutex<()>,
-    used: Mutex<BTreeSet<(i64, StorePathHash)>>,
+    uses: Uses,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -199,12 +203,14 @@ impl Anchor {
             spool,
             storage,
             catalog,
-            locks: Locks::default(),
+            nar_locks: Locks::default(),
+            path_locks: Locks::default(),
             intakes: Semaphore::new(INTAKES_PARALLEL),
             uploads: uploads::Uploads::default(),
+            signing: tokio::sync::RwLock::new(()),
             administration: tokio::sync::Mutex::new(()),
             collecting: tokio::sync::Mutex::new(()),
-            used: Mutex::default(),
+            uses: Uses::default(),
         }))
     }
 
@@ -212,36 +218,33 @@ impl Anchor {
         self.clock.now()
     }
 
-    /// Notes that a path was asked for; written down by [`Anchor::write_used`].
-    fn note_use(&self, cache: i64, hash: StorePathHash) {
-        let mut used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        if used.len() < USED_MAX {
-            used.insert((cache, hash));
-        }
-    }
-
-    /// Whether a path was asked for since that was written down last.
-    fn is_used_now(&self, cache: i64, hash: StorePathHash) -> bool {
-        let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        used.contains(&(cache, hash))
+    /// Notes that somebody is about to be told that a path is here, and will rely on it; `false` when it is
+    /// on its way out.
+    fn note_use(&self, cache: i64, hash: StorePathHash) -> bool {
+        self.uses.note((cache, hash), self.now())
     }
 
     /// Writes down which paths were used since the last time.
     pub async fn write_used(&self) -> Result<(), CatalogError> {
-        let used: Vec<_> = {
-            let used = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-            used.iter().copied().collect()
-        };
-        if used.is_empty() {
+        let noted = self.uses.noted();
+        if noted.is_empty() {
             return Ok(());
         }
-        self.catalog.used(used.clone(), self.now()).await?;
+        self.catalog.used(noted.clone()).await?;
         // Until here the collector must find them in one place or the other.
-        let mut noted = self.used.lock().unwrap_or_else(PoisonError::into_inner);
-        for path in &used {
-            noted.remove(path);
-        }
+        self.uses.written(&noted);
         Ok(())
+    }
+}
+
+/// Runs a change to its end, also when whoever asked for it goes away meanwhile: storage may do what it was
+/// asked for after the locks around it are gone, and undo what came next.
+async fn to_its_end<T: Send + 'static>(change: impl Future<Output = T> + Send + 'static) -> T {
+    match tokio::spawn(change).await {
+        Ok(outcome) => outcome,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        // The runtime is ending, and with it whoever waits here.
+        Err(_) => std::future::pending().await,
     }
 }
 
@@ -292,21 +295,26 @@ pub fn nar_url(nar_hash: &NarHash) -> String {
     format!("nar/{}.nar.zst", nar_hash.nix32())
 }
 
-/// One lock for each NAR that is being stored or collected.
-#[derive(Default)]
-struct Locks(Mutex<BTreeMap<NarHash, Weak<tokio::sync::Mutex<()>>>>);
+/// One lock for each thing that is being changed.
+struct Locks<K>(Mutex<BTreeMap<K, Weak<tokio::sync::Mutex<()>>>>);
 
-impl Locks {
-    async fn lock(&self, nar_hash: NarHash) -> tokio::sync::OwnedMutexGuard<()> {
+impl<K> Default for Locks<K> {
+    fn default() -> Locks<K> {
+        Locks(Mutex::default())
+    }
+}
+
+impl<K: Ord> Locks<K> {
+    async fn lock(&self, key: K) -> tokio::sync::OwnedMutexGuard<()> {
         let lock = {
             let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             // As many as there are requests at most, once those that nobody holds are gone.
             locks.retain(|_, lock| lock.strong_count() > 0);
-            match locks.get(&nar_hash).and_then(Weak::upgrade) {
+            match locks.get(&key).and_then(Weak::upgrade) {
                 Some(lock) => lock,
                 None => {
                     let lock = Arc::new(tokio::sync::Mutex::new(()));
-                    locks.insert(nar_hash, Arc::downgrade(&lock));
+                    locks.insert(key, Arc::downgrade(&lock));
                     lock
                 }
             }

@@ -6,11 +6,11 @@
 use futures::TryStreamExt;
 use granary_protocol::narinfo::NarInfo;
 use granary_protocol::signature::SecretKey;
-use granary_protocol::store_path::StorePathHash;
+use granary_protocol::store_path::{StoreDir, StorePathHash};
 
 use super::Anchor;
-use super::cache::{CacheName, Keys, KeysError, Settings, SettingsError, next_key_name};
-use super::catalog::{CacheRow, CatalogError};
+use super::cache::{CacheName, KEYS_MAX, Keys, KeysError, Settings, SettingsError, next_key_name};
+use super::catalog::{CacheRow, CatalogError, PathRow};
 use super::ingest::finish;
 use super::object_store::StorageError;
 
@@ -44,6 +44,8 @@ pub enum AdminError {
         found: String,
         wanted: String,
     },
+    #[error("cache {name} does not hold {absent} of the paths that are to be pinned")]
+    Pin { name: CacheName, absent: usize },
     #[error(transparent)]
     Keys(#[from] KeysError),
     #[error(transparent)]
@@ -117,13 +119,29 @@ impl Anchor {
                 wanted: settings.store_dir,
             });
         }
-        self.store_settings(name, settings).await
+        let cache = self.store_settings(name, settings).await?;
+        let used: Vec<_> = changes
+            .pinned
+            .iter()
+            .map(|hash| ((cache.id, *hash), self.now()))
+            .collect();
+        let pinned = used.len();
+        // A collection that was planned before sees that they are used.
+        let found = self.catalog.used(used).await?;
+        match found == pinned {
+            true => Ok(cache),
+            false => Err(AdminError::Pin {
+                name: name.clone(),
+                absent: pinned - found,
+            }),
+        }
     }
 
     /// Gives a cache another signing key, imported or new, and signs every path with it.
     ///
-    /// The old keys go on signing, until `retire` leaves only the first. Repeating it after a crash
-    /// finishes the work.
+    /// The old keys go on signing, until `retire` leaves only the first, once that has signed everything.
+    /// So after a crash anywhere every path is signed by a key that the settings name. Not beside a running anchor in another process, whose collector would not know
+    /// of it.
     pub async fn rotate_key(
         &self,
         name: &CacheName,
@@ -138,6 +156,8 @@ impl Anchor {
             keys => keys?,
         };
         if retire {
+            // The rotation may have been interrupted, and some paths be signed by the old keys alone.
+            self.sign_again(&cache, &keys).await?;
             keys.truncate(1);
         } else {
             let key = match key {
@@ -146,8 +166,19 @@ impl Anchor {
             };
             keys.retain(|old| old.name() != key.name());
             keys.insert(0, key);
+            // More would not be read back.
+            if keys.len() > KEYS_MAX {
+                return Err(KeysError::Enough {
+                    cache: name.clone(),
+                }
+                .into());
+            }
         }
-        self.store_keys(name, keys.clone()).await?;
+        {
+            // A push that signs with the old keys is listed, or done, before paths are signed again.
+            let _alone = self.signing.write().await;
+            self.store_keys(name, keys.clone()).await?;
+        }
         let mut settings = cache.settings;
         settings.public_keys = keys
             .iter()
@@ -170,28 +201,50 @@ impl Anchor {
                 return Ok(());
             };
             after = Some(last.hash);
-            for path in paths {
-                let _held = self.locks.lock(path.nar_hash).await;
+            let mut unsigned = Vec::new();
+            for path in &paths {
+                if self.signed_again(cache, path, keys, &dir).await?.is_some() {
+                    unsigned.push(path.hash);
+                }
+            }
+            self.catalog
+                .begin_rewrites(cache.id, unsigned.clone())
+                .await?;
+            for hash in unsigned {
+                let _held = self.path_locks.lock((cache.id, hash)).await;
                 // It may have been removed, or published anew, since the batch was read.
-                let Some(path) = self.catalog.path(cache.id, path.hash).await? else {
-                    continue;
+                let text = match self.catalog.path(cache.id, hash).await? {
+                    Some(path) => self.signed_again(cache, &path, keys, &dir).await?,
+                    None => None,
                 };
-                let (Ok(mut narinfo), Some(stored)) = (
-                    NarInfo::parse(&path.narinfo, &dir),
-                    self.catalog.nar(path.nar_hash).await?,
-                ) else {
-                    tracing::error!(cache = %cache.name, hash = %path.hash, "could not sign a path again, its narinfo is malformed");
-                    continue;
-                };
-                finish(&mut narinfo, &stored, keys, &self.trust, &dir);
-                let text = narinfo.to_text(&dir);
-                if text != path.narinfo {
-                    let key = cache.name.narinfo_key(&path.hash);
-                    self.storage.put(&key, text.clone().into()).await?;
-                    self.catalog.finish_path(cache.id, path.hash, text).await?;
+                match text {
+                    Some(text) => {
+                        let key = cache.name.narinfo_key(&hash);
+                        self.storage.put(&key, text.clone().into()).await?;
+                        self.catalog.finish_path(cache.id, hash, text).await?;
+                    }
+                    None => self.catalog.forget_rewrite(cache.id, hash).await?,
                 }
             }
         }
+    }
+
+    /// Returns a path's narinfo with the signatures of these keys; `None` when it has them.
+    async fn signed_again(
+        &self,
+        cache: &CacheRow,
+        path: &PathRow,
+        keys: &[SecretKey],
+        dir: &StoreDir,
+    ) -> Result<Option<String>, AdminError> {
+        let stored = self.catalog.nar(path.nar_hash).await?;
+        let (Ok(mut narinfo), Some(stored)) = (NarInfo::parse(&path.narinfo, dir), stored) else {
+            tracing::error!(cache = %cache.name, hash = %path.hash, "could not sign a path again, its narinfo is malformed");
+            return Ok(None);
+        };
+        finish(&mut narinfo, &stored, keys, &self.trust, dir);
+        let text = narinfo.to_text(dir);
+        Ok((text != path.narinfo).then_some(text))
     }
 
     /// Deletes a cache with everything in it; NARs that no other cache has wait for the collector.

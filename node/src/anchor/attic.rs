@@ -26,7 +26,6 @@ use http_body_util::BodyDataStream;
 use hyper::body::Incoming;
 use serde::{Deserialize, Serialize};
 
-use super::Anchor;
 use super::admin::Changes;
 use super::cache::CacheName;
 use super::catalog::CacheRow;
@@ -34,6 +33,7 @@ use super::http::{Answer, Refusal, empty, json_body};
 use super::ingest::{IngestError, Outcome};
 use super::intake::{Encoding, Intake};
 use super::read::parse_hashes;
+use super::{Anchor, to_its_end};
 use crate::serve::respond;
 
 /// Hashes in one question for missing paths: the client sends a whole closure at once.
@@ -262,7 +262,8 @@ async fn configure(
         return Err(Refusal::bad_request("nothing is to be changed"));
     }
     if let Some(keypair) = &configure.keypair {
-        anchor.rotate_key(name, keypair.key()?, false).await?;
+        let (changing, name, key) = (anchor.clone(), name.clone(), keypair.key()?);
+        to_its_end(async move { changing.rotate_key(&name, key, false).await }).await?;
     }
     anchor.configure_cache(name, &changes).await?;
     Ok(empty(StatusCode::OK))

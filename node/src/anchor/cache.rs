@@ -28,7 +28,7 @@ const RESERVED: [&str; 6] = ["api", "health", "metrics", "nar", "log", "nix-cach
 pub const DEFAULT_PRIORITY: i32 = 41;
 
 /// Keys of one cache: an old and a new one, and room for a rotation on top of a rotation.
-const KEYS_MAX: usize = 4;
+pub const KEYS_MAX: usize = 4;
 
 /// Largest file of keys read; a key has some 100 bytes.
 const KEYS_BYTES_MAX: u64 = 16 * 1024;
@@ -248,6 +248,10 @@ pub enum KeysError {
     Exposed { path: PathBuf, mode: u32 },
     #[error("the signing keys {path} have more than {KEYS_BYTES_MAX} bytes or {KEYS_MAX} keys", path = .path.display())]
     TooMany { path: PathBuf },
+    #[error(
+        "cache {cache} has {KEYS_MAX} signing keys already, end a rotation first: granary cache rotate-key {cache} --retire"
+    )]
+    Enough { cache: CacheName },
     #[error("the signing keys {path} are malformed: {source}", path = .path.display())]
     Malformed {
         path: PathBuf,

@@ -21,10 +21,11 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use tokio::sync::{mpsc, oneshot};
 
 use super::cache::{CacheName, Settings};
+use super::uses::CachePath;
 
 /// Each entry takes a database from the version of its position to the next. Never edited, only
 /// added to.
-const MIGRATIONS: &[&str] = &[include_str!("catalog/1.sql")];
+const MIGRATIONS: &[&str] = &[include_str!("catalog/1.sql"), include_str!("catalog/2.sql")];
 
 /// Threads that read.
 const READERS: usize = 3;
@@ -268,7 +269,7 @@ impl Catalog {
     /// Forgets a cache and all its paths; their NARs wait for the collector.
     pub async fn forget_cache(&self, cache: i64) -> Result<(), CatalogError> {
         self.write(move |transaction| {
-            for table in ["edges", "paths", "received"] {
+            for table in ["edges", "rewrites", "paths", "received"] {
                 transaction.execute(&format!("DELETE FROM {table} WHERE cache = ?1"), [cache])?;
             }
             transaction.execute("DELETE FROM caches WHERE id = ?1", [cache])?;
@@ -426,15 +427,23 @@ impl Catalog {
         cache: i64,
         name: String,
     ) -> Result<Option<StoredNar>, CatalogError> {
-        self.read(move |connection| {
-            connection
-                .prepare_cached(
-                    "SELECT nars.nar_hash, nar_size, file_hash, file_size
-                     FROM received JOIN nars ON nars.nar_hash = received.nar_hash
-                     WHERE cache = ?1 AND name = ?2",
-                )?
-                .query_row(params![cache, name], nar_row)
-                .optional()
+        self.read(move |connection| find_received(connection, cache, &name))
+            .await
+    }
+
+    /// Returns the NAR that came into a cache under this name, for somebody who will not send it again: it
+    /// is kept as if it had come just now.
+    pub async fn hold_received(
+        &self,
+        cache: i64,
+        name: String,
+        now: u64,
+    ) -> Result<Option<StoredNar>, CatalogError> {
+        self.write(move |transaction| {
+            transaction
+                .prepare_cached("UPDATE received SET at = ?3 WHERE cache = ?1 AND name = ?2")?
+                .execute(params![cache, name, signed(now)])?;
+            find_received(transaction, cache, &name)
         })
         .await
     }
@@ -464,12 +473,12 @@ impl Catalog {
                 }
             }
             insert_nar(transaction, &nar, now)?;
-            transaction
+            let written = transaction
                 .prepare_cached(
                     "INSERT INTO paths (cache, hash, base_name, nar_hash, narinfo, state, registered, last_used)
                      VALUES (?1, ?2, ?3, ?4, ?5, 0, ?6, ?6)
-                     ON CONFLICT (cache, hash) DO UPDATE SET base_name = ?3, nar_hash = ?4, narinfo = ?5
-                     WHERE state <> 1",
+                     ON CONFLICT (cache, hash) DO UPDATE SET base_name = ?3, nar_hash = ?4, narinfo = ?5,
+                     state = 0, last_used = ?6 WHERE state <> 1",
                 )?
                 .execute(params![
                     cache,
@@ -479,6 +488,9 @@ impl Catalog {
                     path.narinfo,
                     signed(now),
                 ])?;
+            if written == 0 {
+                insert_rewrite(transaction, cache, &path.hash)?;
+            }
             let mut edge = transaction.prepare_cached(
                 "INSERT OR IGNORE INTO edges (cache, hash, reference) VALUES (?1, ?2, ?3)",
             )?;
@@ -502,8 +514,49 @@ impl Catalog {
                 .prepare_cached(
                     "UPDATE paths SET state = 1, narinfo = ?3 WHERE cache = ?1 AND hash = ?2",
                 )?
-                .execute(params![cache, hash.as_bytes(), narinfo])
-                .map(drop)
+                .execute(params![cache, hash.as_bytes(), narinfo])?;
+            forget_rewrite(transaction, cache, &hash)
+        })
+        .await
+    }
+
+    /// Notes that narinfos of complete paths will be replaced, each with [`Catalog::finish_path`], so that a
+    /// crash in between is found.
+    pub async fn begin_rewrites(
+        &self,
+        cache: i64,
+        hashes: Vec<StorePathHash>,
+    ) -> Result<(), CatalogError> {
+        self.write(move |transaction| {
+            let mut hashes = hashes.iter();
+            hashes.try_for_each(|hash| insert_rewrite(transaction, cache, hash))
+        })
+        .await
+    }
+
+    /// Says that a path's narinfo was not replaced after all.
+    pub async fn forget_rewrite(
+        &self,
+        cache: i64,
+        hash: StorePathHash,
+    ) -> Result<(), CatalogError> {
+        self.write(move |transaction| forget_rewrite(transaction, cache, &hash))
+            .await
+    }
+
+    /// Returns the paths whose narinfo was being replaced when a crash came.
+    pub async fn rewrites(&self) -> Result<Vec<(i64, CacheName, StorePathHash)>, CatalogError> {
+        self.read(|connection| {
+            connection
+                .prepare_cached(
+                    "SELECT caches.id, name, hash FROM rewrites JOIN caches ON caches.id = rewrites.cache",
+                )?
+                .query_map([], |row| {
+                    let name: String = row.get(1)?;
+                    let hash = StorePathHash::from_bytes(row.get(2)?);
+                    Ok((row.get(0)?, stored_name(&name)?, hash))
+                })?
+                .collect()
         })
         .await
     }
@@ -529,26 +582,37 @@ impl Catalog {
     }
 
     /// Hides a path before its narinfo is deleted; `false` when it is not there.
+    pub async fn hide_path(&self, cache: i64, hash: StorePathHash) -> Result<bool, CatalogError> {
+        self.write(move |transaction| hide(transaction, cache, &hash))
+            .await
+    }
+
+    /// Hides a path if it was used before that time only, no path that stays references it, and then
+    /// `claim` lets it go: what the collector saw may be over.
     ///
-    /// With `used_before` it stays when it was used at that time or later, or a path that stays
-    /// references it: what the collector saw may be over.
-    pub async fn begin_removal(
+    /// `None` when it stays. What was claimed is dropped after the commit, or with a failure.
+    pub async fn hide_unused<C: Send + 'static>(
         &self,
         cache: i64,
         hash: StorePathHash,
-        used_before: Option<u64>,
-    ) -> Result<bool, CatalogError> {
+        used_before: u64,
+        claim: impl FnOnce() -> Option<C> + Send + 'static,
+    ) -> Result<Option<C>, CatalogError> {
         self.write(move |transaction| {
-            let changed = transaction
+            let is_free = transaction
                 .prepare_cached(
-                    "UPDATE paths SET state = 2 WHERE cache = ?1 AND hash = ?2 AND (?3 IS NULL OR (
-                     last_used < ?3 AND NOT EXISTS (
+                    "SELECT 1 FROM paths WHERE cache = ?1 AND hash = ?2 AND state = 1 AND last_used < ?3
+                     AND NOT EXISTS (
                          SELECT 1 FROM edges JOIN paths AS referrer
                          ON referrer.cache = edges.cache AND referrer.hash = edges.hash
-                         WHERE edges.cache = ?1 AND edges.reference = ?2 AND referrer.state <> 2)))",
+                         WHERE edges.cache = ?1 AND edges.reference = ?2 AND referrer.state <> 2)",
                 )?
-                .execute(params![cache, hash.as_bytes(), used_before.map(signed)])?;
-            Ok(changed > 0)
+                .exists(params![cache, hash.as_bytes(), signed(used_before)])?;
+            let Some(claimed) = is_free.then(claim).flatten() else {
+                return Ok(None);
+            };
+            hide(transaction, cache, &hash)?;
+            Ok(Some(claimed))
         })
         .await
     }
@@ -561,26 +625,44 @@ impl Catalog {
                 .execute(params![cache, hash.as_bytes()])?;
             transaction
                 .prepare_cached("DELETE FROM paths WHERE cache = ?1 AND hash = ?2 AND state <> 1")?
-                .execute(params![cache, hash.as_bytes()])
-                .map(drop)
+                .execute(params![cache, hash.as_bytes()])?;
+            forget_rewrite(transaction, cache, &hash)
         })
         .await
     }
 
-    /// Notes when paths were last used.
-    pub async fn used(
-        &self,
-        paths: Vec<(i64, StorePathHash)>,
-        now: u64,
-    ) -> Result<(), CatalogError> {
+    /// Writes down when paths were last used, in seconds since 1970; returns how many of them are here.
+    pub async fn used(&self, paths: Vec<(CachePath, u64)>) -> Result<usize, CatalogError> {
         self.write(move |transaction| {
             let mut statement = transaction.prepare_cached(
-                "UPDATE paths SET last_used = max(last_used, ?3) WHERE cache = ?1 AND hash = ?2",
+                "UPDATE paths SET last_used = max(last_used, ?3)
+                 WHERE cache = ?1 AND hash = ?2 AND state = 1",
             )?;
-            for (cache, hash) in paths {
-                statement.execute(params![cache, hash.as_bytes(), signed(now)])?;
+            let mut found = 0;
+            for ((cache, hash), at) in paths {
+                found += statement.execute(params![cache, hash.as_bytes(), signed(at)])?;
             }
-            Ok(())
+            Ok(found)
+        })
+        .await
+    }
+
+    /// Returns how far a path has come; `None` when it is not here.
+    pub async fn state(
+        &self,
+        cache: i64,
+        hash: StorePathHash,
+    ) -> Result<Option<PathState>, CatalogError> {
+        self.read(move |connection| {
+            let state = connection
+                .prepare_cached("SELECT state FROM paths WHERE cache = ?1 AND hash = ?2")?
+                .query_row(params![cache, hash.as_bytes()], |row| row.get::<_, i64>(0))
+                .optional()?;
+            Ok(state.map(|state| match state {
+                0 => PathState::Storing,
+                1 => PathState::Ready,
+                _ => PathState::Leaving,
+            }))
         })
         .await
     }
@@ -717,6 +799,50 @@ fn insert_nar(transaction: &Transaction<'_>, nar: &StoredNar, now: u64) -> rusql
             signed(now),
         ])
         .map(drop)
+}
+
+fn insert_rewrite(
+    transaction: &Transaction<'_>,
+    cache: i64,
+    hash: &StorePathHash,
+) -> rusqlite::Result<()> {
+    transaction
+        .prepare_cached("INSERT OR IGNORE INTO rewrites (cache, hash) VALUES (?1, ?2)")?
+        .execute(params![cache, hash.as_bytes()])
+        .map(drop)
+}
+
+fn forget_rewrite(
+    transaction: &Transaction<'_>,
+    cache: i64,
+    hash: &StorePathHash,
+) -> rusqlite::Result<()> {
+    transaction
+        .prepare_cached("DELETE FROM rewrites WHERE cache = ?1 AND hash = ?2")?
+        .execute(params![cache, hash.as_bytes()])
+        .map(drop)
+}
+
+fn hide(transaction: &Transaction<'_>, cache: i64, hash: &StorePathHash) -> rusqlite::Result<bool> {
+    let changed = transaction
+        .prepare_cached("UPDATE paths SET state = 2 WHERE cache = ?1 AND hash = ?2 AND state = 1")?
+        .execute(params![cache, hash.as_bytes()])?;
+    Ok(changed > 0)
+}
+
+fn find_received(
+    connection: &Connection,
+    cache: i64,
+    name: &str,
+) -> rusqlite::Result<Option<StoredNar>> {
+    connection
+        .prepare_cached(
+            "SELECT nars.nar_hash, nar_size, file_hash, file_size
+             FROM received JOIN nars ON nars.nar_hash = received.nar_hash
+             WHERE cache = ?1 AND name = ?2",
+        )?
+        .query_row(params![cache, name], nar_row)
+        .optional()
 }
 
 fn find_path(

@@ -5,13 +5,15 @@
 //! objects that the catalog does not know, which crashes leave. [`Anchor::plan`] only looks;
 //! [`Anchor::collect`] does it.
 //!
-//! Safe beside pushes and itself interrupted anywhere: a path goes only when nothing that stays
-//! references it, in the transaction that hides it, and after its referrers; a push that relies on it
-//! checks in the transaction that writes it down. A NAR goes under the lock that pushes of it take,
-//! its row before its object. A retention that would empty a cache is refused: more often the clock is
-//! wrong than the cache forgotten.
+//! Safe beside pushes and itself interrupted anywhere: a path goes only when nobody relies on it and
+//! nothing that stays references it, decided in the transaction that hides it ([`super::uses`]), and after
+//! its referrers; a push that relies on it checks in the transaction that writes it down. So a path that
+//! stays was visible all the time. A NAR goes under the lock that pushes of it take, its row before its
+//! object. A retention that would empty a cache is refused: more often the clock is wrong than the cache
+//! forgotten.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures::TryStreamExt;
@@ -21,10 +23,9 @@ use rusqlite::{Connection, OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
-use super::cache::CacheName;
 use super::catalog::{CacheRow, CatalogError, signed, unsigned};
 use super::ingest::IngestError;
-use super::{Anchor, nar_key};
+use super::{Anchor, nar_key, to_its_end};
 
 /// How long a NAR without a path is kept: a push that is interrupted in the evening goes on in the
 /// morning, and Nix describes some NARs long after it has put them.
@@ -56,6 +57,12 @@ pub struct Expired {
     pub of: usize,
     /// Why nothing of it is done.
     pub refused: Option<String>,
+}
+
+/// What the catalog says of a NAR that is to go.
+enum NarRow {
+    Unused,
+    Absent,
 }
 
 /// One cache's paths as the plan sees them.
@@ -210,8 +217,9 @@ impl Anchor {
     /// Deletes what expired and what nothing names; says what was done.
     ///
     /// One at a time: a second call waits for the first.
-    pub async fn collect(&self) -> Result<Collection, IngestError> {
+    pub async fn collect(self: &Arc<Self>) -> Result<Collection, IngestError> {
         let _held = self.collecting.lock().await;
+        self.recover().await?;
         self.write_used().await?;
         let now = self.now();
         let mut done = Collection::default();
@@ -227,10 +235,7 @@ impl Anchor {
             let cutoff = now.saturating_sub(cache.settings.retention.unwrap_or(now));
             let mut removed = Vec::new();
             for (hash, name) in hashes.into_iter().zip(std::mem::take(&mut expired.paths)) {
-                if self
-                    .remove(&cache.name, cache.id, hash, Some(cutoff))
-                    .await?
-                {
+                if self.remove(&cache, hash, Some(cutoff)).await? {
                     removed.push(name);
                 }
             }
@@ -239,12 +244,7 @@ impl Anchor {
         }
         self.collect_nars(now, &mut done).await?;
         for nar_hash in self.orphans(now).await? {
-            let _held = self.locks.lock(nar_hash).await;
-            // It may have been pushed since it was listed.
-            if self.catalog.nar(nar_hash).await?.is_none() {
-                self.storage.delete(&nar_key(&nar_hash)).await?;
-                done.orphans += 1;
-            }
+            done.orphans += u64::from(self.remove_nar(nar_hash, NarRow::Absent).await?);
         }
         let paths: usize = done.caches.iter().map(|expired| expired.paths.len()).sum();
         info!(
@@ -259,35 +259,65 @@ impl Anchor {
     }
 
     /// Hides a path, deletes its narinfo, forgets it; `false` when it stays.
+    ///
+    /// With `used_before` it goes only if nobody has used it since, and nothing that stays references it.
     pub(super) async fn remove(
-        &self,
-        name: &CacheName,
-        cache: i64,
+        self: &Arc<Self>,
+        cache: &CacheRow,
         hash: StorePathHash,
         used_before: Option<u64>,
     ) -> Result<bool, IngestError> {
-        let Some(path) = self.catalog.path(cache, hash).await? else {
-            return Ok(false);
-        };
-        let _held = self.locks.lock(path.nar_hash).await;
-        // One that is being read is not even hidden for a moment: its reader asks for the NAR next.
-        if used_before.is_some() && self.is_used_now(cache, hash) {
-            return Ok(false);
-        }
-        if !self.catalog.begin_removal(cache, hash, used_before).await? {
-            return Ok(false);
-        }
-        // Whoever was told that it is here was told before it was hidden, and has left a note.
-        if used_before.is_some() && self.is_used_now(cache, hash) {
-            self.catalog.finish_path(cache, hash, path.narinfo).await?;
-            return Ok(false);
-        }
-        self.storage.delete(&name.narinfo_key(&hash)).await?;
-        self.catalog.forget_path(cache, hash).await?;
-        Ok(true)
+        let (anchor, cache, name) = (self.clone(), cache.id, cache.name.clone());
+        to_its_end(async move {
+            let _held = anchor.path_locks.lock((cache, hash)).await;
+            let is_hidden = match used_before {
+                None => anchor.catalog.hide_path(cache, hash).await?,
+                // Spares a transaction.
+                Some(_) if anchor.uses.is_noted((cache, hash)) => false,
+                Some(used_before) => {
+                    let uses = anchor.uses.clone();
+                    let claim = move || uses.leave((cache, hash));
+                    let catalog = &anchor.catalog;
+                    let hidden = catalog.hide_unused(cache, hash, used_before, claim).await?;
+                    hidden.is_some()
+                }
+            };
+            if is_hidden {
+                anchor.storage.delete(&name.narinfo_key(&hash)).await?;
+                anchor.catalog.forget_path(cache, hash).await?;
+            }
+            Ok(is_hidden)
+        })
+        .await
     }
 
-    async fn collect_nars(&self, now: u64, done: &mut Collection) -> Result<(), IngestError> {
+    /// Deletes a NAR that nothing names; `false` when something does after all.
+    async fn remove_nar(
+        self: &Arc<Self>,
+        nar_hash: NarHash,
+        row: NarRow,
+    ) -> Result<bool, IngestError> {
+        let anchor = self.clone();
+        to_its_end(async move {
+            let _held = anchor.nar_locks.lock(nar_hash).await;
+            let is_unnamed = match row {
+                NarRow::Unused => anchor.forget_nar(nar_hash).await?,
+                // It may have been pushed since it was listed.
+                NarRow::Absent => anchor.catalog.nar(nar_hash).await?.is_none(),
+            };
+            if is_unnamed {
+                anchor.storage.delete(&nar_key(&nar_hash)).await?;
+            }
+            Ok(is_unnamed)
+        })
+        .await
+    }
+
+    async fn collect_nars(
+        self: &Arc<Self>,
+        now: u64,
+        done: &mut Collection,
+    ) -> Result<(), IngestError> {
         let cutoff = signed(now.saturating_sub(GRACE.as_secs()));
         let now = signed(now);
         // First those that are used again, then those that are not any more, then those whose time has come.
@@ -316,9 +346,7 @@ impl Anchor {
             })
             .await?;
         for (nar_hash, file_size) in due {
-            let _held = self.locks.lock(nar_hash).await;
-            if self.forget_nar(nar_hash).await? {
-                self.storage.delete(&nar_key(&nar_hash)).await?;
+            if self.remove_nar(nar_hash, NarRow::Unused).await? {
                 done.nars += 1;
                 done.nar_file_bytes += file_size;
             }

@@ -6,7 +6,7 @@
 //! PUT    the same                                                                             put.rs
 //! POST   /api/v1/caches/<cache>/narinfos                                                      read.rs
 //! *      /api/v1/caches/<cache>/missing  …/uploads                                              uploads.rs
-//! DELETE /api/v1/caches/<cache>/paths/<hash>; GET, POST /api/v1/collection                     here
+//! DELETE /api/v1/caches/<cache>/paths/<hash>; POST …/keys; GET, POST /api/v1/collection         here
 //! *      /_api/v1/…  /<cache>/attic-cache-info                                                attic.rs
 //! ```
 //!
@@ -24,17 +24,20 @@ use std::time::{Duration, Instant};
 use ::http::header::{CONTENT_LENGTH, EXPECT, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
 use ::http::{HeaderValue, Method, Request, Response, StatusCode, request::Parts};
 use granary_protocol::certificate::UnixTime;
+use granary_protocol::signature::SecretKey;
 use granary_protocol::token::Permission;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Deserialize;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
+use zeroize::Zeroizing;
 
 use super::admin::AdminError;
 use super::cache::{CacheName, CacheNameError, KeysError};
@@ -42,7 +45,7 @@ use super::catalog::{CacheRow, CatalogError};
 use super::ingest::IngestError;
 use super::object_store::StorageError;
 use super::tokens::{Bearer, Denied};
-use super::{Anchor, attic, put, read, uploads};
+use super::{Anchor, attic, put, read, to_its_end, uploads};
 use crate::serve::respond::{self, Body};
 
 /// Connections at once; beyond it new ones wait. Nix opens 25, an office has some dozens of machines.
@@ -63,6 +66,9 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long a client of an API shall wait when we are the problem.
 const RETRY_AFTER_SECONDS: u64 = 5;
+
+/// Largest body with a signing key.
+const ROTATION_BYTES_MAX: usize = 4096;
 
 /// How long a JSON body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
@@ -191,9 +197,10 @@ impl From<AdminError> for Refusal {
             AdminError::StoreDir { .. } | AdminError::Settings(_) => {
                 Refusal::bad_request(error.to_string())
             }
-            AdminError::Keys(KeysError::Credential { .. }) => {
+            AdminError::Keys(KeysError::Credential { .. } | KeysError::Enough { .. }) => {
                 Refusal::bad_request(error.to_string())
             }
+            AdminError::Pin { .. } => Refusal::not_found(error.to_string()),
             AdminError::Keys(_) | AdminError::Storage(_) | AdminError::Catalog(_) => {
                 Refusal::ours(&error)
             }
@@ -361,6 +368,9 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
         ["api", "v1", "caches", cache, "paths", hash] if parts.method == Method::DELETE => {
             remove_path(anchor, parts, cache, hash).await
         }
+        ["api", "v1", "caches", cache, "keys"] if parts.method == Method::POST => {
+            rotate_key(anchor, parts, cache, body).await
+        }
         ["api", "v1", "collection"] => collection(anchor, parts).await,
         ["api", "v1", "caches", cache, rest @ ..] => {
             uploads::answer(anchor, parts, cache, rest, body).await
@@ -405,6 +415,38 @@ async fn remove_path(anchor: &Arc<Anchor>, parts: &Parts, cache: &str, hash: &st
             Err(Refusal::new(StatusCode::NOT_FOUND, "NoSuchObject", message))
         }
     }
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rotation {
+    /// In Nix's format; a new one when absent.
+    key: Option<String>,
+    /// Only the newest key goes on signing.
+    #[serde(default)]
+    retire: bool,
+}
+
+/// Signs a cache with another key: `{"key": text, "retire": bool}` → `{"public_keys": […]}`.
+async fn rotate_key(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    cache: &str,
+    body: &mut Incoming,
+) -> Answer {
+    let name = CacheName::new(cache)?;
+    anchor
+        .cache_for(parts, &name, Permission::Configure)
+        .await?;
+    let Rotation { key, retire } = json_body(body, ROTATION_BYTES_MAX).await?;
+    let key = key.map(Zeroizing::new);
+    let key = key.map(|key| key.parse::<SecretKey>()).transpose();
+    let key = key.map_err(|error| Refusal::bad_request(error.to_string()))?;
+    let changing = anchor.clone();
+    let rotated = async move { changing.rotate_key(&name, key, retire).await };
+    let cache = to_its_end(rotated).await?;
+    let answer = serde_json::json!({ "public_keys": cache.settings.public_keys });
+    Ok(respond::json(answer.to_string()))
 }
 
 /// Says what a collection would do (GET), or does it (POST); for who may delete from every cache.

@@ -11,6 +11,9 @@
 //! Signatures that came along are kept if a key we know made them, and dropped otherwise. Ours is
 //! given only to what was hashed here.
 
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
 use granary_protocol::hash::NarHash;
 use granary_protocol::narinfo::{Compression, NarInfo};
 use granary_protocol::signature::{SecretKey, TrustedKeys};
@@ -21,7 +24,7 @@ use super::cache::{CacheName, KeysError, SettingsError};
 use super::catalog::{CacheRow, CatalogError, NewPath, PathRow, PathState, StoredNar};
 use super::intake::Taken;
 use super::object_store::StorageError;
-use super::{Anchor, NARINFO_BYTES_MAX, nar_key, nar_url};
+use super::{Anchor, NARINFO_BYTES_MAX, nar_key, nar_url, to_its_end};
 use crate::anchor::intake::IntakeError;
 
 /// References that an error names; the others are counted.
@@ -111,21 +114,25 @@ impl Anchor {
 
     /// Keeps a NAR that will be described later, as `nix copy` does it, under the name it was given.
     pub async fn keep_nar(
-        &self,
+        self: &Arc<Self>,
         cache: &CacheRow,
         taken: Taken,
         name: String,
     ) -> Result<Outcome, IngestError> {
-        let _held = self.locks.lock(taken.nar_hash).await;
-        let (stored, outcome) = self.store_nar(taken).await?;
-        let came = Some((cache.id, name));
-        self.catalog.received(stored, came, self.now()).await?;
-        Ok(outcome)
+        let (anchor, cache) = (self.clone(), cache.id);
+        to_its_end(async move {
+            let _held = anchor.nar_locks.lock(taken.nar_hash).await;
+            let (stored, outcome) = anchor.store_nar(taken).await?;
+            let came = Some((cache, name));
+            anchor.catalog.received(stored, came, anchor.now()).await?;
+            Ok(outcome)
+        })
+        .await
     }
 
     /// Publishes a path whose NAR has come in with it.
     pub async fn publish(
-        &self,
+        self: &Arc<Self>,
         cache: &CacheRow,
         narinfo: NarInfo,
         taken: Taken,
@@ -137,31 +144,40 @@ impl Anchor {
                 promised: narinfo.nar_hash,
             });
         }
-        let _held = self.locks.lock(narinfo.nar_hash).await;
-        let (stored, outcome) = self.store_nar(taken).await?;
-        // So that the collector sees it from now on, whatever happens next.
-        self.catalog.received(stored, None, self.now()).await?;
-        self.describe_held(cache, narinfo, stored).await?;
-        Ok(outcome)
+        let (anchor, cache) = (self.clone(), cache.clone());
+        to_its_end(async move {
+            let _held = anchor.nar_locks.lock(narinfo.nar_hash).await;
+            let (stored, outcome) = anchor.store_nar(taken).await?;
+            // So that the collector sees it from now on, whatever happens next.
+            anchor.catalog.received(stored, None, anchor.now()).await?;
+            anchor.describe_held(&cache, narinfo, stored).await?;
+            Ok(outcome)
+        })
+        .await
     }
 
     /// Publishes a path whose NAR is stored, or adds signatures to one that is published.
     pub async fn describe(
-        &self,
+        self: &Arc<Self>,
         cache: &CacheRow,
         narinfo: NarInfo,
         stored: StoredNar,
     ) -> Result<(), IngestError> {
-        let _held = self.locks.lock(narinfo.nar_hash).await;
-        // It may have been collected while we waited.
-        if self.catalog.nar(stored.nar_hash).await?.is_none() {
-            return Err(IngestError::NoNar {
-                path: narinfo.store_path,
-            });
-        }
-        self.describe_held(cache, narinfo, stored).await
+        let (anchor, cache) = (self.clone(), cache.clone());
+        to_its_end(async move {
+            let _held = anchor.nar_locks.lock(narinfo.nar_hash).await;
+            // It may have been collected while we waited.
+            if anchor.catalog.nar(stored.nar_hash).await?.is_none() {
+                return Err(IngestError::NoNar {
+                    path: narinfo.store_path,
+                });
+            }
+            anchor.describe_held(&cache, narinfo, stored).await
+        })
+        .await
     }
 
+    /// The caller holds the NAR's lock.
     async fn describe_held(
         &self,
         cache: &CacheRow,
@@ -178,7 +194,12 @@ impl Anchor {
         }
         self.check_claims(cache, &narinfo).await?;
         let hash = narinfo.store_path.hash();
-        let previous = self.catalog.path(cache.id, hash).await?;
+        let _held = self.path_locks.lock((cache.id, hash)).await;
+        // Whoever pushes what is here relies on it from now on. What is on its way out is pushed anew.
+        let previous = match self.note_use(cache.id, hash) {
+            true => self.catalog.path(cache.id, hash).await?,
+            false => None,
+        };
         if let Some(previous) = &previous {
             let previous = NarInfo::parse(&previous.narinfo, &dir).ok();
             match previous {
@@ -194,6 +215,7 @@ impl Anchor {
                 None => {}
             }
         }
+        let _signing = self.signing.read().await;
         let keys = self.signing_keys(&cache.name).await?;
         finish(&mut narinfo, &stored, &keys, &self.trust, &dir);
         let text = narinfo.to_text(&dir);
@@ -286,10 +308,18 @@ impl Anchor {
         cache: i64,
         hashes: Vec<StorePathHash>,
     ) -> Result<Vec<StorePathHash>, CatalogError> {
-        for hash in &hashes {
-            self.note_use(cache, *hash);
+        let mut missing = self.catalog.missing(cache, hashes.clone()).await?;
+        let absent: BTreeSet<StorePathHash> = missing.iter().copied().collect();
+        let mut relied_on = Vec::new();
+        for hash in hashes.into_iter().filter(|hash| !absent.contains(hash)) {
+            match self.note_use(cache, hash) {
+                true => relied_on.push(hash),
+                false => missing.push(hash),
+            }
         }
-        self.catalog.missing(cache, hashes).await
+        // What went before it was noted is missing after all.
+        missing.extend(self.catalog.missing(cache, relied_on).await?);
+        Ok(missing)
     }
 
     /// The keys that sign for a cache.
@@ -309,26 +339,71 @@ impl Anchor {
         })
     }
 
-    /// Finishes what a crash left half done: what is in the bucket is served, what is not is forgotten.
-    pub async fn recover(&self) -> Result<(), IngestError> {
-        for (cache, name, path) in self.catalog.in_state(PathState::Storing).await? {
-            let key = name.narinfo_key(&path.hash);
-            let stored = self.storage.get(&key, NARINFO_BYTES_MAX).await?;
-            let text = stored.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok());
-            match text {
-                Some(text) => {
-                    info!(cache = %name, hash = %path.hash, "took up a push that was interrupted");
-                    self.catalog.finish_path(cache, path.hash, text).await?;
-                }
-                None => {
-                    warn!(cache = %name, hash = %path.hash, "forgot a push that was interrupted");
-                    self.catalog.forget_path(cache, path.hash).await?;
+    /// Finishes what a crash or a failure of storage left half done: what is in the bucket is served, what
+    /// is not is forgotten. Safe beside pushes.
+    pub async fn recover(self: &Arc<Self>) -> Result<(), IngestError> {
+        let mut halves = self.catalog.in_state(PathState::Storing).await?;
+        halves.extend(self.catalog.in_state(PathState::Leaving).await?);
+        for (cache, name, path) in halves {
+            let anchor = self.clone();
+            to_its_end(async move { anchor.recover_path(cache, &name, path.hash).await }).await?;
+        }
+        for (cache, name, hash) in self.catalog.rewrites().await? {
+            let anchor = self.clone();
+            to_its_end(async move { anchor.recover_rewrite(cache, &name, hash).await }).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes the narinfo that lies in the bucket for the one that holds.
+    async fn recover_rewrite(
+        &self,
+        cache: i64,
+        name: &CacheName,
+        hash: StorePathHash,
+    ) -> Result<(), IngestError> {
+        let _held = self.path_locks.lock((cache, hash)).await;
+        let is_ready = self.catalog.state(cache, hash).await? == Some(PathState::Ready);
+        let stored = self
+            .storage
+            .get(&name.narinfo_key(&hash), NARINFO_BYTES_MAX)
+            .await?;
+        let text = stored.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok());
+        match text.filter(|_| is_ready) {
+            Some(text) => self.catalog.finish_path(cache, hash, text).await?,
+            None => self.catalog.forget_rewrite(cache, hash).await?,
+        }
+        Ok(())
+    }
+
+    async fn recover_path(
+        &self,
+        cache: i64,
+        name: &CacheName,
+        hash: StorePathHash,
+    ) -> Result<(), IngestError> {
+        let _held = self.path_locks.lock((cache, hash)).await;
+        let key = name.narinfo_key(&hash);
+        match self.catalog.state(cache, hash).await? {
+            // Somebody was at work on it.
+            None | Some(PathState::Ready) => {}
+            Some(PathState::Storing) => {
+                let stored = self.storage.get(&key, NARINFO_BYTES_MAX).await?;
+                match stored.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok()) {
+                    Some(text) => {
+                        info!(cache = %name, %hash, "took up a push that was interrupted");
+                        self.catalog.finish_path(cache, hash, text).await?;
+                    }
+                    None => {
+                        warn!(cache = %name, %hash, "forgot a push that was interrupted");
+                        self.catalog.forget_path(cache, hash).await?;
+                    }
                 }
             }
-        }
-        for (cache, name, path) in self.catalog.in_state(PathState::Leaving).await? {
-            self.storage.delete(&name.narinfo_key(&path.hash)).await?;
-            self.catalog.forget_path(cache, path.hash).await?;
+            Some(PathState::Leaving) => {
+                self.storage.delete(&key).await?;
+                self.catalog.forget_path(cache, hash).await?;
+            }
         }
         Ok(())
     }
@@ -337,11 +412,11 @@ impl Anchor {
     ///
     /// Its NAR stays until the collector finds that nothing names it. `false` when it is not there.
     pub async fn remove_path(
-        &self,
+        self: &Arc<Self>,
         cache: &CacheRow,
         hash: StorePathHash,
     ) -> Result<bool, IngestError> {
-        self.remove(&cache.name, cache.id, hash, None).await
+        self.remove(cache, hash, None).await
     }
 }
 

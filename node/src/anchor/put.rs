@@ -80,9 +80,10 @@ async fn cache_info(cache: &CacheRow, body: &mut Incoming) -> Answer {
 async fn nar(anchor: &Arc<Anchor>, cache: &CacheRow, file: &str, body: &mut Incoming) -> Answer {
     let (file_hash, encoding) = name_of_nar(file)?;
     let slot = anchor.intakes.acquire().await;
+    // One that came before is only hashed, and kept as if it came for the first time.
     let known = anchor
         .catalog
-        .received_as(cache.id, file.to_owned())
+        .hold_received(cache.id, file.to_owned(), anchor.now())
         .await?;
     let spool = known.is_none().then_some(anchor.spool.as_path());
     let intake = Intake::new(spool, anchor.nar_bytes_max).map_err(IngestError::from)?;
@@ -101,9 +102,7 @@ async fn nar(anchor: &Arc<Anchor>, cache: &CacheRow, file: &str, body: &mut Inco
     let taken = taken
         .map_err(|error| Refusal::ours(&error))?
         .map_err(IngestError::from)?;
-    if known.is_none() {
-        anchor.keep_nar(cache, taken, file.to_owned()).await?;
-    }
+    anchor.keep_nar(cache, taken, file.to_owned()).await?;
     drop(slot);
     Ok(empty(StatusCode::CREATED))
 }

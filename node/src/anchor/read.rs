@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use tracing::error;
 
 use super::cache::CacheName;
-use super::catalog::{CacheRow, StoredNar};
+use super::catalog::{CacheRow, CatalogError, PathRow, StoredNar};
 use super::http::{Answer, Refusal, empty, json_body, set};
 use super::put::{FILE_BYTES_MAX, FileName, StoredFile};
 use super::{Anchor, nar_key};
@@ -129,7 +129,11 @@ async fn narinfo(
     cache: &CacheRow,
     hash: StorePathHash,
 ) -> Answer {
-    let path = match anchor.catalog.path(cache.id, hash).await {
+    let found = async {
+        let paths = anchor.relied_on(cache.id, vec![hash]).await?;
+        Ok::<_, CatalogError>(paths.into_iter().next())
+    };
+    let path = match found.await {
         Ok(path) => path,
         Err(error) => {
             error!(%error, "could not look up a narinfo");
@@ -137,7 +141,6 @@ async fn narinfo(
         }
     };
     let path = path.ok_or_else(not_here)?;
-    anchor.note_use(cache.id, hash);
     let etag = etag(&sha256(path.narinfo.as_bytes()));
     if is_known(&parts.headers, &etag) {
         return Ok(not_modified(&etag));
@@ -145,6 +148,25 @@ async fn narinfo(
     let mut response = respond::narinfo(path.narinfo);
     set(&mut response, ETAG, &etag);
     Ok(response)
+}
+
+impl Anchor {
+    /// Returns those of the paths that are here, for somebody who will come for their NARs: they stay.
+    async fn relied_on(
+        &self,
+        cache: i64,
+        mut hashes: Vec<StorePathHash>,
+    ) -> Result<Vec<PathRow>, CatalogError> {
+        // Most of what Nix asks for is not here, and leaves no note.
+        let found = self.catalog.paths(cache, hashes).await?;
+        hashes = found.iter().map(|path| path.hash).collect();
+        hashes.retain(|hash| self.note_use(cache, *hash));
+        if hashes.is_empty() {
+            return Ok(Vec::new());
+        }
+        // What went before it was noted is not here after all.
+        self.catalog.paths(cache, hashes).await
+    }
 }
 
 /// A strong tag: a function of the bytes alone.
@@ -191,7 +213,7 @@ async fn nar(anchor: &Arc<Anchor>, parts: &Parts, cache: &CacheRow, file: &str) 
     if parts.method == Method::HEAD
         && anchor
             .catalog
-            .received_as(cache.id, file.to_owned())
+            .hold_received(cache.id, file.to_owned(), anchor.now())
             .await?
             .is_some()
     {
@@ -334,12 +356,9 @@ pub async fn narinfos(
     let (cache, _) = anchor.cache_for(parts, &name, Permission::Pull).await?;
     let question: BatchQuestion = json_body(body, BATCH_BYTES_MAX).await?;
     let hashes = parse_hashes(&question.hashes, BATCH_MAX)?;
-    let found = anchor.catalog.paths(cache.id, hashes).await?;
-    let mut narinfos = std::collections::BTreeMap::new();
-    for path in found {
-        anchor.note_use(cache.id, path.hash);
-        narinfos.insert(path.hash.to_string(), path.narinfo);
-    }
+    let found = anchor.relied_on(cache.id, hashes).await?;
+    let named = |path: PathRow| (path.hash.to_string(), path.narinfo);
+    let narinfos = found.into_iter().map(named).collect();
     let answer = BatchAnswer { narinfos };
     let text = serde_json::to_string(&answer).map_err(|error| Refusal::ours(&error))?;
     Ok(respond::json(text))

@@ -368,9 +368,22 @@ pub async fn cache(arguments: CacheArguments) -> Result<()> {
             config,
         } => {
             let key = key_file.as_deref().map(read_key).transpose()?;
-            let (_, anchor) = open(&config).await?;
-            let cache = anchor.rotate_key(&name, key, retire).await?;
-            print(&format!("{}\n", cache.settings.public_keys.join("\n")))
+            let config = config.load()?;
+            let keys = match Running::find(&config)? {
+                Ok(running) => {
+                    let key = key.as_ref().map(|key| key.to_nix_string().to_string());
+                    let body = serde_json::json!({ "key": key, "retire": retire }).to_string();
+                    let target = format!("caches/{name}/keys");
+                    let answer = running.ask(reqwest::Method::POST, &target, body).await?;
+                    serde_json::from_str::<Rotated>(&answer)?.public_keys
+                }
+                Err(_lock) => {
+                    let anchor = Anchor::open(options(&config)).await?;
+                    let cache = anchor.rotate_key(&name, key, retire).await?;
+                    cache.settings.public_keys
+                }
+            };
+            print(&format!("{}\n", keys.join("\n")))
         }
         CacheCommand::Delete { name, yes, config } => {
             if !yes {
@@ -530,6 +543,12 @@ pub async fn token(arguments: TokenArguments) -> Result<()> {
     }
 }
 
+/// What the running anchor says of a rotation.
+#[derive(serde::Deserialize)]
+struct Rotated {
+    public_keys: Vec<String>,
+}
+
 /// Asks the running anchor to do what must not be done beside it, as somebody who may.
 struct Running {
     client: reqwest::Client,
@@ -568,7 +587,7 @@ impl Running {
             expires: Some(UnixTime(unix_time().0 + OWN_TOKEN_SECONDS)),
             grants: vec![Grant {
                 pattern: "*".parse()?,
-                permissions: vec![Permission::Delete],
+                permissions: vec![Permission::Delete, Permission::Configure],
             }],
         };
         // The anchor is here: no proxy leads to it.
@@ -580,8 +599,9 @@ impl Running {
         }))
     }
 
-    async fn ask(&self, method: reqwest::Method, rest: &str) -> Result<String> {
+    async fn ask(&self, method: reqwest::Method, rest: &str, body: String) -> Result<String> {
         let request = self.client.request(method, format!("{}/{rest}", self.base));
+        let request = request.body(body);
         let response = request.bearer_auth(&self.token).send().await;
         let response = response.context("cannot reach the running anchor")?;
         let status = response.status();
@@ -609,7 +629,7 @@ pub async fn rm(arguments: RmArguments) -> Result<()> {
             Ok(running) => {
                 let target = format!("caches/{name}/paths/{hash}");
                 running
-                    .ask(reqwest::Method::DELETE, &target)
+                    .ask(reqwest::Method::DELETE, &target, String::new())
                     .await
                     .with_context(|| path.clone())?;
             }
@@ -626,16 +646,17 @@ pub async fn rm(arguments: RmArguments) -> Result<()> {
 pub async fn gc(arguments: GcArguments) -> Result<()> {
     let config = arguments.config.load()?;
     let collection = match (Running::find(&config)?, arguments.dry_run) {
-        (Ok(running), true) => {
-            serde_json::from_str(&running.ask(reqwest::Method::GET, "collection").await?)?
-        }
-        (Ok(running), false) => {
-            serde_json::from_str(&running.ask(reqwest::Method::POST, "collection").await?)?
+        (Ok(running), is_plan) => {
+            let method = match is_plan {
+                true => reqwest::Method::GET,
+                false => reqwest::Method::POST,
+            };
+            let answer = running.ask(method, "collection", String::new()).await?;
+            serde_json::from_str(&answer)?
         }
         (Err(_lock), true) => Anchor::open(options(&config)).await?.plan().await?,
         (Err(_lock), false) => {
             let anchor = Anchor::open(options(&config)).await?;
-            anchor.recover().await?;
             anchor.collect().await?
         }
     };

@@ -4,11 +4,10 @@ use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Instant;
 
 use tempfile::TempDir;
 
-use crate::rig::{Answer, GENEROUS, Machine, Sample, ask, bearer, hash};
+use crate::rig::{Answer, Machine, ask, bearer, hash};
 
 /// A process that is killed when it is dropped.
 pub struct Anchor {
@@ -41,6 +40,10 @@ impl Place {
 
     fn config(&self) -> PathBuf {
         self.folder.path().join("granary.toml")
+    }
+
+    pub fn catalog(&self) -> PathBuf {
+        self.path().join("state/anchor/catalog.sqlite")
     }
 
     pub fn path(&self) -> &Path {
@@ -272,144 +275,4 @@ fn secrets_are_for_the_owner_alone() {
         !settings.contains(&secret[..40]) && settings.contains("main-1:"),
         "{settings}"
     );
-}
-
-/// What must hold however the anchor ended: no narinfo without its NAR, and what was acknowledged is
-/// there and right.
-fn assert_consistent(place: &Place, anchor: &Anchor, token: &str, acknowledged: &[Sample]) {
-    let storage = place.path().join("state/storage");
-    let narinfos = std::fs::read_dir(storage.join("caches/main/narinfo"));
-    for entry in narinfos.into_iter().flatten() {
-        let path = entry.unwrap().path();
-        if path
-            .extension()
-            .is_none_or(|extension| extension != "narinfo")
-        {
-            continue;
-        }
-        let text = std::fs::read_to_string(&path).unwrap();
-        let narinfo =
-            granary_protocol::narinfo::NarInfo::parse(&text, &Default::default()).unwrap();
-        let nar = storage.join(granary::anchor::nar_key(&narinfo.nar_hash));
-        let size = std::fs::metadata(&nar)
-            .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
-            .len();
-        assert_eq!(Some(size), narinfo.file_size);
-        // What is in the bucket is what is answered.
-        let target = format!("/main/{}.narinfo", narinfo.store_path.hash());
-        assert_eq!(anchor.get(&target, token).text(), text);
-    }
-    for sample in acknowledged {
-        let narinfo = anchor.get(&format!("/main/{}.narinfo", sample.hash()), token);
-        assert_eq!(
-            narinfo.status, 200,
-            "an acknowledged push is lost: {}",
-            sample.path
-        );
-        let url = narinfo
-            .text()
-            .lines()
-            .find_map(|line| line.strip_prefix("URL: "))
-            .unwrap();
-        let nar = anchor.get(&format!("/main/{url}"), token);
-        assert!(zstd::decode_all(&nar.body[..]).unwrap() == sample.nar);
-    }
-}
-
-#[test]
-fn an_anchor_that_is_killed_again_and_again_loses_nothing_it_acknowledged() {
-    const ROUNDS: u64 = 50;
-    let place = Place::new();
-    let token = {
-        let _anchor = place.start();
-        place.run(&[
-            "token",
-            "create",
-            "--subject",
-            "t",
-            "--cache",
-            "*",
-            "--allow",
-            "pull,push",
-        ])
-    };
-    let mut acknowledged = Vec::new();
-    let mut interrupted = 0;
-    for round in 0..ROUNDS {
-        let mut anchor = place.start();
-        assert_consistent(
-            &place,
-            &anchor,
-            &token,
-            &acknowledged[acknowledged.len().saturating_sub(6)..],
-        );
-        // Pushes go on while the kill comes, a little later in each round, so that every step is hit.
-        let address = anchor.address;
-        let pushing = std::thread::spawn({
-            let token = token.clone();
-            move || {
-                let mut done = Vec::new();
-                for number in 0..40 {
-                    let sample = Sample::new(round * 1000 + number, 20_000);
-                    let pushed = std::panic::catch_unwind(|| {
-                        let (metadata, token) =
-                            (sample.metadata("main").to_string(), bearer(&token));
-                        let headers = [
-                            ("Authorization", token.as_str()),
-                            ("X-Attic-Nar-Info", &metadata),
-                        ];
-                        ask(
-                            address,
-                            "PUT",
-                            "/_api/v1/upload-path",
-                            &headers,
-                            &sample.nar,
-                        )
-                        .status
-                    });
-                    match pushed {
-                        Ok(200) => done.push(sample),
-                        Ok(status) => panic!("a push was answered {status}"),
-                        // The connection broke.
-                        Err(_) => return (done, true),
-                    }
-                }
-                (done, false)
-            }
-        });
-        let end = Instant::now() + std::time::Duration::from_micros(round * 1_700);
-        while Instant::now() < end {
-            std::hint::spin_loop();
-        }
-        anchor.kill();
-        let (done, was_interrupted) = pushing.join().unwrap();
-        interrupted += u64::from(was_interrupted);
-        acknowledged.extend(done);
-    }
-    assert!(
-        interrupted > ROUNDS / 2,
-        "the kill came too late in most rounds"
-    );
-    assert!(
-        acknowledged.len() > 10,
-        "the kill came too early in most rounds"
-    );
-    let anchor = place.start();
-    let started = Instant::now();
-    assert_consistent(&place, &anchor, &token, &acknowledged);
-    assert!(started.elapsed() < GENEROUS * 4);
-    drop(anchor);
-
-    // And the bucket alone tells the same.
-    std::fs::remove_file(place.path().join("state/anchor/catalog.sqlite")).unwrap();
-    for suffix in ["-wal", "-shm"] {
-        let _ = std::fs::remove_file(
-            place
-                .path()
-                .join(format!("state/anchor/catalog.sqlite{suffix}")),
-        );
-    }
-    place.run(&["anchor", "rebuild"]);
-    let anchor = place.start();
-    assert_consistent(&place, &anchor, &token, &acknowledged);
 }

@@ -6,6 +6,7 @@ mod access;
 mod attic;
 mod collection;
 mod command;
+mod killed;
 mod hostile;
 mod nix;
 mod pushing;

@@ -1,0 +1,318 @@
+//! kill -9 at every moment of pushes, collections and rotations: what was acknowledged is there, and the
+//! bucket and the catalog tell the same.
+//!
+//! `GRANARY_KILL_ROUNDS` sets how often; each round kills a little later than the one before.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use granary_protocol::narinfo::{NarInfo, VerifiedNarInfo};
+use granary_protocol::signature::{PublicKey, TrustedKeys};
+
+use crate::command::{Anchor, Place};
+use crate::rig::{GENEROUS, Sample, ask, bearer};
+
+fn rounds(default: u64) -> u64 {
+    let rounds = std::env::var("GRANARY_KILL_ROUNDS").ok();
+    rounds.map_or(default, |rounds| rounds.parse().unwrap())
+}
+
+fn token(place: &Place) -> String {
+    let _anchor = place.start();
+    let allow = "pull,push,delete,configure";
+    let token = [
+        "token",
+        "create",
+        "--subject",
+        "t",
+        "--cache",
+        "*",
+        "--allow",
+        allow,
+    ];
+    place.run(&token)
+}
+
+/// What must hold however the anchor ended: no narinfo without its NAR, and what was acknowledged is
+/// there and right.
+fn assert_consistent(place: &Place, anchor: &Anchor, token: &str, acknowledged: &[Sample]) {
+    let storage = place.path().join("state/storage");
+    let narinfos = std::fs::read_dir(storage.join("caches/main/narinfo"));
+    for entry in narinfos.into_iter().flatten() {
+        let path = entry.unwrap().path();
+        if path
+            .extension()
+            .is_none_or(|extension| extension != "narinfo")
+        {
+            continue;
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        let narinfo =
+            granary_protocol::narinfo::NarInfo::parse(&text, &Default::default()).unwrap();
+        let nar = storage.join(granary::anchor::nar_key(&narinfo.nar_hash));
+        let size = std::fs::metadata(&nar)
+            .unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+            .len();
+        assert_eq!(Some(size), narinfo.file_size);
+        // What is in the bucket is what is answered.
+        let target = format!("/main/{}.narinfo", narinfo.store_path.hash());
+        assert_eq!(anchor.get(&target, token).text(), text);
+    }
+    // And what the catalog knows is in the bucket.
+    let catalog = rusqlite::Connection::open(place.catalog()).unwrap();
+    let mut nars = catalog
+        .prepare("SELECT nar_hash, file_size FROM nars")
+        .unwrap();
+    let nars = nars.query_map([], |row| {
+        Ok((row.get::<_, [u8; 32]>(0)?, row.get::<_, i64>(1)?))
+    });
+    for nar in nars.unwrap() {
+        let (nar_hash, size) = nar.unwrap();
+        let key = granary::anchor::nar_key(&granary_protocol::hash::NarHash::from_bytes(nar_hash));
+        let found = std::fs::metadata(storage.join(&key)).map(|about| about.len() as i64);
+        assert_eq!(found.ok(), Some(size), "{key}");
+    }
+    let mut paths = catalog
+        .prepare("SELECT base_name, narinfo, state FROM paths")
+        .unwrap();
+    let paths = paths.query_map([], |row| {
+        Ok((
+            row.get::<_, String>(0)?,
+            row.get::<_, String>(1)?,
+            row.get::<_, i64>(2)?,
+        ))
+    });
+    for path in paths.unwrap() {
+        let (name, text, state) = path.unwrap();
+        assert_eq!(state, 1, "{name}");
+        let key = format!("caches/main/narinfo/{}.narinfo", &name[..32]);
+        assert_eq!(std::fs::read_to_string(storage.join(&key)).unwrap(), text);
+    }
+    for sample in acknowledged {
+        let narinfo = anchor.get(&format!("/main/{}.narinfo", sample.hash()), token);
+        assert_eq!(
+            narinfo.status, 200,
+            "an acknowledged push is lost: {}",
+            sample.path
+        );
+        let url = narinfo
+            .text()
+            .lines()
+            .find_map(|line| line.strip_prefix("URL: "))
+            .unwrap();
+        let nar = anchor.get(&format!("/main/{url}"), token);
+        assert!(zstd::decode_all(&nar.body[..]).unwrap() == sample.nar);
+    }
+}
+
+type Pushing = std::thread::JoinHandle<(Vec<Sample>, bool)>;
+
+/// Pushes one after the other; returns those that were acknowledged, and whether the connection broke.
+fn push(anchor: &Anchor, token: &str, samples: Vec<Sample>) -> Pushing {
+    let (address, token) = (anchor.address, bearer(token));
+    std::thread::spawn(move || {
+        let mut done = Vec::new();
+        for sample in samples {
+            let metadata = sample.metadata("main").to_string();
+            let headers = [
+                ("Authorization", token.as_str()),
+                ("X-Attic-Nar-Info", &metadata),
+            ];
+            let target = "/_api/v1/upload-path";
+            let ask = || ask(address, "PUT", target, &headers, &sample.nar).status;
+            match std::panic::catch_unwind(ask) {
+                Ok(200) => done.push(sample),
+                Ok(status) => panic!("a push was answered {status}"),
+                // The connection broke.
+                Err(_) => return (done, true),
+            }
+        }
+        (done, false)
+    })
+}
+
+/// Asks for something that the kill will interrupt.
+fn interrupted(anchor: &Anchor, token: &str, target: &'static str, body: &'static str) {
+    let (address, token) = (anchor.address, bearer(token));
+    std::thread::spawn(move || {
+        let headers = [("Authorization", token.as_str())];
+        std::panic::catch_unwind(|| ask(address, "POST", target, &headers, body.as_bytes()))
+    });
+}
+
+fn kill_after(anchor: &mut Anchor, delay: Duration) {
+    let end = Instant::now() + delay;
+    while Instant::now() < end {
+        std::hint::spin_loop();
+    }
+    anchor.kill();
+}
+
+#[test]
+fn an_anchor_that_is_killed_again_and_again_loses_nothing_it_acknowledged() {
+    let rounds = rounds(20);
+    let place = Place::new();
+    let token = token(&place);
+    let mut acknowledged = Vec::new();
+    let mut interrupted = 0;
+    for round in 0..rounds {
+        let mut anchor = place.start();
+        assert_consistent(
+            &place,
+            &anchor,
+            &token,
+            &acknowledged[acknowledged.len().saturating_sub(6)..],
+        );
+        // Pushes go on while the kill comes, a little later in each round, so that every step is hit.
+        let samples = (0..40).map(|number| Sample::new(round * 1000 + number, 20_000));
+        let pushing = push(&anchor, &token, samples.collect());
+        kill_after(&mut anchor, Duration::from_micros(round * 85_000 / rounds));
+        let (done, was_interrupted) = pushing.join().unwrap();
+        interrupted += u64::from(was_interrupted);
+        acknowledged.extend(done);
+    }
+    assert!(
+        interrupted > rounds / 2,
+        "the kill came too late in most rounds"
+    );
+    assert!(
+        acknowledged.len() > 10,
+        "the kill came too early in most rounds"
+    );
+    let anchor = place.start();
+    let started = Instant::now();
+    assert_consistent(&place, &anchor, &token, &acknowledged);
+    assert!(started.elapsed() < GENEROUS * 4);
+    drop(anchor);
+
+    // And the bucket alone tells the same.
+    std::fs::remove_file(place.catalog()).unwrap();
+    for suffix in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(
+            place
+                .path()
+                .join(format!("state/anchor/catalog.sqlite{suffix}")),
+        );
+    }
+    place.run(&["anchor", "rebuild"]);
+    let anchor = place.start();
+    assert_consistent(&place, &anchor, &token, &acknowledged);
+}
+
+/// Lets days pass for everything that an anchor knows, while it does not run.
+fn age(place: &Place) {
+    let catalog = rusqlite::Connection::open(place.catalog()).unwrap();
+    let aged = "UPDATE paths SET last_used = 1 WHERE base_name NOT LIKE '%sample-0';
+                UPDATE nars SET unused_since = 1 WHERE unused_since IS NOT NULL";
+    catalog.execute_batch(aged).unwrap();
+}
+
+#[test]
+fn a_collection_that_is_killed_again_and_again_takes_nothing_that_was_pushed_since() {
+    let rounds = rounds(12);
+    let place = Place::new();
+    let token = token(&place);
+    place.run(&["cache", "configure", "main", "--retention", "30"]);
+    let mut collected = BTreeSet::new();
+    let mut acknowledged = Vec::new();
+    for round in 0..=rounds {
+        let anchor = place.start();
+        assert_consistent(&place, &anchor, &token, &acknowledged);
+        drop(anchor);
+        let catalog = rusqlite::Connection::open(place.catalog()).unwrap();
+        let count = |table: &str| -> i64 {
+            let question = format!("SELECT count(*) FROM {table}");
+            catalog.query_row(&question, [], |row| row.get(0)).unwrap()
+        };
+        collected.insert((count("paths"), count("nars")));
+        age(&place);
+        // Half of what is pushed has just become garbage, and is under the collector's hands. One path
+        // stays, or the collector would refuse to empty the cache.
+        let mut anchor = place.start();
+        interrupted(&anchor, &token, "/api/v1/collection", "");
+        let samples = (0..30).map(|number| Sample::new((round % 2) * 15 + number, 20_000));
+        let pushing = push(&anchor, &token, samples.collect());
+        kill_after(&mut anchor, Duration::from_micros(round * 150_000 / rounds));
+        let (done, _) = pushing.join().unwrap();
+        acknowledged = done;
+    }
+    assert!(
+        collected.len() > 2,
+        "the collector did nothing: {collected:?}"
+    );
+    let anchor = place.start();
+    assert_consistent(&place, &anchor, &token, &acknowledged);
+}
+
+#[test]
+fn a_rotation_that_is_killed_again_and_again_leaves_every_path_signed() {
+    let rounds = rounds(12);
+    let place = Place::new();
+    let token = token(&place);
+    let mut acknowledged = {
+        let anchor = place.start();
+        let samples = (0..30).map(|number| Sample::new(number, 1000));
+        push(&anchor, &token, samples.collect()).join().unwrap().0
+    };
+    for round in 0..rounds {
+        let mut anchor = place.start();
+        let body = match round % 3 {
+            2 => r#"{"retire": true}"#,
+            _ => "{}",
+        };
+        interrupted(&anchor, &token, "/api/v1/caches/main/keys", body);
+        let samples = (0..20).map(|number| Sample::new(1000 + round * 100 + number, 1000));
+        let pushing = push(&anchor, &token, samples.collect());
+        kill_after(&mut anchor, Duration::from_micros(round * 100_000 / rounds));
+        acknowledged.extend(pushing.join().unwrap().0);
+
+        // Whoever trusts what the cache says its keys are is content with every path.
+        let anchor = place.start();
+        let recent = acknowledged.len().saturating_sub(8);
+        assert_consistent(&place, &anchor, &token, &acknowledged[recent..]);
+        let keys = keys(&place);
+        assert_signed(&place, &anchor, &token, &acknowledged, |narinfo| {
+            let trusted: TrustedKeys = keys.iter().cloned().collect();
+            VerifiedNarInfo::verify(narinfo.clone(), &trusted, &Default::default()).is_ok()
+        });
+        if round % 3 == 2 {
+            place.run(&["cache", "rotate-key", "main", "--retire"]);
+        }
+    }
+    // A rotation that is not interrupted makes it whole: each key signs every path.
+    let anchor = place.start();
+    place.run(&["cache", "rotate-key", "main", "--retire"]);
+    place.run(&["cache", "rotate-key", "main"]);
+    let keys = keys(&place);
+    assert_eq!(keys.len(), 2);
+    assert_signed(&place, &anchor, &token, &acknowledged, |narinfo| {
+        keys.iter().all(|key| {
+            let trusted: TrustedKeys = [key.clone()].into_iter().collect();
+            VerifiedNarInfo::verify(narinfo.clone(), &trusted, &Default::default()).is_ok()
+        })
+    });
+    assert_consistent(&place, &anchor, &token, &acknowledged);
+}
+
+/// The public keys that a cache tells.
+fn keys(place: &Place) -> Vec<PublicKey> {
+    let info = place.run(&["cache", "info", "main", "--json"]);
+    let info: serde_json::Value = serde_json::from_str(&info).unwrap();
+    let keys = info["settings"]["public_keys"].as_array().unwrap().iter();
+    keys.map(|key| key.as_str().unwrap().parse().unwrap())
+        .collect()
+}
+
+fn assert_signed(
+    place: &Place,
+    anchor: &Anchor,
+    token: &str,
+    samples: &[Sample],
+    is_signed: impl Fn(&NarInfo) -> bool,
+) {
+    for sample in samples {
+        let answer = anchor.get(&format!("/main/{}.narinfo", sample.hash()), token);
+        let narinfo = NarInfo::parse(answer.text(), &Default::default()).unwrap();
+        assert!(is_signed(&narinfo), "{:?} {}", keys(place), answer.text());
+    }
+}
