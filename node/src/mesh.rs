@@ -197,6 +197,13 @@ pub async fn start(
                     Ok((mut mesh, listening)) => {
                         drop(started_sender.send(Ok(listening)));
                         mesh.run().await;
+                        let done = mesh.shutdown.take();
+                        // Its port is free before it is said that it ended.
+                        drop(mesh);
+                        if let Some(done) = done {
+                            // Whoever asked may have stopped waiting.
+                            let _ = done.send(());
+                        }
                     }
                 }
             }),
@@ -519,10 +526,6 @@ impl Loop {
         let _ = tokio::time::timeout(FAREWELL, farewell).await;
         if let Some(discovery) = self.discovery.take() {
             discovery.shutdown().await;
-        }
-        if let Some(done) = self.shutdown.take() {
-            // Whoever asked may have stopped waiting.
-            let _ = done.send(());
         }
     }
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use futures::future::BoxFuture;
 use granary::config::Config;
 use granary::listener::{Address, Listener};
-use granary::status::About;
+use granary::status::{About, Report};
 use granary::store::debug::DebugInfo;
 use granary::store::log::BuildLogs;
 use granary::store::shared::SharingRules;
@@ -62,6 +62,14 @@ fn node(machine: &Machine, path: &Sample) -> (Node, SocketAddr) {
     let node = Node::start(machine, Some(&listener), &[]);
     until("the store", || {
         status(&mut connect(address), &path.narinfo()) == 200
+    });
+    // With everything open that stays open: the mesh begins after the store.
+    until("the mesh to offer the path", || {
+        let mut client = connect(address);
+        client.request("GET", "/api/v1/status", "");
+        let answer = client.answer(false);
+        let report: Report = serde_json::from_slice(&answer.body).unwrap();
+        report.paths_held > 0
     });
     (node, address)
 }
