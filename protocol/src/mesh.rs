@@ -826,8 +826,13 @@ impl Mesh {
         let events = self.membership.tick(&mut self.chance, now);
         self.member_events(index, events, now);
 
-        for delta in self.gossip.flush(index, now) {
-            self.tell_neighbours(&Message::Delta(delta), &[]);
+        let deltas = self.gossip.flush(index, now);
+        if self.membership.relays() && !deltas.iter().all(gossip::is_pushed) {
+            self.tell_own_cursor();
+        } else {
+            for delta in deltas {
+                self.tell_neighbours(&Message::Delta(delta), &[]);
+            }
         }
         if self.gossip.tick(&mut self.chance, now)
             && let Some(peer) = self.chance.pick(&self.membership.neighbours()).copied()
@@ -952,6 +957,12 @@ impl Chance {
     fn pick<'a, T>(&mut self, among: &'a [T]) -> Option<&'a T> {
         let count = u64::try_from(among.len()).ok().filter(|count| *count > 0)?;
         among.get((self.number() % count) as usize)
+    }
+
+    /// Takes one out of `among`, whose order is lost.
+    fn draw<T>(&mut self, among: &mut Vec<T>) -> Option<T> {
+        let count = u64::try_from(among.len()).ok().filter(|count| *count > 0)?;
+        Some(among.swap_remove((self.number() % count) as usize))
     }
 }
 

@@ -35,6 +35,11 @@ use relay::Relay;
 const SET_PREFIXES_MAX: u64 = 4_194_304;
 const RECOUNT_OPERATIONS: u64 = 65_536;
 
+/// Larger changes are not pushed in a mesh that relays: neighbours are told that there is more, and
+/// pull it from one of them. A record arrives from each of ten neighbours; 512 operations are 4 KiB,
+/// and beyond that ten copies cost more than one further round trip on a local network.
+const PUSHED_OPERATIONS_MAX: usize = 512;
+
 /// How often the digest of everything is compared with one random neighbour: so often that even the
 /// longest pause (20 % more) and the pull that follows end within 35 s.
 const REPAIR_INTERVAL: Duration = Duration::from_secs(27);
@@ -282,7 +287,11 @@ impl Gossip {
             from,
             head: delta.head().clone(),
             added: news.iter().filter_map(added).collect(),
-            news: Message::Delta(delta),
+            news: if is_pushed(&delta) {
+                Message::Delta(delta)
+            } else {
+                stands_at(writer, head.cursor)
+            },
         }]
     }
 
@@ -460,18 +469,10 @@ impl Gossip {
         if let Some((teller, offer)) = outrun {
             self.pulls.offer(writer, teller, offer);
         }
-        let news = WriterCursor {
-            writer,
-            contact: 0,
-            cursor: Some(cursor),
-        };
         vec![Event::Changed {
             from,
             head,
-            news: Message::Cursors {
-                cursors: vec![news],
-                is_complete: false,
-            },
+            news: stands_at(writer, cursor),
             added: prefixes,
         }]
     }
@@ -518,6 +519,24 @@ impl Gossip {
             self.relay.deadline().map(|at| (at, "drop an unread set")),
         ];
         deadlines.into_iter().flatten().min_by_key(|(at, _)| *at)
+    }
+}
+
+/// Whether a delta is small enough to be told without being asked for.
+pub(super) fn is_pushed(delta: &Delta) -> bool {
+    delta.operations().len() <= PUSHED_OPERATIONS_MAX
+}
+
+/// What makes neighbours pull; the contact's number is filled in by whoever knows it.
+fn stands_at(writer: PeerId, cursor: Cursor) -> Message {
+    let news = WriterCursor {
+        writer,
+        contact: 0,
+        cursor: Some(cursor),
+    };
+    Message::Cursors {
+        cursors: vec![news],
+        is_complete: false,
     }
 }
 

@@ -25,7 +25,9 @@ mod refusal;
 mod seeds;
 mod contacts;
 mod neighbours;
+mod due;
 
+use due::Due;
 pub use refusal::Refusal;
 use seeds::Seeds;
 
@@ -75,6 +77,11 @@ const DIAL_DEFER: Duration = Duration::from_millis(500);
 const RETRY_MIN: Duration = Duration::from_secs(1);
 const RETRY_MAX: Duration = Duration::from_secs(20);
 const RETRY_JITTER_PERCENT: u32 = 25;
+
+/// How long a seed is left alone whose link ended, by a node of a large mesh that has neighbours: a
+/// few seeds cannot keep links to everybody, and would drop one for each that comes back. Not for
+/// ever, because a seed may be all that leads from one half of a mesh to the other.
+const SEED_REST: Duration = Duration::from_secs(300);
 
 /// Pause before a peer is dialled again that proved not to be a member. It may be admitted meanwhile.
 const REFUSED_RETRY: Duration = Duration::from_secs(60);
@@ -165,6 +172,8 @@ pub(super) struct Membership {
     linked: BTreeSet<PeerId>,
     /// Keys of `peers` that are dialled or connected: the few among thousands that time runs for.
     busy: BTreeSet<PeerId>,
+    /// Keys of `linked` that we want as neighbours.
+    wished: BTreeSet<PeerId>,
     /// When the first contact expires, or before.
     contact_expires_at: Option<Instant>,
     /// Counts changes of what is known of members, this node included.
@@ -174,9 +183,7 @@ pub(super) struct Membership {
     neighbours_checked_at: Option<Instant>,
     seeds: Seeds,
     refusals: BTreeMap<Refusal, u64>,
-    /// Nothing has to be done before this, unless something changed since.
-    due: Option<(Instant, &'static str)>,
-    is_changed: bool,
+    due: Due,
 }
 
 struct Peer {
@@ -247,19 +254,19 @@ impl Membership {
             peers: BTreeMap::new(),
             linked: BTreeSet::new(),
             busy: BTreeSet::new(),
+            wished: BTreeSet::new(),
             contact_expires_at: None,
             contacts_version: 0,
             is_large: false,
             neighbours_checked_at: None,
             seeds: Seeds::new(config.seeds, now),
             refusals: BTreeMap::new(),
-            due: None,
-            is_changed: true,
+            due: Due::new(),
         }
     }
 
     pub(super) fn clock_read(&mut self, unix: UnixTime, now: Instant) {
-        self.is_changed = true;
+        self.due.now();
         self.clock = Some((unix, now));
         // A clock that was set changes what has ended.
         self.contact_expires_at = Some(now);
@@ -271,7 +278,7 @@ impl Membership {
 
     /// Forgets back-offs: what failed on the old network may work on this one.
     pub(super) fn network_changed(&mut self, now: Instant) {
-        self.is_changed = true;
+        self.due.now();
         for peer in self
             .peers
             .values_mut()
@@ -303,7 +310,7 @@ impl Membership {
                 peer.retry_at = Some(peer.retry_at.map_or(at, |retry| retry.min(at)));
             }
         }
-        self.is_changed = true;
+        self.changed(&id);
     }
 
     pub(super) fn lost(&mut self, id: PeerId) {
@@ -312,7 +319,7 @@ impl Membership {
         };
         if self.peers.get(&id).is_some_and(is_idle) {
             self.peers.remove(&id);
-            self.is_changed = true;
+            self.due.now();
         }
     }
 
@@ -324,9 +331,9 @@ impl Membership {
         seed: Option<usize>,
         now: Instant,
     ) -> Option<Event> {
-        self.is_changed = true;
         if let Some(seed) = seed {
             self.seeds.leads_to(seed, id);
+            self.due.now();
         }
         if self.entry(id).is_none() {
             *self.refusals.entry(Refusal::TooManyPeers).or_default() += 1;
@@ -350,6 +357,7 @@ impl Membership {
             outbound,
             said_hello,
         };
+        self.changed(&id);
         said_hello.then_some(Event::SayHello(id))
     }
 
@@ -359,16 +367,20 @@ impl Membership {
         chance: &mut Chance,
         now: Instant,
     ) -> Option<Event> {
-        self.is_changed = true;
+        self.due.now();
         let was_linked = self.linked.remove(&id);
         self.busy.remove(&id);
+        self.forget_wishes(&id);
         // Who was refused, or said goodbye, is left alone under either name.
-        let not_before = self.peers.get(&id).and_then(|peer| peer.retry_at);
+        let mut not_before = self.peers.get(&id).and_then(|peer| peer.retry_at);
+        if self.is_at_home() {
+            let pause = chance.jitter(SEED_REST, RETRY_JITTER_PERCENT);
+            not_before = not_before.max(Some(now + pause));
+        }
         self.seeds
             .link_down(id, was_linked, not_before, chance, now);
         let peer = self.peers.get_mut(&id)?;
         peer.state = State::Away;
-        peer.neighbour = neighbours::Wishes::default();
         if was_linked {
             peer.failures = 0;
         }
@@ -398,12 +410,12 @@ impl Membership {
         peer.state = State::Away;
         peer.back_off(chance, now);
         self.busy.remove(&id);
-        self.is_changed = true;
+        self.changed(&id);
         Some(Event::Unreachable(id))
     }
 
     pub(super) fn seed_failed(&mut self, seed: usize, chance: &mut Chance, now: Instant) {
-        self.is_changed = true;
+        self.due.now();
         self.seeds.failed(seed, chance, now);
     }
 
@@ -415,7 +427,7 @@ impl Membership {
         chance: &mut Chance,
         now: Instant,
     ) {
-        self.is_changed = true;
+        self.due.now();
         let is_connected =
             |peer: &Peer| matches!(peer.state, State::Greeting { .. } | State::Linked { .. });
         if self.peers.get(&id).is_some_and(is_connected) {
@@ -459,7 +471,6 @@ impl Membership {
             Ok(certificate) => Box::new(certificate),
             Err(reason) => return self.refuse(id, Refusal::from(&reason), now),
         };
-        self.is_changed = true;
         let Some(peer) = self.peers.get_mut(&id) else {
             return Vec::new();
         };
@@ -473,6 +484,7 @@ impl Membership {
         peer.failures = 0;
         peer.retry_at = None;
         if was_linked.is_some() {
+            self.changed(&id);
             return Vec::new();
         }
         peer.used_at = Some(now);
@@ -484,6 +496,7 @@ impl Membership {
         if let Some(peer) = self.peers.get_mut(&id) {
             peer.is_wanted = false;
         }
+        self.changed(&id);
         let mut events = vec![Event::Admitted {
             peer: id,
             certificate,
@@ -513,11 +526,11 @@ impl Membership {
     fn release(&mut self, id: PeerId) -> Option<Event> {
         let peer = self.peers.get_mut(&id)?;
         peer.state = State::Away;
-        peer.neighbour = neighbours::Wishes::default();
         peer.retry_at = None;
         self.linked.remove(&id);
         self.busy.remove(&id);
-        self.is_changed = true;
+        self.forget_wishes(&id);
+        self.changed(&id);
         Some(Event::Released(id))
     }
 
@@ -544,7 +557,6 @@ impl Membership {
                     && let State::Linked { transfer_port, .. } = &mut peer.state
                 {
                     *transfer_port = known.signed.contact().transfer_port;
-                    self.is_changed = true;
                 }
                 Vec::new()
             }
@@ -557,7 +569,7 @@ impl Membership {
     pub(super) fn goodbye(&mut self, id: PeerId, now: Instant) {
         if let Some(peer) = self.peers.get_mut(&id) {
             peer.retry_at = Some(now + GOODBYE_RETRY);
-            self.is_changed = true;
+            self.changed(&id);
         }
     }
 
@@ -572,16 +584,16 @@ impl Membership {
     /// Ends the acquaintance for now: counted, hung up, not dialled for [`REFUSED_RETRY`].
     pub(super) fn refuse(&mut self, id: PeerId, refusal: Refusal, now: Instant) -> Vec<Event> {
         *self.refusals.entry(refusal).or_default() += 1;
-        self.is_changed = true;
+        self.forget_wishes(&id);
         let Some(peer) = self.peers.get_mut(&id) else {
             return Vec::new();
         };
         peer.state = State::Away;
-        peer.neighbour = neighbours::Wishes::default();
         peer.failures = peer.failures.saturating_add(1);
         peer.retry_at = Some(now + REFUSED_RETRY);
         peer.is_wanted = false;
         self.busy.remove(&id);
+        self.changed(&id);
         vec![Event::Refused {
             peer: id,
             refusal,
@@ -652,9 +664,10 @@ impl Membership {
             return None;
         }
         peer.is_wanted = true;
-        self.is_changed = true;
         self.busy.insert(*id);
-        Some(peer.dial(*id, now))
+        let dial = peer.dial(*id, now);
+        self.changed(id);
+        Some(dial)
     }
 
     pub(super) fn linked(&self) -> Vec<PeerId> {
@@ -726,8 +739,7 @@ impl Membership {
 
     /// Does what time demands: overdue Hellos, expired certificates, due dials, neighbours.
     pub(super) fn tick(&mut self, chance: &mut Chance, now: Instant) -> Vec<Event> {
-        let is_due = self.due.is_some_and(|(at, _)| at <= now);
-        if !self.is_changed && !is_due {
+        if !self.due.is_due(now) {
             return Vec::new();
         }
         let mut events = self.check_neighbours(chance, now);
@@ -791,47 +803,58 @@ impl Membership {
         if self.contact_expires_at.is_some_and(|at| at <= now) {
             events.extend(self.forget_expired(unix));
         }
-        self.is_changed = false;
-        self.due = self.next_due(now);
+        self.due.looked(self.next_due());
         events
     }
 
     pub(super) fn deadline(&self) -> Option<(Instant, &'static str)> {
-        self.due
+        self.due.at()
     }
 
-    fn next_due(&self, now: Instant) -> Option<(Instant, &'static str)> {
+    /// What time demands of one peer may have changed. In a small mesh that may concern the others too.
+    fn changed(&mut self, id: &PeerId) {
+        if !self.is_large {
+            return self.due.now();
+        }
+        let next = self.peers.get(id).and_then(|peer| self.next_of(peer));
+        self.due.by(next);
+        self.due.by(self.neighbours_deadline());
+    }
+
+    fn next_due(&self) -> Option<(Instant, &'static str)> {
         let busy = self.busy.iter().filter_map(|id| self.peers.get(id));
-        let busy = busy.flat_map(|peer| {
-            let of_state = match &peer.state {
-                State::Greeting { since, .. } => Some((*since + HELLO_TIMEOUT, "hello overdue")),
-                State::Dialling { since } if peer.is_wanted => {
-                    Some((*since + DIAL_HOPE, "dial is slow"))
-                }
-                State::Dialling { since } => Some((*since + DIAL_TIMEOUT, "dial overdue")),
-                State::Linked { certificate, .. } => self
-                    .instant_of(certificate.not_after)
-                    .map(|at| (at, "certificate expires")),
-                State::Away => None,
-            };
-            let idle = peer.idle_at().filter(|_| self.is_large);
-            [of_state, idle.map(|at| (at, "close an idle link"))]
-        });
+        let busy = busy.filter_map(|peer| self.next_of(peer));
+        // In a large mesh nobody is dialled because of the time, and nobody is looked at for it.
         let is_small = !self.is_large;
-        let away = self.peers.values().filter(|peer| {
-            is_small && matches!(peer.state, State::Away) && !peer.addresses.is_empty()
-        });
-        let away = away.map(|peer| peer.retry_at.map(|at| (at, "dial again")));
+        let away = is_small.then(|| self.peers.values()).into_iter().flatten();
+        let away =
+            away.filter(|peer| matches!(peer.state, State::Away) && !peer.addresses.is_empty());
+        let away = away.filter_map(|peer| peer.retry_at.map(|at| (at, "dial again")));
         let others = [
             self.contact_expires_at.map(|at| (at, "contact expires")),
             self.seeds.deadline(),
-            self.neighbours_deadline(now),
+            self.neighbours_deadline(),
         ];
-        // In a large mesh nobody is dialled because of the time, and nobody is looked at for it.
-        let away = is_small.then_some(away).into_iter().flatten();
-        let peers = busy.chain(away);
-        let all = peers.chain(others).flatten();
+        let all = busy.chain(away).chain(others.into_iter().flatten());
         all.min_by_key(|(at, _)| *at)
+    }
+
+    /// What time demands next of a peer that is dialled or connected.
+    fn next_of(&self, peer: &Peer) -> Option<(Instant, &'static str)> {
+        let of_state = match &peer.state {
+            State::Greeting { since, .. } => Some((*since + HELLO_TIMEOUT, "hello overdue")),
+            State::Dialling { since } if peer.is_wanted => {
+                Some((*since + DIAL_HOPE, "dial is slow"))
+            }
+            State::Dialling { since } => Some((*since + DIAL_TIMEOUT, "dial overdue")),
+            State::Linked { certificate, .. } => self
+                .instant_of(certificate.not_after)
+                .map(|at| (at, "certificate expires")),
+            State::Away => None,
+        };
+        let idle = peer.idle_at().filter(|_| self.is_large);
+        let both = [of_state, idle.map(|at| (at, "close an idle link"))];
+        both.into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
     /// Returns the peer's entry, made if there is room; the peer that failed most makes room.
@@ -855,7 +878,9 @@ impl Membership {
                 self.peers.remove(&idle);
             }
         }
-        self.is_changed = true;
+        if !self.is_large {
+            self.due.now();
+        }
         Some(self.peers.entry(id).or_insert_with(|| Peer {
             addresses: Vec::new(),
             state: State::Away,

@@ -126,9 +126,12 @@ impl Membership {
             signed,
             certificate,
         }));
-        self.is_changed = true;
+        if !self.is_large {
+            self.due.now();
+        }
         self.contacts_version += 1;
         let expires_at = self.instant_of(not_after);
+        self.due.by(expires_at.map(|at| (at, "contact expires")));
         let known = self.contact_expires_at.into_iter();
         self.contact_expires_at = known.chain(expires_at).min();
         true

@@ -4,6 +4,9 @@ use super::*;
 
 const MANY: usize = 100;
 
+/// `membership::SEED_REST`, without its jitter.
+const SEED_REST: Duration = Duration::from_secs(300);
+
 fn many() -> Lan {
     let mut lan = Lan::new(MANY);
     for number in 0..MANY {
@@ -77,6 +80,48 @@ fn a_new_path_reaches_everyone_within_a_quarter_second_and_is_passed_on_once() {
         assert_eq!(told.len(), once.len(), "{number} said it twice to somebody");
         assert!(told.len() <= 12);
     }
+}
+
+#[test]
+fn a_large_change_is_pulled_once_by_everyone_instead_of_pushed_by_all_neighbours() {
+    let mut lan = many();
+    for node in &mut lan.nodes {
+        node.sent.clear();
+    }
+    let hash = |number: u16| {
+        let mut bytes = [0; 20];
+        bytes[..2].copy_from_slice(&number.to_be_bytes());
+        StorePathHash::from_bytes(bytes)
+    };
+    let added: Vec<StorePathHash> = (0..600).map(hash).collect();
+    let last = HashPrefix::from(&added[599]);
+    let removed = vec![];
+    lan.input(3, Input::LocalChanged { added, removed });
+    lan.run(Duration::from_secs(1));
+    for (number, node) in lan.nodes.iter().enumerate() {
+        assert_eq!(node.index.providers(last), [id(3)], "{number} lacks it");
+    }
+    let sent = lan.nodes.iter().flat_map(|node| &node.sent);
+    let copies = sent.filter(|(_, kind)| *kind == "delta").count();
+    assert!(copies < 2 * MANY, "{copies} copies for {MANY} nodes");
+}
+
+#[test]
+fn a_seed_is_not_dialled_again_soon_by_whoever_has_neighbours() {
+    let dials_after = |members: usize, wait: Duration| {
+        let mut alone = Alone::new(1);
+        alone.link(1, Some(0));
+        for number in 1..=members {
+            alone.admit(number, vec![]);
+        }
+        alone.input(Input::LinkDown { peer: id(1) });
+        let outputs = alone.wait(wait);
+        let is_dial = |output: &&Output| matches!(output, Output::DialSeed { .. });
+        outputs.iter().filter(is_dial).count()
+    };
+    assert!(dials_after(70, SEED_REST / 2) == 0, "a storm on few seeds");
+    assert!(dials_after(70, SEED_REST * 2) > 0, "it may join two halves");
+    assert!(dials_after(10, SEED_REST / 2) > 0, "few can afford it");
 }
 
 #[test]
