@@ -39,6 +39,12 @@ const XZ_MEMORY_MAX: u64 = 128 * 1024 * 1024;
 /// Window of a zstd decoder, as a power of two: 128 MiB, what `zstd` itself accepts without being asked.
 const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 
+/// Read buffer of the brotli decoder; its window of up to 16 MiB is its own.
+const BROTLI_BUFFER_BYTES: usize = 64 * 1024;
+
+/// How gzip begins. A NAR begins with the length of its first word, 13.
+const GZIP_FIRST_BYTE: u8 = 0x1f;
+
 /// How a body is packed; of what Nix can name, what is in use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
@@ -46,6 +52,10 @@ pub enum Encoding {
     Zstd,
     Xz,
     Bzip2,
+    Gzip,
+    Brotli,
+    /// As it is or as gzip: Nix names both the same, and their first bytes differ.
+    Bare,
 }
 
 impl Encoding {
@@ -56,6 +66,8 @@ impl Encoding {
             Compression::Zstd => Some(Encoding::Zstd),
             Compression::Xz => Some(Encoding::Xz),
             Compression::Bzip2 => Some(Encoding::Bzip2),
+            Compression::Gzip => Some(Encoding::Gzip),
+            Compression::Brotli => Some(Encoding::Brotli),
             _ => None,
         }
     }
@@ -233,8 +245,17 @@ impl Intake {
 
     fn copy(&mut self, body: &mut Body, encoding: Encoding) -> Result<(), IntakeError> {
         let failed = |source| IntakeError::Encoding { encoding, source };
+        let encoding = match encoding {
+            Encoding::Bare
+                if body.fill_buf().map_err(failed)?.first() == Some(&GZIP_FIRST_BYTE) =>
+            {
+                Encoding::Gzip
+            }
+            Encoding::Bare => Encoding::None,
+            named => named,
+        };
         let mut raw: Box<dyn Read + '_> = match encoding {
-            Encoding::None => Box::new(body),
+            Encoding::None | Encoding::Bare => Box::new(body),
             Encoding::Zstd => {
                 let mut decoder = zstd::stream::read::Decoder::with_buffer(body).map_err(failed)?;
                 decoder
@@ -249,6 +270,8 @@ impl Intake {
                 Box::new(liblzma::bufread::XzDecoder::new_stream(body, stream))
             }
             Encoding::Bzip2 => Box::new(bzip2::bufread::MultiBzDecoder::new(body)),
+            Encoding::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(body)),
+            Encoding::Brotli => Box::new(brotli::Decompressor::new(body, BROTLI_BUFFER_BYTES)),
         };
         let mut chunk = vec![0; RAW_CHUNK_BYTES];
         loop {

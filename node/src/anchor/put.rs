@@ -113,16 +113,18 @@ fn name_of_nar(file: &str) -> Result<(FileHash, Encoding), Refusal> {
     let (hash, extension) = file.split_once(".nar").ok_or_else(refuse)?;
     let hash = FileHash::from_nix32(hash).map_err(|_| refuse())?;
     let encoding = match extension {
-        "" => Encoding::None,
+        "" => Encoding::Bare,
         ".zst" => Encoding::Zstd,
         ".xz" => Encoding::Xz,
         ".bz2" => Encoding::Bzip2,
-        ".br" | ".gz" | ".lz4" | ".lzip" | ".lzma" => {
+        ".br" => Encoding::Brotli,
+        ".gz" => Encoding::Gzip,
+        ".lz4" | ".lzip" | ".lzma" => {
             return Err(Refusal::new(
                 StatusCode::UNSUPPORTED_MEDIA_TYPE,
                 "RequestError",
                 format!(
-                    "nars are taken as none, zstd, xz or bzip2, not as {extension}: add ?compression=zstd to the store's address"
+                    "nars are taken as none, zstd, xz, bzip2, gzip or br, not as {extension}: add ?compression=zstd to the store's address"
                 ),
             ));
         }
@@ -227,8 +229,13 @@ fn decoded(headers: &HeaderMap, bytes: Bytes) -> Result<Bytes, Refusal> {
             &bytes[..],
         )),
         "bzip2" => limited(&mut bzip2::bufread::MultiBzDecoder::new(&bytes[..])),
+        "gzip" => limited(&mut flate2::bufread::MultiGzDecoder::new(&bytes[..])),
+        "br" => limited(&mut brotli::Decompressor::new(
+            &bytes[..],
+            NARINFO_BYTES_MAX,
+        )),
         other => Err(refuse(format!(
-            "narinfos are taken as they are, or as zstd, xz or bzip2, not as {other:?}"
+            "narinfos are taken as they are, or as zstd, xz, bzip2, gzip or br, not as {other:?}"
         ))),
     }
 }
@@ -361,11 +368,13 @@ mod tests {
     fn names_of_nars_tell_their_encoding() {
         let hash = "1b8m03r63zqhnjf7l5wnldhh7c134ap5vpj0850ymkq1iyzicy5s";
         for (extension, expected) in [
-            ("", Some(Encoding::None)),
+            ("", Some(Encoding::Bare)),
             (".xz", Some(Encoding::Xz)),
             (".zst", Some(Encoding::Zstd)),
             (".bz2", Some(Encoding::Bzip2)),
-            (".br", None),
+            (".br", Some(Encoding::Brotli)),
+            (".gz", Some(Encoding::Gzip)),
+            (".lz4", None),
             (".exe", None),
             (".xz/..", None),
         ] {

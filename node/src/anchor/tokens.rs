@@ -148,7 +148,7 @@ pub fn attic_key(path: &Path) -> Result<(Algorithm, DecodingKey), TokenKeyError>
         }
     };
     let key = DecodingKey::from_rsa_pem(&pem);
-    let key = key.map_err(|error| malformed(format!("{error}; an RSA public key is expected")))?;
+    let key = key.map_err(|error| malformed(format!("{error}; an RSA public key is expected, which openssl rsa -in private.pem -pubout makes")))?;
     Ok((Algorithm::Rs256, key))
 }
 

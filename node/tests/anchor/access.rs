@@ -159,56 +159,88 @@ async fn tokens_are_listed_with_what_became_of_them() {
     assert!(!again);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn tokens_that_attic_made_are_taken_when_its_key_is_configured() {
+/// What `atticd` has in its tokens.
+fn attic_claims() -> serde_json::Value {
+    serde_json::json!({
+        "sub": "alice", "exp": 4102324986u64, "nbf": 1700000000,
+        "https://jwt.attic.rs/v1": {"caches": {"dev-*": {"r": 1, "w": 1}}},
+    })
+}
+
+/// An anchor with a private cache `dev-x`, which proves Attic's tokens with this key.
+async fn rig_with_attic_key(key: &str) -> Rig {
     use std::os::unix::fs::PermissionsExt;
     let mut rig = Rig::new().await;
     rig.cache("dev-x", false).await;
     rig.stop().await;
-    // HS256 over a token as `atticadm make-token` writes it.
-    let secret = b"a secret that atticd and we share";
-    let claims = serde_json::json!({
-        "sub": "alice", "exp": 4102324986u64, "nbf": 1700000000,
-        "https://jwt.attic.rs/v1": {"caches": {"dev-*": {"r": 1, "w": 1}}},
-    });
-    let header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::HS256);
-    let sign = |secret: &[u8]| {
-        let key = jsonwebtoken::EncodingKey::from_secret(secret);
-        jsonwebtoken::encode(&header, &claims, &key).unwrap()
-    };
-    let (genuine, forged) = (sign(secret), sign(b"another secret"));
     let file = rig.folder.path().join("attic-key");
-    std::fs::write(
-        &file,
-        format!("hs256:{}\n", data_encoding::BASE64.encode(secret)),
-    )
-    .unwrap();
+    std::fs::write(&file, key).unwrap();
     std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
     let mut options = rig.options();
     options.attic_key = Some(file);
     let listen = "127.0.0.1:0".parse().unwrap();
-    rig.server = Some(
-        granary::anchor::server::Server::start(options, listen, None)
-            .await
-            .unwrap(),
-    );
+    let server = granary::anchor::server::Server::start(options, listen, None);
+    rig.server = Some(server.await.unwrap());
+    rig
+}
 
-    let status = |token: &str| {
-        let basic = data_encoding::BASE64.encode(format!("x:{token}").as_bytes());
-        rig.ask(
-            "GET",
-            "/dev-x/nix-cache-info",
-            &[("Authorization", &format!("Basic {basic}"))],
-            b"",
-        )
+/// Reads that cache as Nix does with a token from its netrc.
+fn status_with(rig: &Rig, token: &str) -> u16 {
+    let basic = data_encoding::BASE64.encode(format!("x:{token}").as_bytes());
+    let headers = [("Authorization", &*format!("Basic {basic}"))];
+    rig.ask("GET", "/dev-x/nix-cache-info", &headers, b"")
         .status
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_that_attic_made_with_a_secret_are_taken_when_it_is_configured() {
+    let secret = b"a secret that atticd and we share";
+    let header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::HS256);
+    let sign = |secret: &[u8]| {
+        let key = jsonwebtoken::EncodingKey::from_secret(secret);
+        jsonwebtoken::encode(&header, &attic_claims(), &key).unwrap()
     };
-    assert_eq!(status(&genuine), 200);
-    assert_eq!(status(&forged), 401);
+    let (genuine, forged) = (sign(secret), sign(b"another secret"));
+    let key = format!("hs256:{}\n", data_encoding::BASE64.encode(secret));
+    let rig = rig_with_attic_key(&key).await;
+    assert_eq!(status_with(&rig, &genuine), 200);
+    assert_eq!(status_with(&rig, &forged), 401);
     // Without an id it is revoked by its own text.
     let anchor = &rig.server.as_ref().unwrap().anchor;
     assert!(anchor.tokens.revoke(&genuine, UnixTime(5)).await.unwrap());
-    assert_eq!(status(&genuine), 401);
+    assert_eq!(status_with(&rig, &genuine), 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tokens_that_attic_made_with_an_rsa_key_are_taken_and_the_public_half_signs_none() {
+    // Made for this test by `openssl genrsa -traditional`, as `atticd` makes its own.
+    let private = include_bytes!("attic-rs256.pem");
+    let public = include_str!("attic-rs256.pub.pem");
+    let algorithm = jsonwebtoken::Algorithm::RS256;
+    let header = jsonwebtoken::Header::new(algorithm);
+    let key = jsonwebtoken::EncodingKey::from_rsa_pem(private).unwrap();
+    let genuine = jsonwebtoken::encode(&header, &attic_claims(), &key).unwrap();
+    let mut changed = attic_claims();
+    changed["https://jwt.attic.rs/v1"]["caches"]["*"] = serde_json::json!({"cd": 1});
+    let changed = data_encoding::BASE64URL_NOPAD.encode(changed.to_string().as_bytes());
+    let mut words: Vec<&str> = genuine.split('.').collect();
+    words[1] = &changed;
+    let changed = words.join(".");
+    // What everybody knows, taken for a shared secret: the classic confusion of algorithms.
+    let confused = jsonwebtoken::encode(
+        &jsonwebtoken::Header::new(jsonwebtoken::Algorithm::HS256),
+        &attic_claims(),
+        &jsonwebtoken::EncodingKey::from_secret(public.as_bytes()),
+    );
+    let confused = confused.unwrap();
+    // As a file of `openssl rsa -pubout`, and as it stands in Attic's configuration.
+    let packed = data_encoding::BASE64.encode(public.as_bytes());
+    for key in [public, &packed, &format!("rs256:{packed}\n")] {
+        let rig = rig_with_attic_key(key).await;
+        assert_eq!(status_with(&rig, &genuine), 200, "{key}");
+        assert_eq!(status_with(&rig, &changed), 401, "{key}");
+        assert_eq!(status_with(&rig, &confused), 401, "{key}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

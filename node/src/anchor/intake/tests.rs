@@ -48,6 +48,20 @@ fn bzip2(bytes: &[u8]) -> Vec<u8> {
     encoder.finish().unwrap()
 }
 
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn brotli(bytes: &[u8]) -> Vec<u8> {
+    let mut packed = Vec::new();
+    brotli::CompressorWriter::new(&mut packed, 4096, 1, 20)
+        .write_all(bytes)
+        .unwrap();
+    packed
+}
+
 #[tokio::test]
 async fn every_encoding_gives_the_same_nar() {
     let nar = nar(300_000);
@@ -59,6 +73,10 @@ async fn every_encoding_gives_the_same_nar() {
         (Encoding::Zstd, zstd::encode_all(&nar[..], 1).unwrap()),
         (Encoding::Xz, xz(&nar)),
         (Encoding::Bzip2, bzip2(&nar)),
+        (Encoding::Gzip, gzip(&nar)),
+        (Encoding::Brotli, brotli(&nar)),
+        (Encoding::Bare, nar.clone()),
+        (Encoding::Bare, gzip(&nar)),
         // Several streams one after the other, as parallel compressors write them.
         (
             Encoding::Zstd,
@@ -72,6 +90,10 @@ async fn every_encoding_gives_the_same_nar() {
         (
             Encoding::Bzip2,
             [bzip2(&nar[..99]), bzip2(&nar[99..])].concat(),
+        ),
+        (
+            Encoding::Gzip,
+            [gzip(&nar[..99]), gzip(&nar[99..])].concat(),
         ),
     ] {
         let (taken, about) = take(&bytes, encoding, u64::MAX).await.unwrap();
@@ -96,6 +118,12 @@ async fn what_is_no_nar_is_refused_and_leaves_nothing() {
         (nar.clone(), Encoding::Zstd),
         (nar.clone(), Encoding::Xz),
         (nar.clone(), Encoding::Bzip2),
+        (nar.clone(), Encoding::Gzip),
+        (nar.clone(), Encoding::Brotli),
+        (vec![], Encoding::Bare),
+        (vec![0x1f], Encoding::Bare),
+        (gzip(&nar)[..60].to_vec(), Encoding::Bare),
+        (brotli(&nar)[..60].to_vec(), Encoding::Brotli),
         (xz(&nar)[..60].to_vec(), Encoding::Xz),
         (
             zstd::encode_all(&nar[..], 1).unwrap()[..60].to_vec(),
