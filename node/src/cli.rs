@@ -3,24 +3,21 @@
 mod anchor;
 mod hide;
 mod doctor;
+mod mesh;
 mod nix_conf;
 mod push;
 mod up;
 
 use std::io::{self, IsTerminal, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use granary_protocol::certificate::{Certificate, Permissions, UnixTime};
 use granary_protocol::peer::PeerId;
-use granary_protocol::signature::{KeyName, SecretKey};
 use rustix::process::{Resource, Rlimit};
 use tracing_subscriber::EnvFilter;
-use zeroize::Zeroizing;
 
 use crate::clock::unix_time;
 use crate::config::Config;
@@ -32,9 +29,6 @@ use crate::loopback;
 use crate::status::{self, Report, Why};
 use crate::store::NixStore;
 use crate::supervisor;
-
-/// Lifetime of a certificate unless told otherwise.
-const CERTIFICATE_DAYS: u64 = 30;
 
 const SECONDS_PER_DAY: u64 = 86_400;
 
@@ -60,9 +54,9 @@ enum Command {
         #[arg(long)]
         state_dir: Option<PathBuf>,
     },
-    /// Make a mesh, and admit machines to it.
+    /// Make a mesh, admit machines to it, and put them out.
     #[command(subcommand)]
-    Mesh(MeshCommand),
+    Mesh(mesh::Command),
     /// Run an anchor: durable storage of caches, signed centrally.
     Anchor(anchor::Arguments),
     /// Make and manage the anchor's caches. Run where the anchor runs.
@@ -123,40 +117,6 @@ struct ConfigFile {
     config: Option<PathBuf>,
 }
 
-#[derive(Subcommand)]
-enum MeshCommand {
-    /// Make a mesh key and print its public half, for mesh.key of every machine.
-    Create {
-        /// Where the secret key is written; keep it safe, it admits machines.
-        #[arg(long, default_value = "mesh.key")]
-        key_file: PathBuf,
-        /// Also write the public key here.
-        #[arg(long)]
-        public_file: Option<PathBuf>,
-        /// A name for the mesh.
-        #[arg(long, default_value = "granary-mesh")]
-        name: String,
-    },
-    /// Write a certificate that makes a machine a member.
-    Admit {
-        /// What `granary identity` printed on that machine.
-        peer_id: PeerId,
-        #[arg(long, default_value = "mesh.key")]
-        key_file: PathBuf,
-        /// Where the certificate is written; the machine expects it in mesh.certificate-file.
-        #[arg(long, default_value = "certificate")]
-        out: PathBuf,
-        /// What to call the machine; default: the end of its peer id.
-        #[arg(long)]
-        name: Option<String>,
-        /// Permissions: share, vouch, `push:<cache pattern>`.
-        #[arg(long, default_value = "share,vouch")]
-        allow: Permissions,
-        #[arg(long, default_value_t = CERTIFICATE_DAYS)]
-        days: u64,
-    },
-}
-
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
     let arguments = Arguments::parse();
@@ -199,19 +159,7 @@ async fn execute(command: Command) -> Result<()> {
         Command::Up(arguments) => up::run(arguments).await,
         Command::Node(config) => node(config.load()?, || Ok(())).await,
         Command::Identity { config, state_dir } => identity(&config, state_dir),
-        Command::Mesh(MeshCommand::Create {
-            key_file,
-            public_file,
-            name,
-        }) => mesh_create(&key_file, public_file.as_deref(), &name),
-        Command::Mesh(MeshCommand::Admit {
-            peer_id,
-            key_file,
-            out,
-            name,
-            allow,
-            days,
-        }) => mesh_admit(peer_id, &key_file, &out, name, allow, days),
+        Command::Mesh(command) => mesh::run(command).await,
         Command::Anchor(arguments) => anchor::run(arguments).await,
         Command::Cache(arguments) => anchor::cache(arguments).await,
         Command::Token(arguments) => anchor::token(arguments).await,
@@ -326,109 +274,6 @@ fn identity(config: &ConfigFile, state_dir: Option<PathBuf>) -> Result<()> {
             .with_context(|| format!("cannot make the state folder {}", folder.display()))?;
     }
     print(&format!("{}\n", Identity::load_or_create(&file)?.peer_id()))
-}
-
-fn mesh_create(key_file: &Path, public_file: Option<&Path>, name: &str) -> Result<()> {
-    let public = make_mesh_key(key_file, name)?.public_key();
-    if let Some(public_file) = public_file {
-        std::fs::write(public_file, format!("{public}\n"))
-            .with_context(|| format!("cannot write the public key to {}", public_file.display()))?;
-    }
-    print(&format!("{public}\n"))
-}
-
-fn make_mesh_key(key_file: &Path, name: &str) -> Result<SecretKey> {
-    let name = KeyName::new(name)?;
-    let mut seed = Zeroizing::new([0u8; 32]);
-    getrandom::fill(seed.as_mut()).context("the system gave no random bytes")?;
-    let key = SecretKey::from_seed(name, *seed);
-    // Never over an existing key: the members of its mesh would be lost.
-    let mut file = std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(key_file)
-        .with_context(|| format!("cannot write the mesh key to {}", key_file.display()))?;
-    file.write_all(key.to_nix_string().as_bytes())
-        .and_then(|()| file.sync_all())
-        .with_context(|| format!("cannot write the mesh key to {}", key_file.display()))?;
-    Ok(key)
-}
-
-fn mesh_admit(
-    peer: PeerId,
-    key_file: &Path,
-    out: &Path,
-    name: Option<String>,
-    permissions: Permissions,
-    days: u64,
-) -> Result<()> {
-    let key = read_mesh_key(key_file)?;
-    let (certificate, text) = certify(&key, peer, name, permissions, days)?;
-    std::fs::write(out, format!("{text}\n"))
-        .with_context(|| format!("cannot write the certificate to {}", out.display()))?;
-    print(&format!(
-        "admitted {} as {} for {days} days: {}\n",
-        peer,
-        certificate.name,
-        out.display()
-    ))
-}
-
-fn read_mesh_key(key_file: &Path) -> Result<SecretKey> {
-    let read = || {
-        format!(
-            "cannot read the mesh key {} (made by granary mesh create)",
-            key_file.display()
-        )
-    };
-    let mode = std::fs::metadata(key_file)
-        .with_context(read)?
-        .permissions()
-        .mode();
-    if mode & 0o077 != 0 {
-        bail!(
-            "the mesh key {0} has mode {1:04o}, others may read it, refusing to use it; run chmod 0600 {0}",
-            key_file.display(),
-            mode & 0o7777
-        );
-    }
-    let text = std::fs::read_to_string(key_file)
-        .map(Zeroizing::new)
-        .with_context(read)?;
-    text.trim()
-        .parse()
-        .with_context(|| format!("{} is no mesh key", key_file.display()))
-}
-
-/// Makes a certificate, and the text of its file.
-fn certify(
-    key: &SecretKey,
-    peer: PeerId,
-    name: Option<String>,
-    permissions: Permissions,
-    days: u64,
-) -> Result<(Certificate, String)> {
-    let now = unix_time();
-    let mut serial = [0u8; 8];
-    getrandom::fill(&mut serial).context("the system gave no random bytes")?;
-    let lifetime = days
-        .checked_mul(SECONDS_PER_DAY)
-        .and_then(|seconds| now.0.checked_add(seconds));
-    let certificate = Certificate {
-        peer,
-        // All peer ids begin alike; the end tells them apart.
-        name: name.unwrap_or_else(|| {
-            let text = peer.to_string();
-            format!("node-{}", &text[text.len() - 8..])
-        }),
-        permissions,
-        not_before: now,
-        not_after: UnixTime(lifetime.context("--days is too large")?),
-        serial: u64::from_ne_bytes(serial),
-    };
-    let text = certificate.sign(key)?.to_text();
-    Ok((certificate, text))
 }
 
 async fn check_config(config: &ConfigFile, offline: bool) -> Result<()> {

@@ -407,6 +407,11 @@ impl Config {
         self.state_dir.join("hidden")
     }
 
+    /// Whom the mesh key has put out, as far as this node knows.
+    pub fn revocations_file(&self) -> PathBuf {
+        self.state_dir.join("revocations")
+    }
+
     pub fn index_file(&self) -> PathBuf {
         self.state_dir.join("index.sqlite")
     }

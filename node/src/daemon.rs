@@ -167,6 +167,7 @@ impl Daemon {
             None => config.mesh.listen.clone(),
         };
         let changes = state_folder::changes(&config.state_dir);
+        let folder = changes.clone();
         let hidden = Hidden::load(&config.hidden_file())?;
         let (hide, hidden) = watch::channel(Arc::new(hidden));
         tasks.spawn(follow_hidden(
@@ -179,6 +180,7 @@ impl Daemon {
             config,
             identity,
             hidden,
+            changes: folder,
             caches,
             endpoint: endpoint.clone(),
             shutdown: shutdown.clone(),
@@ -252,6 +254,8 @@ struct Start {
     config: Config,
     identity: Identity,
     hidden: watch::Receiver<Arc<Hidden>>,
+    /// Of the state folder.
+    changes: watch::Receiver<()>,
     caches: Arc<WebCaches>,
     endpoint: Arc<Substituter>,
     shutdown: CancellationToken,
@@ -455,6 +459,10 @@ impl Start {
             seeds,
             caches: self.caches.clone(),
             mdns,
+            revocations: (!is_alone).then(|| mesh::revocations::RevocationsFile {
+                path: self.config.revocations_file(),
+                changes: self.changes.clone(),
+            }),
             // What one that hears of nobody would keep has nobody to read it.
             index_file: (!is_alone).then(|| self.config.index_file()),
         };

@@ -17,7 +17,7 @@ use futures::StreamExt;
 use granary_protocol::availability::{AvailabilityIndex, Cursor};
 use granary_protocol::mesh::{
     Blame, CacheView, Config as MindConfig, FetchId, Input, LookupId, LookupOutcome, Mesh, Output,
-    PeerView, Refusal, Source,
+    PeerView, Refusal,
 };
 use granary_protocol::message::{Answer, Message, PROTOCOL_VERSION};
 use granary_protocol::narinfo::VerifiedNarInfo;
@@ -35,14 +35,18 @@ use crate::store::{LocalStore, StoreEvent};
 
 pub mod discovery;
 mod doubt;
+mod fetch;
 pub mod links;
 pub mod pulse;
+pub mod revocations;
 pub mod roaming;
 pub mod swarm;
 
 use discovery::{Discovery, DiscoveryEvent};
 use doubt::{ANSWER_PATIENCE, UNSETTLED};
+pub use fetch::{Fetch, Order};
 use links::DownReason;
+use revocations::{RevocationsFile, RevocationsFileError};
 use roaming::Roaming;
 use swarm::{DialError, Network, NetworkError, NetworkEvent};
 
@@ -73,6 +77,8 @@ pub struct Options {
     pub mdns: Option<Mdns>,
     /// `None` keeps it in memory.
     pub index_file: Option<PathBuf>,
+    /// `None` keeps no list of revocations.
+    pub revocations: Option<RevocationsFile>,
     /// What `mind.caches` numbers.
     pub caches: Arc<WebCaches>,
 }
@@ -92,6 +98,8 @@ pub enum MeshError {
     Network(#[from] NetworkError),
     #[error(transparent)]
     Index(#[from] IndexError),
+    #[error(transparent)]
+    Revocations(#[from] RevocationsFileError),
     #[error("cannot start the mesh's thread: {0}")]
     Thread(#[source] std::io::Error),
     #[error("cannot make a timer: {0}")]
@@ -111,24 +119,6 @@ pub struct MeshHandle {
     listening: SocketAddr,
 }
 
-/// What the mind wants done about one fetch.
-#[derive(Debug)]
-pub enum Order {
-    /// Transfer from this source, continuing where the last one ended.
-    Open { attempt: u32, source: Source },
-    /// Stop that attempt; another order follows.
-    Stop { attempt: u32 },
-    /// Every source was tried.
-    Fail,
-}
-
-/// One NAR being fetched: orders come in, reports go out. Dropping it ends the fetch.
-pub struct Fetch {
-    id: FetchId,
-    orders: mpsc::Receiver<Order>,
-    commands: mpsc::Sender<Command>,
-}
-
 /// What the mesh knows, for status.
 #[derive(Debug)]
 pub struct Snapshot {
@@ -139,6 +129,8 @@ pub struct Snapshot {
     /// Anchors and upstreams, by name.
     pub caches: Vec<(Arc<str>, CacheView)>,
     pub refusals: Vec<(Refusal, u64)>,
+    /// Number of the newest list of revocations; 0 before the first.
+    pub revocations: u64,
     /// mDNS announcements that were passed over: of other meshes, and malformed ones.
     pub foreign_announcements: u64,
     pub malformed_announcements: u64,
@@ -312,65 +304,6 @@ impl Drop for Withdraw {
     }
 }
 
-impl Fetch {
-    /// The next order; [`Order::Fail`] when the mesh has stopped. Cancel-safe.
-    pub async fn order(&mut self) -> Order {
-        self.orders.recv().await.unwrap_or(Order::Fail)
-    }
-
-    /// The next order while a transfer runs; never one when the mesh has stopped, because what is
-    /// under way may finish. Cancel-safe.
-    pub async fn change(&mut self) -> Order {
-        match self.orders.recv().await {
-            Some(order) => order,
-            None => std::future::pending().await,
-        }
-    }
-
-    /// Reports that the transfer reached byte `at`, or is held up by the reader, and for how long it
-    /// was in all.
-    pub async fn progress(&self, attempt: u32, at: u64, held_up: Duration) {
-        self.report(Input::TransferProgress {
-            fetch: self.id,
-            attempt,
-            at,
-            held_up,
-        })
-        .await;
-    }
-
-    pub async fn ended(&self, attempt: u32, outcome: Result<(), Blame>) {
-        self.report(Input::TransferEnded {
-            fetch: self.id,
-            attempt,
-            outcome,
-        })
-        .await;
-    }
-
-    /// The whole NAR has another hash than promised.
-    pub async fn mismatch(&self) {
-        self.report(Input::FetchMismatch { fetch: self.id }).await;
-    }
-
-    async fn report(&self, input: Input) {
-        // A mesh that has stopped needs no reports.
-        let _ = self.commands.send(Command::Report(input)).await;
-    }
-}
-
-impl Drop for Fetch {
-    fn drop(&mut self) {
-        let done = Command::FetchDone(self.id);
-        if let Err(mpsc::error::TrySendError::Full(done)) = self.commands.try_send(done)
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
-        {
-            let commands = self.commands.clone();
-            runtime.spawn(async move { drop(commands.send(done).await) });
-        }
-    }
-}
-
 struct Loop {
     me: PeerId,
     clock: Clock,
@@ -391,6 +324,7 @@ struct Loop {
     store_events: mpsc::Receiver<StoreEvent>,
     /// Paths heard of before the first complete set; `None` afterwards.
     first_set: Option<Vec<StorePathHash>>,
+    revocations: Option<RevocationsFile>,
     /// Results of tasks that the loop started.
     results_sender: mpsc::Sender<TaskResult>,
     results: mpsc::Receiver<TaskResult>,
@@ -458,6 +392,7 @@ impl Loop {
             shared,
             caches: options.caches,
             first_set: Some(Vec::new()),
+            revocations: options.revocations,
             results_sender,
             results,
             local_reads: Arc::new(tokio::sync::Semaphore::new(LOCAL_READS_MAX)),
@@ -469,6 +404,8 @@ impl Loop {
             members,
             shutdown: None,
         };
+        // Before anybody is let in, or remembered.
+        mesh.read_revocations()?;
         mesh.think(Input::ClockRead { unix: unix_time() });
         mesh.tell_own_addresses();
         Ok((mesh, listening))
@@ -502,6 +439,7 @@ impl Loop {
                 },
                 Some(event) = self.store_events.recv() => self.store_event(event),
                 Some(result) = self.results.recv() => self.task_result(result),
+                () = revocations::changed(&mut self.revocations) => self.revocations_changed(),
                 () = network_changed(&mut self.roaming) => self.network_changed(),
                 // What it wakes for is looked at below.
                 () = self.alarm.rings() => {}
@@ -559,6 +497,7 @@ impl Loop {
                     Arc::make_mut(members).insert(peer);
                 });
             }
+            Output::KeepRevocations { list } => self.keep_revocations(&list),
             Output::Departed { peer } => {
                 info!(%peer, "lost the link to a member");
                 self.members.send_modify(|members| {
@@ -765,6 +704,10 @@ impl Loop {
                     peers: self.mind.peers(&self.index, self.clock.now()),
                     caches: self.cache_views(),
                     refusals: self.mind.refusals().collect(),
+                    revocations: self
+                        .mind
+                        .revocations()
+                        .map_or(0, |list| list.claims().number),
                     foreign_announcements: self
                         .discovery
                         .as_ref()

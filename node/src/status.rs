@@ -82,6 +82,9 @@ pub struct Report {
     pub index_errors: u64,
     /// Connections refused and announcements passed over, by reason.
     pub refusals: BTreeMap<String, u64>,
+    /// Number of the newest list of revocations; 0 before the first.
+    #[serde(default)]
+    pub revocations: u64,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -190,9 +193,11 @@ pub async fn report(sources: Sources<'_>) -> Report {
     let mut caches = Vec::new();
     let mut paths_held = 0;
     let mut index_errors = 0;
+    let mut revocations = 0;
     if let Some(snapshot) = snapshot {
         paths_held = snapshot.paths;
         index_errors = snapshot.index_errors;
+        revocations = snapshot.revocations;
         for (word, count) in [
             ("announced_other_mesh", snapshot.foreign_announcements),
             ("announced_nonsense", snapshot.malformed_announcements),
@@ -273,6 +278,7 @@ pub async fn report(sources: Sources<'_>) -> Report {
         store_errors: metrics.store_errors.get(),
         index_errors,
         refusals,
+        revocations,
     }
 }
 

@@ -29,7 +29,15 @@ const EDGES: &[(&str, &[&str])] = &[
     (
         "mesh",
         // The mind asks caches for narinfos through the loop, as it asks peers.
-        &["index", "store", "binary_cache", "clock", "identity"],
+        // A list of revocations is a file of the state folder.
+        &[
+            "index",
+            "store",
+            "binary_cache",
+            "clock",
+            "identity",
+            "state_folder",
+        ],
     ),
     // It sends what the store has, to whatever anchor; it shares no code with that.
     ("upload", &["store", "clock"]),
@@ -116,6 +124,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "upload",
             "nix_conf",
             "doctor",
+            // A list of revocations is made with the mesh key, and read by the mesh.
+            "mesh",
         ],
     ),
 ];

@@ -114,6 +114,8 @@ pub enum NotAMember {
     Malformed(String),
     #[error("certificate of {name} lacks the permission to share")]
     MayNotShare { name: String },
+    #[error("certificate of {name} was revoked")]
+    Revoked { name: String },
 }
 
 impl Certificate {

@@ -17,6 +17,7 @@ pub mod worker;
 pub mod seekable;
 pub mod peer;
 pub mod certificate;
+pub mod revocation;
 pub mod contact;
 pub mod token;
 pub mod sharing;

@@ -30,6 +30,7 @@ mod face;
 mod view;
 mod source;
 mod records;
+mod revocations;
 mod membership;
 mod gossip;
 mod lookup;
@@ -40,6 +41,7 @@ pub use source::{CacheRole, Source};
 use source::{Candidate, Lots, SourceId};
 pub use view::{BreakerView, CacheView, PeerView, Size};
 
+use membership::{Event as MemberEvent, Shown};
 pub use membership::{PeerState, Refusal};
 
 /// Reads of the local store under way for one peer: as many as 16,384 hashes need. An honest peer
@@ -175,6 +177,7 @@ impl Mesh {
                 let events = self.membership.refuse(peer, Refusal::Garbage, now);
                 self.member_events(index, events, now);
             }
+            Input::Revocations { list } => self.revocations_told(index, None, list, now),
             Input::Received { peer, message } => self.received(index, peer, message, now),
             Input::LocalPaths { all } => self.gossip.local_paths(&all, now),
             Input::LocalChanged { added, removed } => {
@@ -437,6 +440,8 @@ impl Mesh {
                     .snapshot(index, peer, head, after, prefixes, is_last, is_member, now);
                 self.gossip_events(index, events, now);
             }
+            Message::Revocations(list) => self.revocations_told(index, Some(peer), list, now),
+            Message::RevocationsKnown { number } => self.revocations_number_told(peer, number),
             Message::NothingNewer { writer } => self.gossip.nothing_newer(peer, &writer),
             Message::Lookup { request, hashes } => {
                 let reads = self.reads.range((peer, 0)..=(peer, u64::MAX)).count();
@@ -504,7 +509,7 @@ impl Mesh {
     fn member_events(
         &mut self,
         index: &mut dyn AvailabilityIndex,
-        events: impl IntoIterator<Item = membership::Event>,
+        events: impl IntoIterator<Item = MemberEvent>,
         now: Instant,
     ) {
         for event in events {
@@ -515,18 +520,18 @@ impl Mesh {
     fn member_event(
         &mut self,
         index: &mut dyn AvailabilityIndex,
-        event: membership::Event,
+        event: MemberEvent,
         now: Instant,
     ) {
         match event {
-            membership::Event::Dial { peer, addresses } => {
+            MemberEvent::Dial { peer, addresses } => {
                 self.outputs.push_back(Output::Dial { peer, addresses });
             }
-            membership::Event::DialSeed { seed } => {
+            MemberEvent::DialSeed { seed } => {
                 self.outputs.push_back(Output::DialSeed { seed });
             }
-            membership::Event::SayHello(peer) => self.say_hello(peer),
-            membership::Event::Refused {
+            MemberEvent::SayHello(peer) => self.say_hello(peer),
+            MemberEvent::Refused {
                 peer,
                 refusal,
                 was_linked,
@@ -541,25 +546,25 @@ impl Mesh {
                     self.unreachable(index, peer, now);
                 }
             }
-            membership::Event::Admitted {
+            MemberEvent::Admitted {
                 peer,
                 certificate,
                 say_hello,
             } => self.admitted(index, peer, certificate, say_hello),
-            membership::Event::Departed(peer) => self.departed(index, peer, now),
-            membership::Event::Released(peer) => {
+            MemberEvent::Departed(peer) => self.departed(index, peer, now),
+            MemberEvent::Released(peer) => {
                 let refusal = None;
                 self.outputs.push_back(Output::Hangup { peer, refusal });
                 self.departed(index, peer, now);
             }
-            membership::Event::Unreachable(peer) => self.unreachable(index, peer, now),
-            membership::Event::Tell { peer, wish } => {
+            MemberEvent::Unreachable(peer) => self.unreachable(index, peer, now),
+            MemberEvent::Tell { peer, wish } => {
                 self.send(peer, Message::Neighbour { wish });
             }
-            membership::Event::NewContact(contact) => {
+            MemberEvent::NewContact(contact) => {
                 self.contact_news(index, contact.peer(), contact);
             }
-            membership::Event::Forgotten(peer) => {
+            MemberEvent::Forgotten(peer) => {
                 index.forget(&peer);
                 self.gossip.forget(&peer);
             }
@@ -578,6 +583,7 @@ impl Mesh {
         }
         self.outputs
             .push_back(Output::Admitted { peer, certificate });
+        self.revocations_known(Some(peer));
         if let Some(contact) = self.membership.own_contact().cloned() {
             let about = Message::About {
                 store_dir: self.config.store_dir.clone(),

@@ -13,6 +13,7 @@ use crate::availability::{Cursor, HashPrefix};
 use crate::certificate::SignedCertificate;
 use crate::contact::SignedContact;
 use crate::peer::PeerId;
+use crate::revocation::SignedRevocations;
 use crate::store_path::{StoreDir, StorePathHash};
 
 /// The version of the conversation that this node speaks.
@@ -97,6 +98,11 @@ pub enum Message {
     },
     /// Answers some hashes of a lookup: the narinfo's text, or `None` for HaveNot.
     Answers { request: u64, answers: Vec<Answer> },
+    /// Whom the mesh key has put out.
+    Revocations(SignedRevocations),
+    /// The number of the list that the sender knows; a receiver that knows a greater one gives it, one that
+    /// knows a lesser one says so.
+    RevocationsKnown { number: u64 },
 }
 
 /// SHA-256 over every writer a node knows of, in order, with the number of its contact and its cursor.
@@ -148,6 +154,8 @@ impl Message {
             Message::NothingNewer { .. } => "nothing_newer",
             Message::Lookup { .. } => "lookup",
             Message::Answers { .. } => "answers",
+            Message::Revocations(_) => "revocations",
+            Message::RevocationsKnown { .. } => "revocations_known",
         }
     }
 }

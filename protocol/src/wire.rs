@@ -17,6 +17,7 @@ use crate::message::{
     SNAPSHOT_PREFIXES_MAX, Summary, Wish, WriterCursor,
 };
 use crate::peer::PeerId;
+use crate::revocation::{RevocationsError, SignedRevocations};
 use crate::store_path::{StoreDir, StorePathHash};
 
 /// First byte of every frame's body. A change that old readers would misread gets a new number.
@@ -52,6 +53,8 @@ pub enum WireError {
     },
     #[error("hello carries a bad certificate: {0}")]
     Certificate(#[from] CertificateError),
+    #[error("message carries a bad list: {0}")]
+    Revocations(#[from] RevocationsError),
     #[error("message carries a bad contact: {0}")]
     Contact(#[from] ContactError),
 }
@@ -87,7 +90,10 @@ pub fn decode(body: &[u8]) -> Result<Message, WireError> {
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct Frame {
-    #[prost(oneof = "Kind", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14")]
+    #[prost(
+        oneof = "Kind",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
+    )]
     kind: Option<Kind>,
 }
 
@@ -121,6 +127,10 @@ enum Kind {
     Contact(Vec<u8>),
     #[prost(bytes = "vec", tag = "14")]
     NothingNewer(Vec<u8>),
+    #[prost(bytes = "vec", tag = "15")]
+    Revocations(Vec<u8>),
+    #[prost(uint64, tag = "16")]
+    RevocationsKnown(u64),
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -379,6 +389,8 @@ impl From<&Message> for Kind {
                     is_last: *is_last,
                 })
             }
+            Message::Revocations(list) => Kind::Revocations(list.to_bytes()),
+            Message::RevocationsKnown { number } => Kind::RevocationsKnown(*number),
             Message::NothingNewer { writer } => Kind::NothingNewer(writer.as_public_key().to_vec()),
             Message::Lookup { request, hashes } => Kind::Lookup(Lookup {
                 request: *request,
@@ -434,6 +446,8 @@ impl TryFrom<Kind> for Message {
             },
             Kind::Cursors(cursors) => cursors_message(cursors)?,
             Kind::Contact(contact) => Message::Contact(SignedContact::from_bytes(&contact)?),
+            Kind::Revocations(list) => Message::Revocations(SignedRevocations::from_bytes(&list)?),
+            Kind::RevocationsKnown(number) => Message::RevocationsKnown { number },
             Kind::Delta(delta) => delta_message(delta)?,
             Kind::Pull(pull) => Message::Pull {
                 writer: writer("pull", &pull.writer)?,

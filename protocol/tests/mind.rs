@@ -17,6 +17,7 @@ use granary_protocol::mesh::{
 use granary_protocol::message::{Answer, Message, PROTOCOL_VERSION, Summary, Wish, WriterCursor};
 use granary_protocol::narinfo::{NarInfo, VerifiedNarInfo};
 use granary_protocol::peer::{PeerId, PeerKey};
+use granary_protocol::revocation::Revocations;
 use granary_protocol::signature::{SecretKey, TrustedKeys};
 use granary_protocol::store_path::{StoreDir, StorePathHash};
 use proptest::prelude::*;
@@ -242,6 +243,12 @@ fn any_message() -> impl Strategy<Value = Message> {
             summary: Summary([1; 32]),
             wish,
         }),
+        1 => (any_number(), any_writer(), any::<bool>()).prop_map(|(number, writer, forged)| {
+            let mut list = Revocations { number, ..Revocations::default() };
+            list.revoke(peer(writer), UnixTime(u64::MAX)).unwrap();
+            Message::Revocations(list.sign(&key("home", if forged { 2 } else { 1 })).unwrap())
+        }),
+        1 => any_number().prop_map(|number| Message::RevocationsKnown { number }),
         1 => Just(Message::Goodbye),
         1 => any_wish().prop_map(|wish| Message::Neighbour { wish }),
         1 => Just(Message::Summary { summary: Summary([1; 32]) }),
@@ -452,6 +459,9 @@ impl Hands {
                 assert!(self.admitted.remove(&peer), "departed without being there");
             }
             Output::ReadLocal { peer, .. } => assert!(self.admitted.contains(&peer)),
+            Output::KeepRevocations { list } => {
+                assert!(list.verify(&key("home", 1).public_key()).is_ok());
+            }
             Output::LookupDone { lookup, outcome } => {
                 let hash = self.open_lookups.remove(&lookup).expect("an open lookup");
                 if let LookupOutcome::Found {

@@ -78,6 +78,7 @@ pub fn input(input: &Input, numbers: &BTreeMap<PeerId, usize>) -> String {
         Input::SeedFound { seed, peer } => format!("seed-found {seed} {}", name(peer)),
         // What it says is hashed with the frame that brought it.
         Input::Received { peer, message } => format!("received {} {}", name(peer), message.kind()),
+        Input::Revocations { list } => format!("revocations {}", list.claims().number),
         Input::Garbage { peer } => format!("garbage {}", name(peer)),
         Input::LocalPaths { all } => format!("local-paths {} {}", all.len(), sum(all)),
         Input::LocalChanged { added, removed } => {
@@ -146,6 +147,9 @@ pub fn output(output: &Output, numbers: &BTreeMap<PeerId, usize>) -> String {
         Output::Send { peer, message } => format!("> send {} {}", name(peer), message.kind()),
         Output::Admitted { peer, certificate } => {
             format!("> admitted {} {}", name(peer), certificate.serial)
+        }
+        Output::KeepRevocations { list } => {
+            format!("> keep-revocations {}", list.claims().number)
         }
         Output::Departed { peer } => format!("> departed {}", name(peer)),
         Output::ReadLocal {

@@ -114,6 +114,8 @@ impl World {
             Output::Admitted { peer, .. } => {
                 self.machines[number].admitted.insert(peer);
             }
+            // No scenario revokes anybody.
+            Output::KeepRevocations { .. } => {}
             Output::Departed { peer } => {
                 self.machines[number].admitted.remove(&peer);
             }

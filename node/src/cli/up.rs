@@ -17,8 +17,9 @@ use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue};
 
 use super::anchor::{new_token, options};
+use super::mesh::{certify, make_mesh_key, mesh_key_file, read_mesh_key};
 use super::nix_conf::wanted;
-use super::{ConfigFile, SECONDS_PER_DAY, certify, make_mesh_key, node, print, read_mesh_key};
+use super::{ConfigFile, SECONDS_PER_DAY, node, print};
 use crate::anchor::Anchor;
 use crate::anchor::cache::CacheName;
 use crate::anchor::server::Server;
@@ -123,10 +124,6 @@ fn host_name() -> Option<String> {
         .take(MEMBER_NAME_BYTES_MAX)
         .collect();
     Some(name).filter(|name| !name.is_empty())
-}
-
-fn mesh_key_file(config: &Config) -> PathBuf {
-    config.state_dir.join("mesh.key")
 }
 
 fn is_good(file: &Path, mesh: &PublicKey, peer: &PeerId) -> bool {

@@ -4,6 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use granary_protocol::revocation::Revocations;
+use granary_protocol::signature::SecretKey;
+
 use crate::process;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -17,7 +20,7 @@ pub fn granary(arguments: &[&str]) -> Command {
 
 /// The key of one mesh.
 pub struct MeshKey {
-    secret_file: PathBuf,
+    pub secret_file: PathBuf,
     pub public: String,
 }
 
@@ -41,6 +44,17 @@ impl MeshKey {
             secret_file,
             public,
         }
+    }
+
+    /// The file of a list of revocations that is well signed, with nobody on it.
+    pub fn revocations(&self, number: u64) -> String {
+        let secret = std::fs::read_to_string(&self.secret_file).expect("read mesh key");
+        let secret: SecretKey = secret.trim().parse().expect("a key");
+        let list = Revocations {
+            number,
+            ..Revocations::default()
+        };
+        list.sign(&secret).expect("a short list").to_text()
     }
 
     /// Writes a certificate for a peer; `more` are further arguments of `mesh admit`.

@@ -7,6 +7,7 @@ use std::process::{Child, ExitStatus};
 use std::thread;
 use std::time::Duration;
 
+use granary::identity::Identity;
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
@@ -365,6 +366,18 @@ impl Machine {
     pub fn log(&self) -> String {
         let bytes = fs::read(self.log_file()).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Where its node keeps its own files.
+    pub fn state(&self) -> PathBuf {
+        self.folder.path().join("state")
+    }
+
+    /// The key that names it in the mesh, as whoever broke into it would have it.
+    pub fn keypair(&self) -> libp2p::identity::Keypair {
+        let file = self.state().join("identity");
+        let identity = Identity::load_or_create(&file).expect("an identity");
+        identity.keypair()
     }
 
     fn log_file(&self) -> PathBuf {

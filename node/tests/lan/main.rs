@@ -28,6 +28,7 @@ mod s3;
 mod substitution;
 mod freshness;
 mod strangers;
+mod revocation;
 mod corruption;
 mod garbage;
 mod roaming;

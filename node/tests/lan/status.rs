@@ -60,6 +60,16 @@ impl Status {
             .unwrap_or_else(|| panic!("no bytes.sent in {self}"))
     }
 
+    /// How often somebody was refused for this reason.
+    pub fn refusals_of(&self, reason: &str) -> u64 {
+        self.0["refusals"][reason].as_u64().unwrap_or(0)
+    }
+
+    /// The number of the newest list of revocations.
+    pub fn revocations(&self) -> u64 {
+        self.0["revocations"].as_u64().unwrap_or(0)
+    }
+
     /// How often somebody was refused, whatever the reason.
     pub fn refusals(&self) -> u64 {
         let refusals = self.0["refusals"]

@@ -9,6 +9,7 @@ use crate::certificate::{Certificate, SignedCertificate, UnixTime};
 use crate::message::{Answer, Message};
 use crate::narinfo::VerifiedNarInfo;
 use crate::peer::{PeerId, PeerKey};
+use crate::revocation::SignedRevocations;
 use crate::signature::{PublicKey, TrustedKeys};
 use crate::store_path::{StoreDir, StorePathHash};
 
@@ -103,6 +104,10 @@ pub enum Input {
     Received {
         peer: PeerId,
         message: Message,
+    },
+    /// A person gave this list of revocations, or a process before this one kept it.
+    Revocations {
+        list: SignedRevocations,
     },
     /// Bytes arrived that are no message.
     Garbage {
@@ -200,6 +205,10 @@ pub enum Output {
     /// The peer is not linked any more: the data plane closes.
     Departed {
         peer: PeerId,
+    },
+    /// Keep this list of revocations, newer than any before, for the processes after this one.
+    KeepRevocations {
+        list: SignedRevocations,
     },
     /// Read the narinfos of what this machine shares and answer with [`Input::LocalAnswers`].
     ReadLocal {

@@ -299,6 +299,13 @@ impl Fetches {
         self.fetches.iter().filter_map(stalled).collect()
     }
 
+    /// Returns the fetches that a source is delivering to.
+    pub(super) fn of(&self, source: SourceId) -> Vec<FetchId> {
+        let is_its = |transfer: &Transfer| transfer.source == source;
+        let of = |(id, fetch): (&FetchId, &Fetch)| is_its(fetch.transfer.as_ref()?).then_some(*id);
+        self.fetches.iter().filter_map(of).collect()
+    }
+
     pub(super) fn deadline(&self) -> Option<(Instant, &'static str)> {
         let transfers = self
             .fetches

@@ -18,17 +18,20 @@ use crate::certificate::{Certificate, SignedCertificate, UnixTime};
 use crate::contact::{Contact, NotAContact, SignedContact};
 use crate::message::{PROTOCOL_VERSION, Wish};
 use crate::peer::{PeerId, PeerKey};
+use crate::revocation::SignedRevocations;
 use crate::signature::PublicKey;
 use crate::store_path::StoreDir;
 
 mod refusal;
 mod seeds;
 mod contacts;
+mod revoked;
 mod neighbours;
 mod due;
 
 use due::Due;
 pub use refusal::Refusal;
+pub(super) use revoked::Shown;
 use seeds::Seeds;
 
 /// Up to so many members, this node included, everyone is linked to everyone and nothing is relayed:
@@ -183,6 +186,8 @@ pub(super) struct Membership {
     neighbours_checked_at: Option<Instant>,
     seeds: Seeds,
     refusals: BTreeMap<Refusal, u64>,
+    /// Signed by the mesh key, which was verified.
+    revocations: Option<SignedRevocations>,
     due: Due,
 }
 
@@ -261,6 +266,7 @@ impl Membership {
             neighbours_checked_at: None,
             seeds: Seeds::new(config.seeds, now),
             refusals: BTreeMap::new(),
+            revocations: None,
             due: Due::new(),
         }
     }
@@ -467,7 +473,9 @@ impl Membership {
         if version < PROTOCOL_VERSION {
             return self.refuse(id, Refusal::Version, now);
         }
-        let certificate = match certificate.verify(&self.mesh_key, &id, self.unix(now)) {
+        let certificate = certificate.verify(&self.mesh_key, &id, self.unix(now));
+        let certificate = certificate.and_then(|proved| self.unless_revoked(proved));
+        let certificate = match certificate {
             Ok(certificate) => Box::new(certificate),
             Err(reason) => return self.refuse(id, Refusal::from(&reason), now),
         };

@@ -6,6 +6,7 @@ mod lookup;
 mod caches;
 mod fetch;
 mod large;
+mod revocations;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -19,6 +20,7 @@ use crate::contact::{Contact, SignedContact};
 use crate::message::{PROTOCOL_VERSION, Summary, Wish};
 use crate::narinfo::{NarInfo, VerifiedNarInfo};
 use crate::peer::PeerKey;
+use crate::revocation::SignedRevocations;
 use crate::signature::{SecretKey, TrustedKeys};
 use crate::store_path::StoreDir;
 
@@ -87,6 +89,8 @@ struct Node {
     failed: Vec<FetchId>,
     sent: Vec<(PeerId, &'static str)>,
     is_deaf: bool,
+    /// The list of revocations that it was told to keep.
+    kept: Option<SignedRevocations>,
 }
 
 struct Lan {
@@ -198,6 +202,7 @@ impl Lan {
                 failed: Vec::new(),
                 sent: Vec::new(),
                 is_deaf: false,
+                kept: None,
             }
         };
         let nodes = (0..count).map(node).collect();
@@ -295,6 +300,7 @@ impl Lan {
             Output::Admitted { peer, .. } => {
                 assert!(self.nodes[number].admitted.insert(peer), "admitted twice");
             }
+            Output::KeepRevocations { list } => self.nodes[number].kept = Some(list),
             Output::Departed { peer } => {
                 assert!(
                     self.nodes[number].admitted.remove(&peer),

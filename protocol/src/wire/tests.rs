@@ -6,6 +6,7 @@ use crate::certificate::{Certificate, UnixTime};
 use crate::contact::Contact;
 use crate::message::PROTOCOL_VERSION;
 use crate::peer::PeerKey;
+use crate::revocation::Revocations;
 use crate::signature::SecretKey;
 
 fn key() -> PeerKey {
@@ -51,6 +52,16 @@ fn certificate() -> SignedCertificate {
     .unwrap()
 }
 
+fn revocations() -> SignedRevocations {
+    let mut list = Revocations {
+        number: 4,
+        ..Revocations::default()
+    };
+    list.revoke(writer(), UnixTime(9)).unwrap();
+    let mesh = SecretKey::from_seed("home".parse().unwrap(), [1; 32]);
+    list.sign(&mesh).unwrap()
+}
+
 fn at(epoch: u64, sequence: u64) -> Cursor {
     Cursor { epoch, sequence }
 }
@@ -72,6 +83,8 @@ fn examples() -> Vec<Message> {
             summary: Summary([4; 32]),
             wish: Wish::Urgent,
         },
+        Message::Revocations(revocations()),
+        Message::RevocationsKnown { number: u64::MAX },
         Message::Goodbye,
         Message::Neighbour { wish: Wish::No },
         Message::Summary {

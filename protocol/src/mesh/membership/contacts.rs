@@ -81,6 +81,7 @@ impl Membership {
             return Ok(false);
         }
         let certificate = signed.verify(&self.mesh_key, self.unix(now))?;
+        let certificate = self.unless_revoked(certificate)?;
         Ok(self.keep_contact(signed, certificate, now))
     }
 
@@ -91,6 +92,7 @@ impl Membership {
         now: Instant,
     ) -> Result<(), NotAContact> {
         let certificate = signed.recall(&self.mesh_key, self.unix(now))?;
+        let certificate = self.unless_revoked(certificate)?;
         self.keep_contact(signed, certificate, now);
         Ok(())
     }

@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::certificate::NotAMember;
 
-/// Why a connection was closed by us. Each is counted; the words are the labels of the counter.
+/// Why a connection was closed by us, or a word not heeded. Each is counted; the words are the labels of the counter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Refusal {
     OtherMesh,
@@ -14,12 +14,15 @@ pub enum Refusal {
     Expired,
     MalformedCertificate,
     MayNotShare,
+    Revoked,
     NoHello,
     OutOfTurn,
     Garbage,
     Version,
     OtherStoreDir,
     TooManyPeers,
+    /// A list of revocations that is older than ours; the connection stays.
+    OldRevocations,
 }
 
 impl Refusal {
@@ -32,12 +35,14 @@ impl Refusal {
             Refusal::Expired => "expired",
             Refusal::MalformedCertificate => "malformed_certificate",
             Refusal::MayNotShare => "may_not_share",
+            Refusal::Revoked => "revoked",
             Refusal::NoHello => "no_hello",
             Refusal::OutOfTurn => "out_of_turn",
             Refusal::Garbage => "garbage",
             Refusal::Version => "version",
             Refusal::OtherStoreDir => "other_store_dir",
             Refusal::TooManyPeers => "too_many_peers",
+            Refusal::OldRevocations => "old_revocations",
         }
     }
 }
@@ -58,6 +63,7 @@ impl From<&NotAMember> for Refusal {
             NotAMember::Expired { .. } => Refusal::Expired,
             NotAMember::Malformed(_) => Refusal::MalformedCertificate,
             NotAMember::MayNotShare { .. } => Refusal::MayNotShare,
+            NotAMember::Revoked { .. } => Refusal::Revoked,
         }
     }
 }

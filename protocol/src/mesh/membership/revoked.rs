@@ -1,0 +1,91 @@
+//! Revoked: what the mesh key's list of revocations does to those who are known.
+
+use std::time::Instant;
+
+use super::{Event, Membership, Refusal, State};
+use crate::certificate::{Certificate, NotAMember};
+use crate::revocation::{NotOurRevocations, Revocations, SignedRevocations};
+
+/// What became of a list that somebody showed.
+pub(crate) enum Shown {
+    /// It is newer than ours, and holds from here on.
+    New(Vec<Event>),
+    /// It is the one we have.
+    Known,
+    /// It is older than ours, and changes nothing.
+    Old,
+}
+
+impl Membership {
+    /// The newest list that is known.
+    pub(crate) fn revocations(&self) -> Option<&SignedRevocations> {
+        self.revocations.as_ref()
+    }
+
+    /// The number of the newest list; 0 before the first.
+    pub(crate) fn revocations_number(&self) -> u64 {
+        self.revoked().map_or(0, |list| list.number)
+    }
+
+    /// Takes in a list, whoever shows it.
+    ///
+    /// # Errors
+    /// When the mesh key did not sign it.
+    pub(crate) fn revocations_told(
+        &mut self,
+        signed: &SignedRevocations,
+        now: Instant,
+    ) -> Result<Shown, NotOurRevocations> {
+        let list = signed.verify(&self.mesh_key)?;
+        let known = self.revocations_number();
+        if list.number < known {
+            *self.refusals.entry(Refusal::OldRevocations).or_default() += 1;
+            return Ok(Shown::Old);
+        }
+        if list.number == known && self.revocations.is_some() {
+            return Ok(Shown::Known);
+        }
+        self.revocations = Some(signed.clone());
+        self.due.now();
+        let mut events = Vec::new();
+        let mut linked = Vec::new();
+        for (id, peer) in &mut self.peers {
+            if let State::Linked { certificate, .. } = &peer.state
+                && list.is_revoked(certificate)
+            {
+                linked.push(*id);
+            }
+            if let Some(known) = &peer.contact
+                && list.is_revoked(&known.certificate)
+            {
+                peer.contact = None;
+                self.contacts_version += 1;
+                events.push(Event::Forgotten(*id));
+            }
+        }
+        for id in linked {
+            // First hung up, then forgotten.
+            let refused = self.refuse(id, Refusal::Revoked, now);
+            events.splice(0..0, refused);
+        }
+        Ok(Shown::New(events))
+    }
+
+    /// Passes a certificate on unless it was revoked.
+    pub(super) fn unless_revoked(
+        &self,
+        certificate: Certificate,
+    ) -> Result<Certificate, NotAMember> {
+        match self.revoked() {
+            Some(list) if list.is_revoked(&certificate) => Err(NotAMember::Revoked {
+                name: certificate.name,
+            }),
+            _ => Ok(certificate),
+        }
+    }
+
+    fn revoked(&self) -> Option<&Revocations> {
+        // Verified before it was kept.
+        self.revocations.as_ref().map(SignedRevocations::claims)
+    }
+}
