@@ -40,6 +40,7 @@ pub mod intake;
 pub mod ingest;
 pub mod gc;
 pub mod admin;
+pub mod tls;
 pub mod http;
 pub mod read;
 pub mod put;
@@ -99,6 +100,8 @@ pub struct Options {
     pub attic_key: Option<PathBuf>,
     /// Largest NAR taken in.
     pub nar_bytes_max: u64,
+    /// What the server shows to clients; plain HTTP without.
+    pub tls: Option<tls::Files>,
     pub clock: Clock,
 }
 

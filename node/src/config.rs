@@ -121,6 +121,9 @@ pub struct Anchor {
     /// A file with the token that is sent with every request to it.
     #[serde(default)]
     pub token_file: Option<PathBuf>,
+    /// Certificates (PEM) trusted beside the system's.
+    #[serde(default)]
+    pub ca_file: Option<PathBuf>,
     /// Keys that it signs with; trusted as if they stood in `trust.keys`.
     #[serde(default, deserialize_with = "parsed_list")]
     pub public_keys: Vec<PublicKey>,
@@ -132,6 +135,9 @@ pub struct Anchor {
 pub struct Upstream {
     #[serde(deserialize_with = "parsed_url")]
     pub url: Url,
+    /// Certificates (PEM) trusted beside the system's.
+    #[serde(default)]
+    pub ca_file: Option<PathBuf>,
     #[serde(default, deserialize_with = "parsed_list")]
     pub public_keys: Vec<PublicKey>,
 }
@@ -209,6 +215,9 @@ pub struct AnchorServer {
     pub default_cache: String,
     /// Largest NAR taken in, in bytes.
     pub nar_bytes_max: u64,
+    /// The certificate chain that is shown to clients, and its private key (PEM). Plain HTTP without.
+    pub tls_cert: Option<PathBuf>,
+    pub tls_key: Option<PathBuf>,
     /// A file with the key that proves tokens of Attic.
     pub attic_token_key_file: Option<PathBuf>,
     pub s3: S3,
@@ -270,6 +279,8 @@ impl Default for AnchorServer {
             default_cache: "main".to_owned(),
             // Far above real ones, far below what a hostile pusher would need to fill a disk at once.
             nar_bytes_max: 128 << 30,
+            tls_cert: None,
+            tls_key: None,
             attic_token_key_file: None,
             s3: S3::default(),
         }
@@ -505,6 +516,13 @@ impl Config {
                 }
                 Some(_) => {}
             }
+        }
+        let server = &self.anchor_server;
+        if server.tls_cert.is_some() != server.tls_key.is_some() {
+            return Some(
+                "of anchor-server.tls-cert and anchor-server.tls-key one is set; TLS needs both"
+                    .into(),
+            );
         }
         if self.limits.streams_per_peer == 0 {
             return Some("limits.streams-per-peer is 0, nobody could fetch; use share.enable = false to share nothing".into());

@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 use zeroize::Zeroizing;
 
+use crate::authority::{Authorities, AuthorityError};
 use crate::binary_cache::{PeerCaches, WebCache, WebCaches, WebSetupError};
 use crate::clock::unix_time;
 use crate::config::Config;
@@ -84,6 +85,8 @@ pub enum StartError {
     Mesh(#[from] mesh::MeshError),
     #[error("cannot set up TLS: {0}")]
     Tls(#[from] tls::TlsSetupError),
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
     #[error("cannot read the token of anchor {url} from {path}: {source}", path = .path.display())]
     Token {
         url: String,
@@ -524,6 +527,7 @@ pub fn upload_options(config: &Config) -> Option<uploader::Options> {
         file: config.uploads_file(),
         url: anchor.url.to_string(),
         token_file: anchor.token_file.clone()?,
+        ca_file: anchor.ca_file.clone(),
         rate: upload.rate.map(|rate| rate.0),
         filter: upload.filter.clone(),
         deny: config.share.deny.clone(),
@@ -548,13 +552,17 @@ fn web_caches(config: &Config) -> Result<WebCaches, StartError> {
             role: CacheRole::Anchor,
             url: anchor.url.clone(),
             token,
+            authorities: Authorities::read(anchor.ca_file.as_deref())?,
         });
     }
-    caches.extend(config.upstream.iter().map(|upstream| WebCache {
-        role: CacheRole::Upstream,
-        url: upstream.url.clone(),
-        token: None,
-    }));
+    for upstream in &config.upstream {
+        caches.push(WebCache {
+            role: CacheRole::Upstream,
+            url: upstream.url.clone(),
+            token: None,
+            authorities: Authorities::read(upstream.ca_file.as_deref())?,
+        });
+    }
     Ok(WebCaches::new(caches)?)
 }
 

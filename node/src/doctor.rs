@@ -17,6 +17,7 @@ use reqwest::StatusCode;
 use reqwest::header::DATE;
 use serde::Serialize;
 
+use crate::authority::Authorities;
 use crate::clock::unix_time;
 use crate::config::{Anchor, Config};
 use crate::identity::Identity;
@@ -531,7 +532,15 @@ async fn anchor(config: &Config, anchor: &Anchor) -> Vec<Finding> {
     let pushes = config.upload.cache.as_deref();
     let pushes = pushes.and_then(|cache| config.anchor_of(cache));
     let pushes = pushes.is_some_and(|target| target.url == anchor.url);
-    let client = reqwest::Client::builder().timeout(ANSWER_TIMEOUT).build();
+    let authorities = match Authorities::read(anchor.ca_file.as_deref()) {
+        Ok(authorities) => authorities,
+        Err(error) => {
+            let advice = "put the authority's certificate there (PEM), or take ca-file out";
+            return vec![Finding::failed("ca-file", error.to_string(), advice)];
+        }
+    };
+    let client = reqwest::Client::builder().timeout(ANSWER_TIMEOUT);
+    let client = authorities.known_to(client).build();
     let request = client.map(|client| {
         // What a push asks first, of which an empty question is one.
         match (pushes, url.rsplit_once('/')) {

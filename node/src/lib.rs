@@ -5,6 +5,7 @@ pub mod identity;
 pub mod metrics;
 pub mod activity;
 pub mod state_folder;
+pub mod authority;
 pub mod listener;
 pub mod supervisor;
 pub mod store;

@@ -20,12 +20,13 @@ const EDGES: &[(&str, &[&str])] = &[
     ("listener", &[]),
     ("supervisor", &[]),
     ("state_folder", &[]),
+    ("authority", &[]),
     // What a person hides is a file of the state folder.
     ("store", &["state_folder"]),
     ("config", &["store", "listener"]),
     ("index", &[]),
     ("serve", &["store", "identity", "metrics"]),
-    ("binary_cache", &["identity", "serve"]),
+    ("binary_cache", &["authority", "identity", "serve"]),
     (
         "mesh",
         // The mind asks caches for narinfos through the loop, as it asks peers.
@@ -40,7 +41,7 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     // It sends what the store has, to whatever anchor; it shares no code with that.
-    ("upload", &["store", "clock"]),
+    ("upload", &["store", "clock", "authority"]),
     (
         "status",
         &["mesh", "store", "metrics", "activity", "upload"],
@@ -74,6 +75,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "config",
             "identity",
             "state_folder",
+            "authority",
             "listener",
             "store",
             "serve",
@@ -98,6 +100,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "config",
             "identity",
             "state_folder",
+            "authority",
             "store",
             "upload",
             "status",
@@ -113,6 +116,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "config",
             "identity",
             "state_folder",
+            "authority",
             "listener",
             "supervisor",
             "store",

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use super::admin::Changes;
 use super::cache::CacheName;
 use super::catalog::CacheRow;
-use super::http::{Answer, Refusal, empty, json_body};
+use super::http::{Answer, IsSecure, Refusal, empty, json_body};
 use super::ingest::{IngestError, Outcome};
 use super::intake::{Encoding, Intake};
 use super::read::parse_hashes;
@@ -151,9 +151,13 @@ async fn known_cache(
 fn endpoint(parts: &Parts) -> Result<String, Refusal> {
     let host = parts.headers.get(::http::header::HOST);
     let host = host.and_then(|host| host.to_str().ok());
+    // HTTP/2 has it in the address.
+    let host = host.or(parts.uri.authority().map(|authority| authority.as_str()));
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte);
     match host {
         Some(host) if !host.is_empty() && host.bytes().all(is_allowed) => {
+            let is_secure = parts.extensions.get::<IsSecure>();
+            let is_secure = is_secure.is_some_and(|IsSecure(is_secure)| *is_secure);
             // What stands before us may speak TLS for us.
             let scheme = match parts
                 .headers
@@ -161,6 +165,7 @@ fn endpoint(parts: &Parts) -> Result<String, Refusal> {
                 .map(|value| value.as_bytes())
             {
                 Some(b"https") => "https",
+                _ if is_secure => "https",
                 _ => "http",
             };
             Ok(format!("{scheme}://{host}/"))

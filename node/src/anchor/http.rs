@@ -19,6 +19,7 @@ use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ::http::header::{CONTENT_LENGTH, EXPECT, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
@@ -28,10 +29,11 @@ use granary_protocol::signature::SecretKey;
 use granary_protocol::token::Permission;
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde::Deserialize;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
@@ -44,6 +46,7 @@ use super::cache::{CacheName, CacheNameError, KeysError};
 use super::catalog::{CacheRow, CatalogError};
 use super::ingest::IngestError;
 use super::object_store::StorageError;
+use super::tls::{HTTP_2, Tls};
 use super::tokens::{Bearer, Denied};
 use super::{Anchor, attic, put, read, to_its_end, uploads};
 use crate::serve::respond::{self, Body};
@@ -56,6 +59,18 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(125);
 
 /// Most bytes of a request's head. Attic's client sends up to 4 KiB of metadata in a header.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
+
+/// Requests at once on one connection of HTTP/2. Nix from 2.34 has up to 125 under way.
+const STREAMS_MAX: u32 = 128;
+
+/// Bytes that a client may send ahead of us, in one request and in all of a connection: a line of 1 Gbit/s
+/// and 30 ms is kept full.
+const STREAM_WINDOW_BYTES: u32 = 1024 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 4 * 1024 * 1024;
+
+/// After how much silence a client of HTTP/2 is asked whether it is there, and how long it may take to say.
+const PING_INTERVAL: Duration = Duration::from_secs(30);
+const PING_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Longest request target looked at.
 const TARGET_BYTES_MAX: usize = 4096;
@@ -232,6 +247,7 @@ pub type Answer = Result<Response<Body>, Refusal>;
 pub async fn accept(
     anchor: Arc<Anchor>,
     listener: TcpListener,
+    tls: Option<Arc<Tls>>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
 ) {
@@ -249,36 +265,122 @@ pub async fn accept(
         // Small answers must not wait for the last one's acknowledgement. A socket that is gone
         // already will say so when it is read.
         let _ = stream.set_nodelay(true);
-        let (anchor, shutdown) = (anchor.clone(), shutdown.clone());
+        let client = Client {
+            anchor: anchor.clone(),
+            peer,
+            is_secure: tls.is_some(),
+            tasks: tasks.clone(),
+        };
+        let (tls, shutdown) = (tls.clone(), shutdown.clone());
         tasks.spawn(async move {
-            connection(anchor, stream, peer, shutdown).await;
+            match tls {
+                None => client.speak_http_1(stream, shutdown).await,
+                Some(tls) => match tls.accept(stream).await {
+                    Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(HTTP_2) => {
+                        client.speak_http_2(stream, shutdown).await;
+                    }
+                    Ok(stream) => client.speak_http_1(stream, shutdown).await,
+                    Err(error) => debug!(%peer, %error, "a client did not agree on TLS"),
+                },
+            }
             drop(slot);
         });
     }
 }
 
-async fn connection(
+/// Whether a request came over TLS, among its extensions.
+#[derive(Debug, Clone, Copy)]
+pub struct IsSecure(pub bool);
+
+/// Who is at the other end of a connection.
+#[derive(Clone)]
+struct Client {
     anchor: Arc<Anchor>,
-    stream: tokio::net::TcpStream,
     peer: SocketAddr,
-    shutdown: CancellationToken,
-) {
-    let service = service_fn(move |request| {
-        let anchor = anchor.clone();
-        async move { Ok::<_, Infallible>(answer(&anchor, request, peer).await) }
-    });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(IDLE_TIMEOUT)
-        .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(TokioIo::new(stream), service);
-    let mut connection = std::pin::pin!(connection);
-    tokio::select! {
-        _ = connection.as_mut() => return,
-        () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
+    is_secure: bool,
+    tasks: TaskTracker,
+}
+
+impl Client {
+    async fn speak_http_1(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+        shutdown: CancellationToken,
+    ) {
+        let service = service_fn(move |request| {
+            let client = self.clone();
+            async move { Ok::<_, Infallible>(client.answer(request).await) }
+        });
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(IDLE_TIMEOUT)
+            .max_buf_size(HEAD_BYTES_MAX)
+            .serve_connection(TokioIo::new(stream), service);
+        let mut connection = std::pin::pin!(connection);
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
+        }
+        // How it ends is the client's affair.
+        let _ = connection.await;
     }
-    // How it ends is the client's affair.
-    let _ = connection.await;
+
+    async fn speak_http_2(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Unpin,
+        shutdown: CancellationToken,
+    ) {
+        let asked = Arc::new(AtomicU64::new(0));
+        let counted = asked.clone();
+        let service = service_fn(move |request: Request<Incoming>| {
+            counted.fetch_add(1, Ordering::Relaxed);
+            let client = self.clone();
+            async move {
+                // A request whose stream is reset is dropped where it stands, unlike with HTTP/1. What an
+                // upload has brought so far must outlive that.
+                if request.method() == Method::PUT {
+                    let tasks = client.tasks.clone();
+                    let answering = tasks.spawn(async move { client.answer(request).await });
+                    return answering.await.map_err(io::Error::other);
+                }
+                Ok(client.answer(request).await)
+            }
+        });
+        let connection = http2::Builder::new(TokioExecutor::new())
+            .timer(TokioTimer::new())
+            .max_header_list_size(HEAD_BYTES_MAX as u32)
+            .max_concurrent_streams(STREAMS_MAX)
+            .initial_stream_window_size(STREAM_WINDOW_BYTES)
+            .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+            .keep_alive_interval(PING_INTERVAL)
+            .keep_alive_timeout(PING_TIMEOUT)
+            .serve_connection(TokioIo::new(stream), service);
+        let mut connection = std::pin::pin!(connection);
+        let idle = async {
+            let mut before = asked.load(Ordering::Relaxed);
+            loop {
+                tokio::time::sleep(IDLE_TIMEOUT).await;
+                let after = asked.load(Ordering::Relaxed);
+                if before == after {
+                    return;
+                }
+                before = after;
+            }
+        };
+        tokio::select! {
+            _ = connection.as_mut() => return,
+            () = shutdown.cancelled() => {}
+            // What is under way ends all the same.
+            () = idle => {}
+        }
+        connection.as_mut().graceful_shutdown();
+        let _ = connection.await;
+    }
+
+    async fn answer(&self, mut request: Request<Incoming>) -> Response<Body> {
+        request.extensions_mut().insert(IsSecure(self.is_secure));
+        answer(&self.anchor, request, self.peer).await
+    }
 }
 
 async fn answer(

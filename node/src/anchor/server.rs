@@ -1,16 +1,17 @@
 //! Server: an anchor that answers, and what it does beside.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::cache::{CacheName, CacheNameError};
 use super::ingest::IngestError;
+use super::tls::{RENEWAL_INTERVAL, Tls, TlsError};
 use super::{Anchor, OpenError, Options, admin, http};
 
 /// How often uses of paths are written down. A crash loses as much, which retention does not feel.
@@ -19,7 +20,7 @@ const USED_INTERVAL: Duration = Duration::from_secs(30);
 /// How often garbage is collected. A grace of a day makes it no matter of minutes.
 const COLLECT_INTERVAL: Duration = Duration::from_secs(3600);
 
-/// Where a running anchor says how it is reached, for the command line beside it.
+/// Where a running anchor says how it is reached in plain HTTP, for the command line beside it.
 pub const ADDRESS_FILE: &str = "address";
 
 /// How long running answers may take to end at shutdown.
@@ -35,6 +36,8 @@ pub enum StartError {
         address: SocketAddr,
         source: io::Error,
     },
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error(transparent)]
     Open(#[from] OpenError),
     #[error("cannot finish what the last run left: {0}")]
@@ -103,11 +106,27 @@ impl Server {
             address: listen,
             source,
         };
+        let tls = options
+            .tls
+            .clone()
+            .map(Tls::open)
+            .transpose()?
+            .map(Arc::new);
         let listener = http::listen(listen).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
+        // The command line on this machine knows nothing of names and authorities: beside TLS it has a door
+        // of its own, on loopback, at a port that nobody else is told.
+        let side_door = match &tls {
+            Some(_) => Some(http::listen((Ipv4Addr::LOCALHOST, 0).into()).map_err(failed)?),
+            None => None,
+        };
+        let nearby = match &side_door {
+            Some(side_door) => side_door.local_addr().map_err(failed)?,
+            None => nearest(address),
+        };
         empty_spool(&options.state.join("spool"));
         let address_file = options.state.join(ADDRESS_FILE);
-        std::fs::write(&address_file, address.to_string()).map_err(|source| StartError::Lock {
+        std::fs::write(&address_file, nearby.to_string()).map_err(|source| StartError::Lock {
             path: address_file,
             source,
         })?;
@@ -129,15 +148,23 @@ impl Server {
         }
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
-        tasks.spawn(http::accept(
-            anchor.clone(),
-            listener,
-            shutdown.clone(),
-            tasks.clone(),
-        ));
+        if let Some(tls) = &tls {
+            tasks.spawn(renew(tls.clone(), shutdown.clone()));
+        }
+        let is_tls = tls.is_some();
+        let doors = [Some((listener, tls)), side_door.map(|door| (door, None))];
+        for (listener, tls) in doors.into_iter().flatten() {
+            tasks.spawn(http::accept(
+                anchor.clone(),
+                listener,
+                tls,
+                shutdown.clone(),
+                tasks.clone(),
+            ));
+        }
         tasks.spawn(write_used(anchor.clone(), shutdown.clone()));
         tasks.spawn(collect(anchor.clone(), shutdown.clone()));
-        info!(%address, storage = anchor.storage.location(), "anchor is answering");
+        info!(%address, tls = is_tls, storage = anchor.storage.location(), "anchor is answering");
         Ok(Server {
             anchor,
             address,
@@ -155,6 +182,18 @@ impl Server {
     }
 }
 
+/// Where this machine reaches what listens on an address.
+pub fn nearest(address: SocketAddr) -> SocketAddr {
+    let here = match address {
+        SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    match address.ip().is_unspecified() {
+        true => SocketAddr::new(here, address.port()),
+        false => address,
+    }
+}
+
 /// What a crash left half received is of no use.
 fn empty_spool(spool: &std::path::Path) {
     let Ok(entries) = std::fs::read_dir(spool) else {
@@ -163,6 +202,23 @@ fn empty_spool(spool: &std::path::Path) {
     for entry in entries.flatten() {
         if let Err(error) = std::fs::remove_file(entry.path()) {
             error!(path = %entry.path().display(), %error, "could not remove a file from the spool");
+        }
+    }
+}
+
+/// Takes a renewed certificate.
+async fn renew(tls: Arc<Tls>, shutdown: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(RENEWAL_INTERVAL) => {}
+        }
+        let renewing = tls.clone();
+        match tokio::task::spawn_blocking(move || renewing.renew()).await {
+            Ok(Ok(false)) => {}
+            Ok(Ok(true)) => info!("took a renewed certificate"),
+            Ok(Err(error)) => warn!(%error, "kept the old certificate"),
+            Err(error) => error!(%error, "could not look at the certificate"),
         }
     }
 }

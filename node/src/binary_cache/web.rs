@@ -22,6 +22,7 @@ use tracing::debug;
 
 use super::unpack::{self, Unpacked, Unpackers};
 use super::{Origin, RESPONSE_TIMEOUT, SILENCE_TIMEOUT, TransferError};
+use crate::authority::Authorities;
 
 /// Time for name resolution, TCP and TLS. The mind waits for nobody that long; a connection that
 /// comes to stand later is of use to the next request.
@@ -45,6 +46,7 @@ pub struct WebCache {
     pub url: Url,
     /// Sent to this cache's own server only, as a bearer token.
     pub token: Option<HeaderValue>,
+    pub authorities: Authorities,
 }
 
 /// Why caches cannot be asked at all.
@@ -54,12 +56,13 @@ pub struct WebSetupError(#[from] reqwest::Error);
 
 /// Asks the caches of the configuration, by their number.
 pub struct WebCaches {
-    client: Client,
     caches: Vec<Known>,
     unpackers: Unpackers,
 }
 
 struct Known {
+    /// That of the others, unless it trusts certificates of its own.
+    client: Client,
     role: CacheRole,
     /// Ends with a slash.
     base: Url,
@@ -90,26 +93,35 @@ pub enum NarInfoRequestError {
     Stopping,
 }
 
+fn client(authorities: &Authorities) -> Result<Client, WebSetupError> {
+    let client = Client::builder()
+        .user_agent(concat!("granary/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(CONNECT_TIMEOUT)
+        .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
+        .pool_idle_timeout(IDLE_TIMEOUT)
+        .tcp_nodelay(true)
+        .redirect(reqwest::redirect::Policy::limited(REDIRECTS_MAX));
+    Ok(authorities.known_to(client).build()?)
+}
+
 impl WebCaches {
     pub fn new(caches: Vec<WebCache>) -> Result<WebCaches, WebSetupError> {
-        let client = Client::builder()
-            .user_agent(concat!("granary/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(CONNECT_TIMEOUT)
-            .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
-            .pool_idle_timeout(IDLE_TIMEOUT)
-            .tcp_nodelay(true)
-            .redirect(reqwest::redirect::Policy::limited(REDIRECTS_MAX))
-            .build()?;
-        let known = |cache: WebCache| Known {
-            role: cache.role,
-            name: name_of(&cache.url),
-            base: with_slash(cache.url),
-            token: cache.token,
-            narinfos: Semaphore::new(NARINFOS_AT_ONCE),
+        let shared = client(&Authorities::default())?;
+        let known = |cache: WebCache| {
+            Ok::<_, WebSetupError>(Known {
+                client: match cache.authorities.is_empty() {
+                    true => shared.clone(),
+                    false => client(&cache.authorities)?,
+                },
+                role: cache.role,
+                name: name_of(&cache.url),
+                base: with_slash(cache.url),
+                token: cache.token,
+                narinfos: Semaphore::new(NARINFOS_AT_ONCE),
+            })
         };
         Ok(WebCaches {
-            client,
-            caches: caches.into_iter().map(known).collect(),
+            caches: caches.into_iter().map(known).collect::<Result<_, _>>()?,
             unpackers: Unpackers::new(),
         })
     }
@@ -292,7 +304,7 @@ impl WebCaches {
         from: Option<u64>,
     ) -> Result<Response, reqwest::Error> {
         let is_own = url.origin() == cache.base.origin();
-        let mut request = self.client.get(url);
+        let mut request = cache.client.get(url);
         if let Some(token) = cache.token.as_ref().filter(|_| is_own) {
             request = request.header(AUTHORIZATION, token.clone());
         }

@@ -4,7 +4,7 @@
 //! without one; a running one sees what they did with its next request.
 
 use std::io::Read;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -22,6 +22,7 @@ use crate::anchor::catalog::{CacheRow, Totals};
 use crate::anchor::gc::Collection;
 use crate::anchor::object_store::S3Options;
 use crate::anchor::server::{ADDRESS_FILE, Server, StartError, StateLock};
+use crate::anchor::tls::Files;
 use crate::anchor::tokens::token_key;
 use crate::anchor::{Anchor, Clock, Options, rebuild};
 use crate::clock::unix_time;
@@ -257,6 +258,14 @@ pub(super) fn options(config: &Config) -> Options {
         trust: config.trusted_keys(),
         attic_key: server.attic_token_key_file.clone(),
         nar_bytes_max: server.nar_bytes_max,
+        tls: match (&server.tls_cert, &server.tls_key) {
+            (Some(certificate), Some(key)) => Some(Files {
+                certificate: certificate.clone(),
+                key: key.clone(),
+            }),
+            // One without the other is no configuration.
+            _ => None,
+        },
         clock: Clock::default(),
     }
 }
@@ -345,8 +354,14 @@ pub async fn cache(arguments: CacheArguments) -> Result<()> {
                     serde_json::to_string_pretty(&as_json(&cache, &totals))?
                 ));
             }
-            let port = config.anchor_server.listen.port();
-            print(&info(&cache, &totals, port))
+            let server = &config.anchor_server;
+            let scheme = if server.tls_cert.is_some() {
+                "https"
+            } else {
+                "http"
+            };
+            let address = format!("{scheme}://<this machine>:{}", server.listen.port());
+            print(&info(&cache, &totals, &address))
         }
         CacheCommand::Configure {
             name,
@@ -395,14 +410,11 @@ pub async fn cache(arguments: CacheArguments) -> Result<()> {
     }
 }
 
-fn info(cache: &CacheRow, totals: &Totals, port: u16) -> String {
+fn info(cache: &CacheRow, totals: &Totals, server: &str) -> String {
     let settings = &cache.settings;
     let access = if settings.public { "public" } else { "private" };
     let mut text = format!("{}  {access}, priority {}\n", cache.name, settings.priority);
-    text.push_str(&format!(
-        "  address           http://<this machine>:{port}/{}\n",
-        cache.name
-    ));
+    text.push_str(&format!("  address           {server}/{}\n", cache.name));
     for key in &settings.public_keys {
         text.push_str(&format!("  public key        {key}\n"));
     }
@@ -572,13 +584,7 @@ impl Running {
                 file.display()
             )
         })?;
-        let mut address: SocketAddr = address.trim().parse()?;
-        if address.ip().is_unspecified() {
-            address.set_ip(match address {
-                SocketAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-                SocketAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-            });
-        }
+        let address: SocketAddr = address.trim().parse()?;
         let claims = Claims {
             // Too short-lived to be listed or revoked.
             id: None,

@@ -10,6 +10,7 @@ use clap::Args;
 use granary_protocol::store_path::{StoreDir, StorePath};
 
 use super::{ConfigFile, print};
+use crate::authority::Authorities;
 use crate::config::Config;
 use crate::daemon::{make_state_dir, upload_options};
 use crate::status::human_bytes;
@@ -37,8 +38,11 @@ pub struct Arguments {
     /// A file with a token that allows to push, mode 0600. Default: that `[[anchor]]`'s token-file.
     #[arg(long, env = "GRANARY_TOKEN_FILE")]
     token_file: Option<PathBuf>,
+    /// Certificates (PEM) trusted beside the system's. Default: that `[[anchor]]`'s ca-file.
+    #[arg(long, env = "GRANARY_CA_FILE")]
+    ca_file: Option<PathBuf>,
     /// Only put them first into the queue of the node on this machine, which pushes to that cache.
-    #[arg(long, conflicts_with_all = ["token_file", "json"])]
+    #[arg(long, conflicts_with_all = ["token_file", "ca_file", "json"])]
     queue: bool,
     /// Print what was done as JSON.
     #[arg(long)]
@@ -57,8 +61,13 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     if arguments.queue {
         return queue(&config, &arguments.cache, store.as_ref(), roots).await;
     }
-    let (url, token_file) = place(&config, &arguments)?;
-    let target = Target::new(&url, upload::read_token(&token_file)?)?;
+    let Place {
+        url,
+        token_file,
+        ca_file,
+    } = place(&config, &arguments)?;
+    let authorities = Authorities::read(ca_file.as_deref())?;
+    let target = Target::new(&url, upload::read_token(&token_file)?, &authorities)?;
     let is_shown = std::io::stderr().is_terminal() && !arguments.json;
     let progress = Progress::default();
     let trust = config.trusted_keys();
@@ -156,8 +165,15 @@ fn bar(stage: &Stage, elapsed: Duration) -> String {
     )
 }
 
-/// Finds the address of the cache, and the token for it.
-fn place(config: &Config, arguments: &Arguments) -> Result<(String, PathBuf)> {
+/// Where to push, and as whom.
+struct Place {
+    url: String,
+    token_file: PathBuf,
+    ca_file: Option<PathBuf>,
+}
+
+/// Finds the address of the cache, and what belongs to it.
+fn place(config: &Config, arguments: &Arguments) -> Result<Place> {
     let cache = arguments.cache.trim_end_matches('/');
     let anchor = config.anchor_of(cache);
     let url = match anchor {
@@ -169,7 +185,14 @@ fn place(config: &Config, arguments: &Arguments) -> Result<(String, PathBuf)> {
     };
     let configured = anchor.and_then(|anchor| anchor.token_file.clone());
     match arguments.token_file.clone().or(configured) {
-        Some(token_file) => Ok((url, token_file)),
+        Some(token_file) => {
+            let configured = anchor.and_then(|anchor| anchor.ca_file.clone());
+            Ok(Place {
+                url,
+                token_file,
+                ca_file: arguments.ca_file.clone().or(configured),
+            })
+        }
         None => bail!("no token for {url}: give --token-file, or token-file in its [[anchor]]"),
     }
 }

@@ -4,7 +4,7 @@
 //! of this machine, a token for its own pushes. What is there and good is kept, so running it again
 //! changes nothing. The configuration may say more, and wins.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -22,7 +22,7 @@ use super::nix_conf::wanted;
 use super::{ConfigFile, SECONDS_PER_DAY, node, print};
 use crate::anchor::Anchor;
 use crate::anchor::cache::CacheName;
-use crate::anchor::server::Server;
+use crate::anchor::server::{Server, nearest};
 use crate::clock::unix_time;
 use crate::config::{self, Config};
 use crate::daemon::make_state_dir;
@@ -71,6 +71,11 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     let default_cache = config.anchor_server.default_cache.clone();
     if default_cache.is_empty() {
         bail!("anchor-server.default-cache is empty, and builds would have no place to go");
+    }
+    if config.anchor_server.tls_cert.is_some() {
+        bail!(
+            "with anchor-server.tls-cert, run granary anchor and granary node, and name the anchor in an [[anchor]]: granary up does not know by which name its certificate is good"
+        );
     }
     let listen = config.anchor_server.listen;
     let server = Server::start(options(&config), listen, Some(&default_cache)).await?;
@@ -158,6 +163,7 @@ async fn use_own_anchor(config: &mut Config, server: &Server, cache: &str) -> Re
     let own = config::Anchor {
         url,
         token_file: Some(token_file),
+        ca_file: None,
         public_keys: public_keys.collect::<Result<_, _>>()?,
     };
     if config.upload.cache.is_none() {
@@ -170,14 +176,6 @@ async fn use_own_anchor(config: &mut Config, server: &Server, cache: &str) -> Re
     keys.into_iter()
         .next()
         .with_context(|| format!("cache {cache} has no key"))
-}
-
-/// Where the anchor is reached from this machine.
-fn nearest(address: SocketAddr) -> SocketAddr {
-    match address.ip().is_unspecified() {
-        true => SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), address.port()),
-        false => address,
-    }
 }
 
 /// Whether the token in this file is good for a while.

@@ -22,6 +22,7 @@ use zeroize::Zeroizing;
 use super::order;
 use super::pace::{self, Pace};
 use super::progress::{Meter, Progress};
+use crate::authority::Authorities;
 use crate::store::{LocalStore, NarError, PathInfo, StoreError};
 
 /// zstd's level on the wire: 500 MiB/s a core, so a gigabit line is the limit and not the processor.
@@ -235,7 +236,11 @@ struct State {
 
 impl Target {
     /// Reads the address of a cache: `http://host:port/cache`, or below a path of a proxy.
-    pub fn new(url: &str, token: Zeroizing<String>) -> Result<Target, PushError> {
+    pub fn new(
+        url: &str,
+        token: Zeroizing<String>,
+        authorities: &Authorities,
+    ) -> Result<Target, PushError> {
         let address = || PushError::Address {
             url: url.to_owned(),
         };
@@ -255,7 +260,9 @@ impl Target {
             .read_timeout(ANSWER_TIMEOUT)
             .user_agent(concat!("granary/", env!("CARGO_PKG_VERSION")))
             // A redirect would send the token elsewhere, and a body cannot be sent twice.
-            .redirect(reqwest::redirect::Policy::none())
+            .redirect(reqwest::redirect::Policy::none());
+        let client = authorities
+            .known_to(client)
             .build()
             .map_err(|source| PushError::Client { source })?;
         Ok(Target {

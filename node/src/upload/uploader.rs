@@ -27,6 +27,7 @@ use super::progress::{Progress, UnderWay};
 use super::queue::{Count, Due, Entry, Queue, QueueError, Settled};
 use super::target::{Marks, chance};
 use super::{Extent, Outcome, PushError, Root, Target, TokenFileError, push_round, read_token};
+use crate::authority::{Authorities, AuthorityError};
 use crate::clock::unix_time;
 use crate::store::hidden::Hidden;
 use crate::store::{LocalStore, PathInfo, StoreEvent};
@@ -49,6 +50,8 @@ pub struct Options {
     pub url: String,
     /// Read again for every round, so that a new token is taken without a restart.
     pub token_file: PathBuf,
+    /// Certificates that count beside the system's.
+    pub ca_file: Option<PathBuf>,
     /// Bytes that may leave in a second.
     pub rate: Option<u64>,
     /// Names that are pushed; all when empty.
@@ -103,8 +106,10 @@ enum Trouble {
     #[error(transparent)]
     Token(#[from] TokenFileError),
     #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(transparent)]
     Push(#[from] PushError),
-    #[error("a thread that read the token has ended")]
+    #[error("a thread that read a file has ended")]
     Stopped,
 }
 
@@ -242,7 +247,7 @@ impl Uploader {
                     Some(target) => target,
                     // Kept for its connections.
                     None => target.insert(
-                        Target::new(&self.options.url, token.clone())?
+                        Target::new(&self.options.url, token.clone(), &self.authorities().await?)?
                             .with_pace(pace.clone())
                             .with_marks(marks.clone())
                             .asking_once(),
@@ -360,6 +365,13 @@ impl Uploader {
         let read = tokio::task::spawn_blocking(move || read_token(&file)).await;
         let token = read.map_err(|_| Trouble::Stopped)?;
         Ok(token.map_err(Trouble::from)?)
+    }
+
+    async fn authorities(&self) -> Result<Authorities, Stopped> {
+        let file = self.options.ca_file.clone();
+        let read = tokio::task::spawn_blocking(move || Authorities::read(file.as_deref())).await;
+        let authorities = read.map_err(|_| Trouble::Stopped)?;
+        Ok(authorities.map_err(Trouble::from)?)
     }
 
     fn facts(&self, info: &PathInfo) -> Facts {

@@ -27,11 +27,16 @@ pub struct Place {
 
 impl Place {
     pub fn new() -> Place {
+        Place::with("")
+    }
+
+    /// With more in `[anchor-server]`.
+    pub fn with(more: &str) -> Place {
         let place = Place {
             folder: TempDir::new().unwrap(),
         };
         let text = format!(
-            "state-dir = \"{}/state\"\n[anchor-server]\nlisten = \"127.0.0.1:0\"\n",
+            "state-dir = \"{}/state\"\n[anchor-server]\nlisten = \"127.0.0.1:0\"\n{more}",
             place.folder.path().display()
         );
         std::fs::write(place.config(), text).unwrap();

@@ -15,3 +15,4 @@ mod reading;
 mod rig;
 mod s3;
 mod storage;
+mod tls;

@@ -13,11 +13,11 @@ use crate::rig::{Machine, Rig, Sample, bearer, hash};
 
 /// Runs `granary push` on a machine.
 fn try_push(machine: &Machine, cache: &str, token: &str, paths: &[&str]) -> Output {
-    try_push_as(machine, cache, token, paths, "")
+    push_as(machine, cache, token, paths, "")
 }
 
 /// The same with more in the configuration; then the token comes from there.
-fn try_push_as(machine: &Machine, cache: &str, token: &str, paths: &[&str], extra: &str) -> Output {
+pub fn push_as(machine: &Machine, cache: &str, token: &str, paths: &[&str], extra: &str) -> Output {
     use std::os::unix::fs::PermissionsExt;
     let root = machine.folder().display();
     let config = machine.folder().join("granary.toml");
@@ -83,13 +83,13 @@ async fn a_closure_is_pushed_once_and_substituted_elsewhere() {
             "[[anchor]]\nurl = \"{url}\"\ntoken-file = \"{}/token\"\n",
             builder.folder().display()
         );
-        let named = try_push_as(&builder, "main", &token, &[&closure[2]], &anchor);
+        let named = push_as(&builder, "main", &token, &[&closure[2]], &anchor);
         assert!(
             named.status.success(),
             "{}",
             String::from_utf8_lossy(&named.stderr)
         );
-        let unnamed = try_push_as(&builder, "other", &token, &[&closure[2]], &anchor);
+        let unnamed = push_as(&builder, "other", &token, &[&closure[2]], &anchor);
         assert!(String::from_utf8_lossy(&unnamed.stderr).contains("has a cache other"));
 
         let missing = try_push(
@@ -156,7 +156,7 @@ async fn what_an_upstream_really_signed_is_left_to_it() {
 }
 
 /// A line to the anchor that breaks after so many bytes, on every connection.
-fn brittle(anchor: SocketAddr, bytes: u64) -> (SocketAddr, Arc<AtomicU64>) {
+pub fn brittle(anchor: SocketAddr, bytes: u64) -> (SocketAddr, Arc<AtomicU64>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
     let carried = Arc::new(AtomicU64::new(0));

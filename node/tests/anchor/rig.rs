@@ -10,6 +10,7 @@ use std::time::Duration;
 use granary::anchor::admin::Changes;
 use granary::anchor::object_store::S3Options;
 use granary::anchor::server::Server;
+use granary::anchor::tls::Files;
 use granary::anchor::tokens::token_key;
 use granary::anchor::{Clock, Options};
 use granary_protocol::certificate::UnixTime;
@@ -25,6 +26,7 @@ pub struct Rig {
     pub folder: TempDir,
     storage: String,
     s3: S3Options,
+    tls: Option<Files>,
     pub clock: Clock,
     pub server: Option<Server>,
 }
@@ -33,20 +35,27 @@ impl Rig {
     pub async fn new() -> Rig {
         let folder = TempDir::new().unwrap();
         let storage = format!("file://{}/storage", folder.path().display());
-        Rig::with(folder, storage, S3Options::default()).await
+        Rig::with(folder, storage, S3Options::default(), None).await
+    }
+
+    pub async fn with_tls(files: Files) -> Rig {
+        let folder = TempDir::new().unwrap();
+        let storage = format!("file://{}/storage", folder.path().display());
+        Rig::with(folder, storage, S3Options::default(), Some(files)).await
     }
 
     pub async fn on_s3(s3: &crate::s3::S3) -> Rig {
         let folder = TempDir::new().unwrap();
-        let rig = Rig::with(folder, "s3://granary-test/anchor".to_owned(), s3.options());
-        rig.await
+        let storage = "s3://granary-test/anchor".to_owned();
+        Rig::with(folder, storage, s3.options(), None).await
     }
 
-    async fn with(folder: TempDir, storage: String, s3: S3Options) -> Rig {
+    async fn with(folder: TempDir, storage: String, s3: S3Options, tls: Option<Files>) -> Rig {
         let mut rig = Rig {
             folder,
             storage,
             s3,
+            tls,
             clock: Clock::default(),
             server: None,
         };
@@ -66,6 +75,7 @@ impl Rig {
             trust: TrustedKeys::new(),
             attic_key: None,
             nar_bytes_max: 1 << 30,
+            tls: self.tls.clone(),
             clock: self.clock.clone(),
         }
     }
@@ -251,6 +261,8 @@ pub fn bearer(token: &str) -> String {
 pub struct Machine {
     pub root: TempDir,
     trusted: Vec<String>,
+    /// Certificates that count in place of the system's.
+    pub authority: Option<PathBuf>,
 }
 
 /// Three paths that reference each other, one of them itself, with more than one frame of contents.
@@ -270,6 +282,7 @@ impl Machine {
         let machine = Machine {
             root: TempDir::new().unwrap(),
             trusted: trusted.iter().map(|key| (*key).to_owned()).collect(),
+            authority: None,
         };
         machine.nix("nix-store", &["--init"]);
         machine
@@ -294,7 +307,12 @@ impl Machine {
             .into_iter()
             .filter(|path| Path::new(path).exists());
         let sandbox_paths: Vec<_> = sandbox_paths.collect();
-        Command::new(program)
+        let mut command = Command::new(program);
+        if let Some(authority) = &self.authority {
+            // The only way to tell 2.8.
+            command.env("NIX_SSL_CERT_FILE", authority);
+        }
+        command
             .args(arguments)
             .args(["--store", self.folder().to_str().unwrap()])
             .env("HOME", self.folder())

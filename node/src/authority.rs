@@ -1,0 +1,101 @@
+//! Authority: certificates that count beside the system's, for an anchor with a name that only this
+//! network knows.
+//!
+//! Read once, where a client is made; a client that is made later reads the file again.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use reqwest::{Certificate, ClientBuilder};
+
+/// Largest file read: the bundle of a whole system has some 250 KiB.
+const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+/// Certificates beside the system's; `Clone` is cheap enough for a client.
+#[derive(Clone, Debug, Default)]
+pub struct Authorities(Vec<Certificate>);
+
+/// Why there are no such certificates.
+#[derive(Debug, thiserror::Error)]
+pub enum AuthorityError {
+    #[error("cannot read the certificates {path}: {source}", path = .path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("the certificates {path} have {size} bytes, at most {FILE_BYTES_MAX} are read", path = .path.display())]
+    TooLarge { path: PathBuf, size: u64 },
+    #[error("{path} is malformed: {source}", path = .path.display())]
+    Malformed {
+        path: PathBuf,
+        source: reqwest::Error,
+    },
+    #[error("there is no certificate in {path}, PEM is expected", path = .path.display())]
+    Empty { path: PathBuf },
+}
+
+impl Authorities {
+    /// Reads the certificates of a file (PEM); none without a file. Blocks.
+    pub fn read(file: Option<&Path>) -> Result<Authorities, AuthorityError> {
+        let Some(path) = file else {
+            return Ok(Authorities::default());
+        };
+        let failed = |source| AuthorityError::Read {
+            path: path.to_owned(),
+            source,
+        };
+        let size = fs::metadata(path).map_err(failed)?.len();
+        if size > FILE_BYTES_MAX {
+            return Err(AuthorityError::TooLarge {
+                path: path.to_owned(),
+                size,
+            });
+        }
+        let pem = fs::read(path).map_err(failed)?;
+        let certificates = Certificate::from_pem_bundle(&pem);
+        let certificates = certificates.map_err(|source| AuthorityError::Malformed {
+            path: path.to_owned(),
+            source,
+        })?;
+        match certificates.is_empty() {
+            true => Err(AuthorityError::Empty {
+                path: path.to_owned(),
+            }),
+            false => Ok(Authorities(certificates)),
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Has a client trust them.
+    pub fn known_to(&self, client: ClientBuilder) -> ClientBuilder {
+        match self.is_empty() {
+            true => client,
+            false => client.tls_certs_merge(self.0.iter().cloned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_holds_no_certificate_is_refused_with_its_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("ca.pem");
+        let problem = || Authorities::read(Some(&file)).unwrap_err().to_string();
+        assert!(problem().contains("ca.pem: No such file"), "{}", problem());
+        fs::write(&file, "no certificate").unwrap();
+        assert!(problem().contains("there is no certificate in"));
+        let broken = "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n";
+        fs::write(&file, broken).unwrap();
+        assert!(problem().contains("is malformed"), "{}", problem());
+        fs::File::create(&file)
+            .unwrap()
+            .set_len(FILE_BYTES_MAX + 1)
+            .unwrap();
+        assert!(problem().contains("at most 4194304"), "{}", problem());
+        assert!(Authorities::read(None).unwrap().is_empty());
+    }
+}
