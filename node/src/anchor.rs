@@ -40,6 +40,8 @@ pub mod intake;
 pub mod ingest;
 pub mod gc;
 pub mod admin;
+pub mod counts;
+pub mod health;
 pub mod tls;
 pub mod http;
 pub mod read;
@@ -157,6 +159,8 @@ pub struct Anchor {
     /// One collection at a time.
     collecting: tokio::sync::Mutex<()>,
     uses: Uses,
+    counts: counts::Counts,
+    health: health::Health,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -214,6 +218,8 @@ impl Anchor {
             administration: tokio::sync::Mutex::new(()),
             collecting: tokio::sync::Mutex::new(()),
             uses: Uses::default(),
+            counts: counts::Counts::default(),
+            health: health::Health::default(),
         }))
     }
 

@@ -307,24 +307,28 @@ impl Metrics {
             out.family(name, "gauge", help);
             out.sample(name, "", value);
         }
-        out.0
+        out.into_text()
     }
 }
 
 /// The text format as it is written. Writing to text does not fail.
 #[derive(Default)]
-struct Exposition(String);
+pub struct Exposition(String);
 
 impl Exposition {
-    fn family(&mut self, name: &str, kind: &str, help: &str) {
+    pub fn family(&mut self, name: &str, kind: &str, help: &str) {
         let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
     }
 
-    fn sample(&mut self, name: &str, labels: &str, value: u64) {
+    pub fn sample(&mut self, name: &str, labels: &str, value: u64) {
         let _ = match labels {
             "" => writeln!(self.0, "{name} {value}"),
             labels => writeln!(self.0, "{name}{{{labels}}} {value}"),
         };
+    }
+
+    pub fn into_text(self) -> String {
+        self.0
     }
 
     fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) {

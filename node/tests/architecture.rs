@@ -64,8 +64,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "upload",
         ],
     ),
-    // The durable role knows its own files, and how answers and ranges are written.
-    ("anchor", &["serve"]),
+    // The durable role knows its own files, how answers and ranges are written, and numbers for Prometheus.
+    ("anchor", &["serve", "metrics"]),
     ("nix_conf", &[]),
     // The daemon wires everything, and only the command line and the demo start one.
     (

@@ -252,6 +252,7 @@ impl Anchor {
         let _held = self.administration.lock().await;
         let cache = self.existing(name).await?;
         self.catalog.forget_cache(cache.id).await?;
+        self.counts.forget(name);
         // Settings first: what is left of a cache without settings is rubbish to a rebuild.
         self.storage.delete(&name.settings_key()).await?;
         let mut objects = self.storage.list(&format!("caches/{name}"));

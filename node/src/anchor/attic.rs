@@ -287,8 +287,7 @@ async fn authorize(
     name: &CacheName,
     permission: Permission,
 ) -> Result<super::tokens::Bearer, Refusal> {
-    let now = granary_protocol::certificate::UnixTime(anchor.now());
-    let bearer = anchor.tokens.bearer(&parts.headers, now).await?;
+    let bearer = anchor.bearer(parts).await?;
     bearer.may(permission, name)?;
     Ok(bearer)
 }
@@ -320,8 +319,7 @@ async fn missing(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> An
 }
 
 async fn require_somebody(anchor: &Arc<Anchor>, parts: &Parts) -> Result<(), Refusal> {
-    let now = granary_protocol::certificate::UnixTime(anchor.now());
-    match anchor.tokens.bearer(&parts.headers, now).await? {
+    match anchor.bearer(parts).await? {
         super::tokens::Bearer::Nobody => Err(super::tokens::Denied::Unauthorized.into()),
         super::tokens::Bearer::Somebody(_) => Ok(()),
     }

@@ -667,6 +667,16 @@ impl Catalog {
         .await
     }
 
+    /// Returns how many NARs are in storage, and their bytes.
+    pub async fn stored(&self) -> Result<(u64, u64), CatalogError> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT count(*), coalesce(sum(file_size), 0) FROM nars")?
+                .query_row([], |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?)))
+        })
+        .await
+    }
+
     /// Returns what a cache holds, or all of them together.
     pub async fn totals(&self, cache: Option<i64>) -> Result<Totals, CatalogError> {
         self.read(move |connection| {

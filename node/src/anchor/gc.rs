@@ -219,6 +219,12 @@ impl Anchor {
     /// One at a time: a second call waits for the first.
     pub async fn collect(self: &Arc<Self>) -> Result<Collection, IngestError> {
         let _held = self.collecting.lock().await;
+        let outcome = self.collect_alone().await;
+        self.counts.collected(&outcome);
+        outcome
+    }
+
+    async fn collect_alone(self: &Arc<Self>) -> Result<Collection, IngestError> {
         self.recover().await?;
         self.write_used().await?;
         let now = self.now();

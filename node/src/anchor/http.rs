@@ -1,7 +1,7 @@
 //! The anchor's HTTP: connections, routes, and every refusal.
 //!
 //! ```text
-//! GET    /health
+//! GET    /health  /metrics                                                                    health.rs, counts.rs
 //! GET    /<cache>/nix-cache-info  /<cache>/<hash>.narinfo  /<cache>/nar/…  /<cache>/log/… …   read.rs
 //! PUT    the same                                                                             put.rs
 //! POST   /api/v1/caches/<cache>/narinfos                                                      read.rs
@@ -24,7 +24,6 @@ use std::time::{Duration, Instant};
 
 use ::http::header::{CONTENT_LENGTH, EXPECT, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
 use ::http::{HeaderValue, Method, Request, Response, StatusCode, request::Parts};
-use granary_protocol::certificate::UnixTime;
 use granary_protocol::signature::SecretKey;
 use granary_protocol::token::Permission;
 use http_body_util::{BodyExt, Limited};
@@ -44,11 +43,12 @@ use zeroize::Zeroizing;
 use super::admin::AdminError;
 use super::cache::{CacheName, CacheNameError, KeysError};
 use super::catalog::{CacheRow, CatalogError};
+use super::counts::Noted;
 use super::ingest::IngestError;
 use super::object_store::StorageError;
 use super::tls::{HTTP_2, Tls};
 use super::tokens::{Bearer, Denied};
-use super::{Anchor, attic, put, read, to_its_end, uploads};
+use super::{Anchor, attic, counts, health, put, read, to_its_end, uploads};
 use crate::serve::respond::{self, Body};
 
 /// Connections at once; beyond it new ones wait. Nix opens 25, an office has some dozens of machines.
@@ -389,7 +389,9 @@ async fn answer(
     peer: SocketAddr,
 ) -> Response<Body> {
     let started = Instant::now();
-    let (parts, mut body) = request.into_parts();
+    let (mut parts, mut body) = request.into_parts();
+    let noted = Noted::default();
+    parts.extensions.insert(noted.clone());
     let is_nar = is_below_nar(parts.uri.path());
     let is_api = ["/_api/", "/api/"]
         .iter()
@@ -399,6 +401,7 @@ async fn answer(
     let mut response = match outcome {
         Ok(response) => response,
         Err(mut refusal) => {
+            count(anchor, &noted, refusal.status);
             if is_nix_put && refusal.status.is_server_error() {
                 refusal.status = StatusCode::FAILED_DEPENDENCY;
             }
@@ -417,9 +420,22 @@ async fn answer(
     info!(
         target: "granary::access",
         %peer, method = %parts.method, path = parts.uri.path(), status = response.status().as_u16(),
-        elapsed_ms = started.elapsed().as_millis() as u64, "answered"
+        elapsed_ms = started.elapsed().as_millis() as u64,
+        // With whatever signs it has: a token's maker chose it.
+        subject = noted.subject().map(tracing::field::debug), "answered"
     );
     response
+}
+
+fn count(anchor: &Anchor, noted: &Noted, status: StatusCode) {
+    if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+        anchor.counts.requests_denied.add(1);
+    }
+    match noted.cache() {
+        Some(cache) if status.is_server_error() => cache.requests_failed.add(1),
+        Some(cache) if status != StatusCode::NOT_FOUND => cache.requests_refused.add(1),
+        _ => {}
+    }
 }
 
 /// Whether a path is `/<cache>/nar/…`, where every answer says `Accept-Ranges`.
@@ -462,7 +478,8 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
             "text/plain; charset=utf-8",
             GREETING,
         )),
-        ["health"] if is_get => health(anchor).await,
+        ["health"] if is_get => health::answer(anchor).await,
+        ["metrics"] if is_get => counts::answer(anchor, parts).await,
         ["_api", "v1", rest @ ..] => attic::answer(anchor, parts, rest, body).await,
         ["api", "v1", "caches", cache, "narinfos"] if parts.method == Method::POST => {
             read::narinfos(anchor, parts, cache, body).await
@@ -553,8 +570,7 @@ async fn rotate_key(
 
 /// Says what a collection would do (GET), or does it (POST); for who may delete from every cache.
 async fn collection(anchor: &Arc<Anchor>, parts: &Parts) -> Answer {
-    let now = UnixTime(anchor.now());
-    match anchor.tokens.bearer(&parts.headers, now).await? {
+    match anchor.bearer(parts).await? {
         Bearer::Nobody => return Err(Denied::Unauthorized.into()),
         Bearer::Somebody(claims) if claims.allows("*", Permission::Delete) => {}
         Bearer::Somebody(claims) => {
@@ -581,17 +597,6 @@ async fn collection(anchor: &Arc<Anchor>, parts: &Parts) -> Answer {
     Ok(respond::json(text))
 }
 
-async fn health(anchor: &Arc<Anchor>) -> Answer {
-    // The catalog answers, and storage has what the start put there.
-    anchor.catalog.caches().await?;
-    anchor.storage.size(super::FORMAT_KEY).await?;
-    Ok(respond::small(
-        StatusCode::OK,
-        "text/plain; charset=utf-8",
-        "ok\n",
-    ))
-}
-
 impl Anchor {
     /// Finds a cache for a bearer who wants to do something to it.
     ///
@@ -603,14 +608,11 @@ impl Anchor {
         name: &CacheName,
         permission: Permission,
     ) -> Result<(CacheRow, Bearer), Refusal> {
-        let bearer = self
-            .tokens
-            .bearer(&parts.headers, UnixTime(self.now()))
-            .await;
+        let bearer = self.bearer(parts).await;
         let cache = self.catalog.cache(name).await?;
         let is_open = permission == Permission::Pull
             && cache.as_ref().is_some_and(|cache| cache.settings.public);
-        match (cache, bearer) {
+        let found = match (cache, bearer) {
             // A stale token in a netrc must not keep anybody from a public cache.
             (Some(cache), bearer) if is_open => Ok((cache, bearer.unwrap_or(Bearer::Nobody))),
             (_, Err(denied)) => Err(denied.into()),
@@ -623,7 +625,11 @@ impl Anchor {
                 bearer.may(permission, name)?;
                 Err(Refusal::no_such_cache(name))
             }
+        };
+        if let Ok((cache, _)) = &found {
+            self.note_cache(parts, &cache.name);
         }
+        found
     }
 }
 

@@ -92,7 +92,11 @@ impl Anchor {
     /// Stores a NAR that came in whole, unless it is stored already.
     ///
     /// The caller holds the NAR's lock.
-    async fn store_nar(&self, taken: Taken) -> Result<(StoredNar, Outcome), IngestError> {
+    async fn store_nar(
+        &self,
+        cache: &CacheRow,
+        taken: Taken,
+    ) -> Result<(StoredNar, Outcome), IngestError> {
         if let Some(stored) = self.catalog.nar(taken.nar_hash).await? {
             return Ok((stored, Outcome::Known));
         }
@@ -109,6 +113,8 @@ impl Anchor {
             file_size: packed.file_size,
         };
         let file_size = packed.file_size;
+        let counts = self.counts.of(&cache.name);
+        counts.nar_stored_bytes.add(file_size);
         Ok((stored, Outcome::Stored { file_size }))
     }
 
@@ -119,11 +125,11 @@ impl Anchor {
         taken: Taken,
         name: String,
     ) -> Result<Outcome, IngestError> {
-        let (anchor, cache) = (self.clone(), cache.id);
+        let (anchor, cache) = (self.clone(), cache.clone());
         to_its_end(async move {
             let _held = anchor.nar_locks.lock(taken.nar_hash).await;
-            let (stored, outcome) = anchor.store_nar(taken).await?;
-            let came = Some((cache, name));
+            let (stored, outcome) = anchor.store_nar(&cache, taken).await?;
+            let came = Some((cache.id, name));
             anchor.catalog.received(stored, came, anchor.now()).await?;
             Ok(outcome)
         })
@@ -147,7 +153,7 @@ impl Anchor {
         let (anchor, cache) = (self.clone(), cache.clone());
         to_its_end(async move {
             let _held = anchor.nar_locks.lock(narinfo.nar_hash).await;
-            let (stored, outcome) = anchor.store_nar(taken).await?;
+            let (stored, outcome) = anchor.store_nar(&cache, taken).await?;
             // So that the collector sees it from now on, whatever happens next.
             anchor.catalog.received(stored, None, anchor.now()).await?;
             anchor.describe_held(&cache, narinfo, stored).await?;
@@ -200,6 +206,11 @@ impl Anchor {
             true => self.catalog.path(cache.id, hash).await?,
             false => None,
         };
+        let counts = self.counts.of(&cache.name);
+        if previous.is_some() {
+            counts.pushes_known.add(1);
+        }
+        let is_new = previous.is_none();
         if let Some(previous) = &previous {
             let previous = NarInfo::parse(&previous.narinfo, &dir).ok();
             match previous {
@@ -249,6 +260,9 @@ impl Anchor {
         let key = cache.name.narinfo_key(&hash);
         self.storage.put(&key, text.clone().into()).await?;
         self.catalog.finish_path(cache.id, hash, text).await?;
+        if is_new {
+            counts.pushes_stored.add(1);
+        }
         Ok(())
     }
 

@@ -16,6 +16,7 @@ use ::http::header::{
 };
 use ::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, request::Parts};
 use bytes::Bytes;
+use futures::TryStreamExt;
 use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::hash::{FileHash, NarHash, sha256};
 use granary_protocol::nix32;
@@ -137,9 +138,15 @@ async fn narinfo(
         Ok(path) => path,
         Err(error) => {
             error!(%error, "could not look up a narinfo");
+            anchor.counts.of(&cache.name).requests_failed.add(1);
             None
         }
     };
+    let counts = anchor.counts.of(&cache.name);
+    match &path {
+        Some(_) => counts.narinfos_found.add(1),
+        None => counts.narinfos_absent.add(1),
+    }
     let path = path.ok_or_else(not_here)?;
     let etag = etag(&sha256(path.narinfo.as_bytes()));
     if is_known(&parts.headers, &etag) {
@@ -204,9 +211,9 @@ async fn nar(anchor: &Arc<Anchor>, parts: &Parts, cache: &CacheRow, file: &str) 
             Some(offset) => {
                 let offset = offset.parse();
                 let offset = offset.map_err(|_| Refusal::bad_request("from= is no offset"))?;
-                frames_from(anchor, parts, &stored, offset).await
+                frames_from(anchor, parts, cache, &stored, offset).await
             }
-            None => whole(anchor, parts, &stored).await,
+            None => whole(anchor, parts, cache, &stored).await,
         };
     }
     // What `nix copy --to` has put is there for its own question, and read under another name.
@@ -222,7 +229,12 @@ async fn nar(anchor: &Arc<Anchor>, parts: &Parts, cache: &CacheRow, file: &str) 
     Err(not_here())
 }
 
-async fn whole(anchor: &Arc<Anchor>, parts: &Parts, stored: &StoredNar) -> Answer {
+async fn whole(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    cache: &CacheRow,
+    stored: &StoredNar,
+) -> Answer {
     let etag = etag(stored.file_hash.as_bytes());
     if is_known(&parts.headers, &etag) {
         return Ok(not_modified(&etag));
@@ -231,7 +243,7 @@ async fn whole(anchor: &Arc<Anchor>, parts: &Parts, stored: &StoredNar) -> Answe
     let range = part.bytes(stored.file_size);
     let body = match part {
         Part::Unsatisfiable => Body::default(),
-        _ => object_body(anchor, parts, stored, range).await?,
+        _ => object_body(anchor, parts, cache, stored, range).await?,
     };
     let mut response = crate::serve::nar::answer(&part, stored.file_size, body);
     set(&mut response, ETAG, &etag);
@@ -243,6 +255,7 @@ async fn whole(anchor: &Arc<Anchor>, parts: &Parts, stored: &StoredNar) -> Answe
 async fn object_body(
     anchor: &Arc<Anchor>,
     parts: &Parts,
+    cache: &CacheRow,
     stored: &StoredNar,
     range: Range<u64>,
 ) -> Result<Body, Refusal> {
@@ -251,7 +264,13 @@ async fn object_body(
     }
     let key = nar_key(&stored.nar_hash);
     match anchor.storage.read(&key, range).await? {
-        Some(stream) => Ok(respond::stream(stream)),
+        Some(stream) => {
+            let counts = anchor.counts.of(&cache.name);
+            counts.nars.add(1);
+            Ok(respond::stream(stream.inspect_ok(move |bytes| {
+                counts.nar_sent_bytes.add(bytes.len() as u64);
+            })))
+        }
         None => {
             error!(
                 key,
@@ -265,6 +284,7 @@ async fn object_body(
 async fn frames_from(
     anchor: &Arc<Anchor>,
     parts: &Parts,
+    cache: &CacheRow,
     stored: &StoredNar,
     offset: u64,
 ) -> Answer {
@@ -281,7 +301,8 @@ async fn frames_from(
         ));
     };
     let length = position.file.end - position.file.start;
-    let mut response = Response::new(object_body(anchor, parts, stored, position.file).await?);
+    let body = object_body(anchor, parts, cache, stored, position.file).await?;
+    let mut response = Response::new(body);
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/zstd"));
     headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
@@ -314,7 +335,7 @@ async fn seek_table(anchor: &Arc<Anchor>, stored: &StoredNar) -> Result<SeekTabl
     else {
         return Err(not_here());
     };
-    let pieces: Vec<Bytes> = futures::TryStreamExt::try_collect(stream).await?;
+    let pieces: Vec<Bytes> = stream.try_collect().await?;
     SeekTable::from_bytes(&pieces.concat(), stored.file_size)
         .map_err(|error| damaged(error.to_string()))
 }
@@ -356,7 +377,13 @@ pub async fn narinfos(
     let (cache, _) = anchor.cache_for(parts, &name, Permission::Pull).await?;
     let question: BatchQuestion = json_body(body, BATCH_BYTES_MAX).await?;
     let hashes = parse_hashes(&question.hashes, BATCH_MAX)?;
+    let asked = hashes.len();
     let found = anchor.relied_on(cache.id, hashes).await?;
+    let counts = anchor.counts.of(&cache.name);
+    counts.narinfos_found.add(found.len() as u64);
+    // A hash may be asked for twice, and is answered twice.
+    let absent = asked.saturating_sub(found.len());
+    counts.narinfos_absent.add(absent as u64);
     let named = |path: PathRow| (path.hash.to_string(), path.narinfo);
     let narinfos = found.into_iter().map(named).collect();
     let answer = BatchAnswer { narinfos };

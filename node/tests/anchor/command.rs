@@ -4,15 +4,18 @@ use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-use crate::rig::{Answer, Machine, ask, bearer, hash};
+use crate::rig::{Answer, GENEROUS, Machine, ask, bearer, hash};
 
 /// A process that is killed when it is dropped.
 pub struct Anchor {
     process: Child,
     pub address: SocketAddr,
+    log: Arc<Mutex<String>>,
 }
 
 impl Drop for Anchor {
@@ -99,8 +102,20 @@ impl Place {
             }
         };
         // Its pipe must not fill up.
-        std::thread::spawn(move || lines.for_each(drop));
-        Anchor { process, address }
+        let log = Arc::new(Mutex::new(said));
+        let writing = log.clone();
+        std::thread::spawn(move || {
+            for line in lines.map_while(Result::ok) {
+                let mut log = writing.lock().unwrap();
+                log.push_str(&line);
+                log.push('\n');
+            }
+        });
+        Anchor {
+            process,
+            address,
+            log,
+        }
     }
 }
 
@@ -110,6 +125,24 @@ impl Anchor {
         // It may have been killed before.
         let _ = self.process.kill();
         let _ = self.process.wait();
+    }
+
+    /// Waits until the log has a line with this in it, and returns that.
+    pub fn logged(&self, text: &str) -> String {
+        let started = Instant::now();
+        loop {
+            let found = {
+                let log = self.log.lock().unwrap();
+                log.lines()
+                    .find(|line| line.contains(text))
+                    .map(str::to_owned)
+            };
+            if let Some(line) = found {
+                return line;
+            }
+            assert!(started.elapsed() < GENEROUS, "never logged: {text}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     pub fn get(&self, target: &str, token: &str) -> Answer {

@@ -16,3 +16,4 @@ mod rig;
 mod s3;
 mod storage;
 mod tls;
+mod watching;

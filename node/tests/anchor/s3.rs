@@ -29,6 +29,8 @@ pub enum Fault {
     InternalError,
     /// The connection ends in the middle of the body.
     CutBody,
+    /// No answer, for as long as the client cares to wait.
+    Silence,
 }
 
 type Filter = Box<dyn Fn(&str, &str) -> bool + Send>;
@@ -152,6 +154,7 @@ async fn answer(
         Some(Fault::InternalError) => {
             return Ok(refusal(StatusCode::INTERNAL_SERVER_ERROR, "InternalError"));
         }
+        Some(Fault::Silence) => std::future::pending().await,
         Some(Fault::CutBody) | None => {}
     }
     let _held = lock.lock().await;

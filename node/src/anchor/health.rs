@@ -1,0 +1,82 @@
+//! Health: whether storage and catalog answer, asked by whoever watches the anchor.
+//!
+//! One probe is under way at a time, whoever asks: storage that hangs holds one thread, not one for each
+//! question, and those who ask are told so within [`PROBE_TIMEOUT`].
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ::http::StatusCode;
+use tracing::{error, warn};
+
+use super::http::{Answer, Refusal};
+use super::ingest::IngestError;
+use super::{Anchor, FORMAT_KEY, to_its_end};
+use crate::serve::respond;
+
+/// How long storage may take. S3 answers within a tenth of a second; what watches us gives up after
+/// ten, as a rule.
+const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// For how long a good answer is given again.
+const PROBE_FRESH: Duration = Duration::from_secs(1);
+
+/// When the last probe went well; held by the one that is under way.
+pub type Health = Arc<tokio::sync::Mutex<Option<Instant>>>;
+
+#[derive(Debug, thiserror::Error)]
+enum ProbeError {
+    #[error(transparent)]
+    Asked(#[from] IngestError),
+    #[error("storage {location} has no {FORMAT_KEY}, it is not the one that the anchor began with")]
+    Another { location: String },
+}
+
+/// Answers `/health`: 200, or 503 and why.
+pub async fn answer(anchor: &Arc<Anchor>) -> Answer {
+    answer_within(anchor, PROBE_TIMEOUT).await
+}
+
+async fn answer_within(anchor: &Arc<Anchor>, timeout: Duration) -> Answer {
+    let unwell =
+        |message: String| Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "InternalError", message);
+    match tokio::time::timeout(timeout, probe(anchor)).await {
+        Ok(Ok(())) => Ok(respond::small(
+            StatusCode::OK,
+            "text/plain; charset=utf-8",
+            "ok\n",
+        )),
+        Ok(Err(problem)) => {
+            error!(%problem, "storage or catalog is not well");
+            Err(unwell("storage or catalog failed, see the log".to_owned()))
+        }
+        Err(_) => {
+            warn!(?timeout, "storage or catalog did not answer");
+            Err(unwell(format!(
+                "storage or catalog did not answer within {timeout:?}"
+            )))
+        }
+    }
+}
+
+async fn probe(anchor: &Arc<Anchor>) -> Result<(), ProbeError> {
+    let mut well = anchor.health.clone().lock_owned().await;
+    if well.is_some_and(|at| at.elapsed() < PROBE_FRESH) {
+        return Ok(());
+    }
+    let anchor = anchor.clone();
+    // Whoever asked may have gone away; then this goes on, and holds back the next.
+    to_its_end(async move {
+        *well = None;
+        anchor.catalog.caches().await.map_err(IngestError::from)?;
+        let found = anchor.storage.size(FORMAT_KEY).await;
+        // A disk that is not mounted is an empty folder.
+        if found.map_err(IngestError::from)?.is_none() {
+            let location = anchor.storage.location().to_owned();
+            return Err(ProbeError::Another { location });
+        }
+        *well = Some(Instant::now());
+        Ok(())
+    })
+    .await
+}
