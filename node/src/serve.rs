@@ -9,6 +9,7 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use granary_protocol::narinfo::NarUrl;
@@ -199,6 +200,10 @@ fn decoded_bytes(text: &str) -> Option<Vec<u8>> {
     Some(bytes)
 }
 
+/// How long a client that has connected and not asked yet is waited for at the end: its request may be on
+/// the way, and a closed connection would lose it.
+const FIRST_REQUEST: Duration = Duration::from_millis(250);
+
 /// Serves one connection until it ends, or until `shutdown` lets it finish its last answer.
 ///
 /// `patience` is how long an idle connection is kept. Errors of the connection are the client's
@@ -213,7 +218,9 @@ pub async fn connection<S, H, F>(
     H: Fn(Request<Incoming>) -> F,
     F: Future<Output = Response<Body>>,
 {
+    let has_asked = AtomicBool::new(false);
     let service = service_fn(|request: Request<Incoming>| {
+        has_asked.store(true, Ordering::Relaxed);
         let is_readable = matches!(*request.method(), Method::GET | Method::HEAD);
         let is_nar = Route::of(request.uri()).is_nar();
         let answer = is_readable.then(|| handle(request));
@@ -232,8 +239,16 @@ pub async fn connection<S, H, F>(
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         _ = connection.as_mut() => return,
-        () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
+        () = shutdown.cancelled() => {}
     }
+    if !has_asked.load(Ordering::Relaxed) {
+        // To be told to finish is for hyper to close what has not asked yet.
+        let first = tokio::time::timeout(FIRST_REQUEST, connection.as_mut());
+        if first.await.is_ok() {
+            return;
+        }
+    }
+    connection.as_mut().graceful_shutdown();
     let _ = connection.await;
 }
 

@@ -9,7 +9,6 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use futures::stream;
 use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::mesh::LookupOutcome;
@@ -18,7 +17,6 @@ use granary_protocol::store_path::{StoreDir, StorePathHash};
 use http::header::{CONNECTION, HOST};
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
-use tokio::sync::mpsc;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
@@ -42,13 +40,11 @@ use crate::upload::Uploader;
 
 mod assembly;
 mod door;
+mod downloads;
 
-use assembly::{Assembly, Cut, Tainted};
+use assembly::{Sources, Tainted};
 use door::Door;
-
-/// Chunks of a fetched NAR waiting for Nix to read. With hyper's frames of at most 400 KiB, this
-/// bounds the memory of one stream.
-const CHUNKS_WAITING_MAX: usize = 4;
+use downloads::{Downloads, Reader};
 
 /// How long a narinfo waits for the mesh. The mind answers within 0.9 s; this is for a mesh whose
 /// disk hangs.
@@ -117,7 +113,8 @@ pub struct Substituter {
     priority: i32,
     is_in_mesh: bool,
     pub metrics: Arc<Metrics>,
-    activity: Activity,
+    activity: Arc<Activity>,
+    downloads: Arc<Downloads>,
     tainted: Arc<Tainted>,
     listings: Listings,
     log_places: LogPlaces,
@@ -134,7 +131,8 @@ impl Substituter {
             priority: config.substituter.priority,
             is_in_mesh: config.mesh.key.is_some(),
             metrics: Arc::new(Metrics::default()),
-            activity: Activity::default(),
+            activity: Arc::default(),
+            downloads: Arc::default(),
             tainted: Arc::default(),
             listings: Listings::default(),
             log_places: LogPlaces::default(),
@@ -354,10 +352,10 @@ impl Substituter {
             return respond::not_found(false);
         };
         let size = narinfo.narinfo().nar_size;
-        let mut chunks = self.assemble(&joined, narinfo, 0..size);
+        let mut reader = self.bring(&joined, narinfo, 0..size);
         let mut listing = FetchedListing::default();
         loop {
-            match chunks.recv().await {
+            match reader.next().await {
                 Some(Ok(chunk)) if listing.push(&chunk) => {}
                 // Not brought, not proved, or too large a tree.
                 Some(_) => return respond::not_found(false),
@@ -417,12 +415,15 @@ impl Substituter {
             self.metrics.nars_absent.add(1);
             return respond::not_found(true);
         }
-        let mut chunks = self.assemble(&joined, narinfo, bytes);
+        let mut reader = self.bring(&joined, narinfo, bytes);
         // Nothing is promised before there is something to send.
-        match chunks.recv().await {
+        match reader.next().await {
             Some(Ok(first)) => {
                 let first = stream::iter([Ok(first)]);
-                let rest = stream::poll_fn(move |context| chunks.poll_recv(context));
+                let rest = stream::unfold(reader, |mut reader| async {
+                    let next = reader.next().await?;
+                    Some((next, reader))
+                });
                 let body = respond::stream(futures::StreamExt::chain(first, rest));
                 nar::answer(&part, size, body)
             }
@@ -433,30 +434,18 @@ impl Substituter {
         }
     }
 
-    /// Starts to bring a NAR from the mesh; the bytes in `range` of it arrive at the receiver.
-    fn assemble(
-        &self,
-        joined: &Joined,
-        narinfo: Arc<VerifiedNarInfo>,
-        range: Range<u64>,
-    ) -> mpsc::Receiver<Result<Bytes, Cut>> {
-        let (sender, chunks) = mpsc::channel(CHUNKS_WAITING_MAX);
-        let path = narinfo.narinfo().store_path.to_string();
-        let transfer = self.activity.begin(path, narinfo.narinfo().nar_size);
-        let assembly = Assembly {
+    /// Brings a NAR from the mesh; the bytes in `range` of it arrive at the reader.
+    fn bring(&self, joined: &Joined, narinfo: Arc<VerifiedNarInfo>, range: Range<u64>) -> Reader {
+        let sources = Sources {
             mesh: joined.mesh.clone(),
-            narinfo,
-            from: range.start,
-            to: range.end,
-            sender,
             peers: joined.peers.clone(),
             caches: joined.caches.clone(),
             metrics: self.metrics.clone(),
-            transfer,
+            activity: self.activity.clone(),
             tainted: self.tainted.clone(),
+            tasks: self.fetches.clone(),
         };
-        self.fetches.spawn(assembly.run());
-        chunks
+        self.downloads.read(sources, narinfo, range)
     }
 
     fn sources<'a>(

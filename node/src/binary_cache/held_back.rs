@@ -28,7 +28,7 @@ pub struct HeldBack {
 }
 
 /// Why bytes are not those of the promised NAR.
-#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[derive(Clone, Debug, thiserror::Error, PartialEq, Eq)]
 pub enum WrongBytes {
     #[error("nar of {hash} is {found}, its narinfo promises {promised}; dropped {bytes} bytes")]
     Hash {

@@ -7,6 +7,7 @@
 //! ([`Tainted`]), because right bytes after wrong ones would make Nix fail on the hash.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -16,9 +17,10 @@ use granary_protocol::mesh::Source;
 use granary_protocol::narinfo::VerifiedNarInfo;
 use granary_protocol::store_path::StorePathHash;
 use tokio::sync::mpsc;
+use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
-use crate::activity;
+use crate::activity::{self, Activity};
 use crate::binary_cache::{
     HeldBack, Origin, PeerCaches, Transfer, TransferError, Wanted, WebCaches, WrongBytes,
 };
@@ -44,7 +46,7 @@ const TAINTED_FOR: Duration = Duration::from_secs(30);
 const TAINTED_MAX: usize = 256;
 
 /// A NAR on its way to Nix could not be brought to its end; the connection is cut.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error)]
 pub enum Cut {
     #[error("every source of the nar failed")]
     NoSource,
@@ -76,18 +78,27 @@ impl Tainted {
     }
 }
 
-/// Brings one NAR and passes `from..to` of it on.
-pub struct Assembly {
-    pub transfer: activity::Transfer,
+/// What every assembly works with.
+#[derive(Clone)]
+pub struct Sources {
     pub mesh: MeshHandle,
-    pub narinfo: Arc<VerifiedNarInfo>,
-    pub from: u64,
-    pub to: u64,
-    pub sender: mpsc::Sender<Result<Bytes, Cut>>,
     pub peers: Arc<PeerCaches>,
     pub caches: Arc<WebCaches>,
     pub metrics: Arc<Metrics>,
+    pub activity: Arc<Activity>,
     pub tainted: Arc<Tainted>,
+    /// Whatever brings bytes ends before the mesh does.
+    pub tasks: TaskTracker,
+}
+
+/// Brings one NAR and passes `from..to` of it on.
+pub struct Assembly {
+    sources: Sources,
+    transfer: activity::Transfer,
+    narinfo: Arc<VerifiedNarInfo>,
+    from: u64,
+    to: u64,
+    sender: mpsc::Sender<Result<Bytes, Cut>>,
 }
 
 /// How an attempt to transfer ended.
@@ -103,12 +114,29 @@ enum Attempt {
 }
 
 impl Assembly {
+    pub fn new(
+        sources: Sources,
+        narinfo: Arc<VerifiedNarInfo>,
+        range: Range<u64>,
+        sender: mpsc::Sender<Result<Bytes, Cut>>,
+    ) -> Assembly {
+        let path = narinfo.narinfo().store_path.to_string();
+        Assembly {
+            transfer: sources.activity.begin(path, narinfo.narinfo().nar_size),
+            sources,
+            narinfo,
+            from: range.start,
+            to: range.end,
+            sender,
+        }
+    }
+
     /// Works until the NAR is delivered and proved, cannot be, or is not wanted any more.
     pub async fn run(self) {
         let started = Instant::now();
         let mut lies = 0;
         loop {
-            let fetch = self.mesh.fetch(self.narinfo.clone()).await;
+            let fetch = self.sources.mesh.fetch(self.narinfo.clone()).await;
             let mut held = HeldBack::new(self.wanted());
             let Err(cut) = self.round(fetch, &mut held).await else {
                 return;
@@ -124,7 +152,7 @@ impl Assembly {
                 }
                 _ => {
                     if matches!(cut, Cut::Wrong(_)) && has_passed_on {
-                        self.tainted.insert(self.wanted().store_path_hash);
+                        self.sources.tainted.insert(self.wanted().store_path_hash);
                     }
                     // A reader that is gone needs no word.
                     let _ = self.sender.send(Err(cut)).await;
@@ -207,7 +235,7 @@ impl Assembly {
             }
             position += length;
         }
-        last.nars(&self.metrics).add(1);
+        last.nars(&self.sources.metrics).add(1);
         let (bytes, elapsed_ms) = (self.wanted().nar_size, started.elapsed().as_millis() as u64);
         info!(%hash, source = last.word(), bytes, elapsed_ms, "fetched nar");
         Ok(())
@@ -216,11 +244,15 @@ impl Assembly {
     async fn open(&self, from: &Source, at: u64) -> Result<Transfer<'_>, TransferError> {
         match from {
             Source::Peer { peer, address } => {
-                let opened = self.peers.nar(*peer, *address, self.wanted(), at).await;
+                let opened = self
+                    .sources
+                    .peers
+                    .nar(*peer, *address, self.wanted(), at)
+                    .await;
                 opened.map(Transfer::Member)
             }
             Source::Cache { cache, narinfo } => {
-                let opened = self.caches.nar(*cache, narinfo.narinfo(), at).await;
+                let opened = self.sources.caches.nar(*cache, narinfo.narinfo(), at).await;
                 opened.map(Transfer::Web)
             }
         }
@@ -229,7 +261,7 @@ impl Assembly {
     fn kind(&self, from: &Source) -> SourceKind {
         match from {
             Source::Peer { .. } => SourceKind::Peer,
-            Source::Cache { cache, .. } => SourceKind::of(self.caches.roles().get(*cache)),
+            Source::Cache { cache, .. } => SourceKind::of(self.sources.caches.roles().get(*cache)),
         }
     }
 
@@ -237,7 +269,7 @@ impl Assembly {
         match from {
             Source::Peer { peer, .. } => Origin::Peer(*peer),
             Source::Cache { cache, .. } => {
-                Origin::Cache(self.caches.name(*cache).unwrap_or_default())
+                Origin::Cache(self.sources.caches.name(*cache).unwrap_or_default())
             }
         }
     }
@@ -266,7 +298,10 @@ impl Assembly {
                 Err(error) => return Attempt::Failed(error),
             };
             if let Some(peer) = transfer.peer() {
-                self.metrics.traffic.received(&peer, bytes.len() as u64);
+                self.sources
+                    .metrics
+                    .traffic
+                    .received(&peer, bytes.len() as u64);
             }
             if let Err(wrong) = held.push(bytes) {
                 return Attempt::Wrong(wrong);
@@ -336,7 +371,7 @@ impl Assembly {
     }
 
     async fn blame(&self, fetch: Fetch, wrong: WrongBytes) -> Cut {
-        self.metrics.nars_mismatched.add(1);
+        self.sources.metrics.nars_mismatched.add(1);
         warn!(error = %wrong, "received a nar with wrong bytes");
         fetch.mismatch().await;
         Cut::Wrong(wrong)

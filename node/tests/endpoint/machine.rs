@@ -25,7 +25,7 @@ pub const GENEROUS: Duration = Duration::from_secs(20);
 
 /// Small enough to be held back whole, and large enough to outlast every buffer on the way.
 pub const SMALL_BYTES: usize = 20_000;
-pub const LARGE_BYTES: usize = 24 * 1024 * 1024;
+pub const LARGE_BYTES: usize = 32 * 1024 * 1024;
 
 /// What a proxy lets through before a test acts: fits into the buffers of a client that does not read.
 pub const GATE_BYTES: u64 = 2 * 1024 * 1024;
