@@ -54,6 +54,10 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(2);
 /// must not hold up Nix, which asks for one path after another.
 const STORE_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// How long the store gets to begin a NAR: a disk that slept needs some seconds to spin up, and
+/// beyond that another source is faster.
+const NAR_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// What stands behind the listener once everything is open.
 pub struct Engine {
     pub store: Arc<dyn LocalStore>,
@@ -379,13 +383,14 @@ impl Substituter {
         method: &Method,
         headers: &HeaderMap,
     ) -> Response<Body> {
-        match nar::open(&engine.store, &url).await {
-            Ok(Some(local)) => {
+        let local = self.local_nar(engine, &url, method, headers);
+        match tokio::time::timeout(NAR_TIMEOUT, local).await {
+            Ok(Some(response)) => {
                 self.metrics.nars_local.add(1);
-                return local.respond(method, headers, |_| {}).await;
+                return response;
             }
             Ok(None) => {}
-            Err(error) => self.store_trouble(&error),
+            Err(_) => self.store_trouble(&"the store did not begin a nar in time"),
         }
         let narinfo = look_up(engine, url.store_path_hash)
             .await
@@ -434,6 +439,24 @@ impl Substituter {
         }
     }
 
+    /// Answers from the store; `None` also when it cannot say, or does not begin.
+    async fn local_nar(
+        &self,
+        engine: &Engine,
+        url: &NarUrl,
+        method: &Method,
+        headers: &HeaderMap,
+    ) -> Option<Response<Body>> {
+        let info = self.local_info(engine, url.store_path_hash).await?;
+        match nar::open_known(&engine.store, url, info).await {
+            Ok(local) => local?.respond(method, headers, |_| {}).await,
+            Err(error) => {
+                self.store_trouble(&error);
+                None
+            }
+        }
+    }
+
     /// Brings a NAR from the mesh; the bytes in `range` of it arrive at the reader.
     fn bring(&self, joined: &Joined, narinfo: Arc<VerifiedNarInfo>, range: Range<u64>) -> Reader {
         let sources = Sources {
@@ -465,7 +488,7 @@ impl Substituter {
         }
     }
 
-    fn store_trouble(&self, error: &dyn std::error::Error) {
+    fn store_trouble(&self, error: &dyn std::fmt::Display) {
         self.metrics.store_errors.add(1);
         warn!(%error, "could not answer from the store, asking the mesh");
     }

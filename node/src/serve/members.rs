@@ -164,7 +164,8 @@ impl MembersPort {
                             metrics.traffic.sent(&peer, bytes);
                         };
                         let (method, headers) = (request.method(), request.headers());
-                        local.respond(method, headers, sent).await
+                        let response = local.respond(method, headers, sent).await;
+                        response.unwrap_or_else(|| respond::not_found(true))
                     }
                     Ok(None) => respond::not_found(true),
                     Err(error) => self.trouble(&error, true),

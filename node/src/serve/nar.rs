@@ -121,9 +121,18 @@ pub async fn open(
     store: &Arc<dyn LocalStore>,
     url: &NarUrl,
 ) -> Result<Option<LocalNar>, StoreError> {
-    let Some(info) = store.path_info(url.store_path_hash).await? else {
-        return Ok(None);
-    };
+    match store.path_info(url.store_path_hash).await? {
+        Some(info) => open_known(store, url, info).await,
+        None => Ok(None),
+    }
+}
+
+/// The same for a path of which the store has told what it knows.
+pub async fn open_known(
+    store: &Arc<dyn LocalStore>,
+    url: &NarUrl,
+    info: PathInfo,
+) -> Result<Option<LocalNar>, StoreError> {
     if url
         .nar_hash
         .is_some_and(|nar_hash| nar_hash != info.nar_hash)
@@ -137,14 +146,14 @@ pub async fn open(
 impl LocalNar {
     /// Answers with the part that is asked for. `sent` hears of every chunk that hyper takes.
     ///
-    /// The first chunk is read before the answer begins: a path that vanished is 404, and a small NAR goes
-    /// out in one segment with its head.
+    /// The first chunk is read before the answer begins: `None` for a path that vanished, and a small NAR
+    /// goes out in one segment with its head.
     pub async fn respond(
         self,
         method: &Method,
         headers: &HeaderMap,
         sent: impl Fn(u64) + Send + 'static,
-    ) -> Response<Body> {
+    ) -> Option<Response<Body>> {
         let size = self.nar.size();
         let part = Part::of(headers, size);
         let bytes = part.bytes(size);
@@ -156,10 +165,10 @@ impl LocalNar {
                 Some(Ok(first)) => first,
                 Some(Err(error)) => {
                     info!(%error, "could not begin a nar");
-                    return respond::not_found(true);
+                    return None;
                 }
                 // The part is not empty, so neither is its stream.
-                None => return respond::not_found(true),
+                None => return None,
             };
             let chunks = stream::iter([Ok(first)]).chain(chunks);
             respond::stream(chunks.inspect(move |chunk| {
@@ -168,7 +177,7 @@ impl LocalNar {
                 }
             }))
         };
-        answer(&part, size, body)
+        Some(answer(&part, size, body))
     }
 }
 

@@ -18,6 +18,7 @@ use granary::store::{
     Database, LocalStore, MemoryStore, Nar, PathInfo, Records, StoreConfig, StoreError, StoreEvent,
 };
 use granary::substituter::{Engine, Substituter};
+use granary_protocol::nar::Tree;
 use granary_protocol::signature::TrustedKeys;
 use granary_protocol::store_path::{StoreDir, StorePathHash};
 use tokio_util::task::TaskTracker;
@@ -190,6 +191,8 @@ fn five_hundred_slow_readers_take_little_memory_and_harm_nobody() {
 }
 
 /// A store on a disk that hangs: whoever asks it waits.
+///
+/// Of what is in it, it remembers the metadata.
 struct HungStore(MemoryStore);
 
 impl LocalStore for HungStore {
@@ -197,8 +200,16 @@ impl LocalStore for HungStore {
         self.0.dir()
     }
 
-    fn path_info(&self, _: StorePathHash) -> BoxFuture<'_, Result<Option<PathInfo>, StoreError>> {
-        Box::pin(std::future::pending())
+    fn path_info(
+        &self,
+        hash: StorePathHash,
+    ) -> BoxFuture<'_, Result<Option<PathInfo>, StoreError>> {
+        Box::pin(async move {
+            match self.0.path_info(hash).await {
+                Ok(None) => std::future::pending().await,
+                known => known,
+            }
+        })
     }
 
     fn path_infos(
@@ -271,8 +282,23 @@ async fn a_store_that_hangs_delays_no_sign_of_life_and_is_given_up_for_404() {
         assert_eq!(status(&mut connect(address), target), 200);
     }
     assert!(asked.elapsed() < Duration::from_millis(500), "held up");
-    for client in &mut waiting {
+    let mut nar = connect(address);
+    nar.request("GET", &format!("/nar/{hash}.nar"), "");
+    for client in waiting.iter_mut().chain([&mut nar]) {
         assert_eq!(client.answer(false).status, 404);
     }
     assert!(asked.elapsed() < Duration::from_secs(3), "not given up");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_nar_that_does_not_begin_is_given_up_for_404() {
+    let folder = tempfile::tempdir().unwrap();
+    let store = MemoryStore::new(StoreDir::default());
+    let target = b"nowhere".to_vec();
+    let info = store.add("hung", Tree::Symlink { target }).unwrap();
+    let address = endpoint(folder.path(), Arc::new(HungStore(store)));
+    let hash = info.store_path.hash();
+    let mut client = connect(address);
+    assert_eq!(status(&mut client, &format!("/{hash}.narinfo")), 200);
+    assert_eq!(status(&mut client, &format!("/nar/{hash}.nar")), 404);
 }

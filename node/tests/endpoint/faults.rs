@@ -78,6 +78,24 @@ async fn a_peer_that_lies_is_cut_and_another_holder_takes_over() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_path_whose_files_vanished_comes_from_a_peer_although_its_row_is_there() {
+    let mut peer = Machine::new();
+    let path = peer.add("vanished", SMALL_BYTES);
+    let mut asker = Machine::new();
+    asker.add("vanished", SMALL_BYTES);
+    asker.peers = vec![peer.address];
+    peer.start().await;
+    asker.start().await;
+    asker.wait_linked(1);
+    std::fs::remove_file(asker.real(&path.path)).unwrap();
+    let answer = asker.get(&path.short());
+    assert_eq!((answer.status, answer.is_complete), (200, true));
+    assert!(answer.body == path.nar);
+    peer.stop().await;
+    asker.stop().await;
+}
+
 /// Two providers of the same large NAR behind proxies, and one who fetches.
 async fn two_holders() -> ([(Machine, Arc<Proxy>); 2], Machine, Sample) {
     let mut asker = Machine::new();

@@ -17,7 +17,7 @@ use crate::process::{self, wait_for};
 use crate::proxy::{Fault, Then};
 use crate::s3::S3;
 
-const PORT: u16 = 4730;
+pub const PORT: u16 = 4730;
 /// Where an anchor listens that has something before its port.
 const BEHIND: u16 = 4731;
 
@@ -26,8 +26,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const PUSHED: Duration = Duration::from_secs(10);
 
 /// An anchor in a namespace of its own.
-struct Anchor {
-    namespace: Namespace,
+pub struct Anchor {
+    pub namespace: Namespace,
     folder: TempDir,
     /// `[anchor-server]`, without its state.
     settings: String,
@@ -35,7 +35,7 @@ struct Anchor {
 }
 
 impl Anchor {
-    fn new(lan: &Lan, name: &str, settings: &str) -> Anchor {
+    pub fn new(lan: &Lan, name: &str, settings: &str) -> Anchor {
         Anchor {
             namespace: lan.plug(name),
             folder: TempDir::new().expect("temporary folder"),
@@ -62,11 +62,11 @@ impl Anchor {
         command
     }
 
-    fn run(&self, arguments: &[&str]) -> String {
+    pub fn run(&self, arguments: &[&str]) -> String {
         process::run(&mut self.command(arguments), DEADLINE).expect_success()
     }
 
-    fn start(&mut self) {
+    pub fn start(&mut self) {
         let log = self.folder.path().join("log");
         let log = File::options().create(true).append(true).open(log);
         let log = log.expect("open log");
@@ -99,7 +99,7 @@ impl Anchor {
     }
 
     /// What a machine's configuration says to use it, with a token of its own.
-    fn table(&self, machine: &Machine, token: &str) -> String {
+    pub fn table(&self, machine: &Machine, token: &str) -> String {
         let file = self.folder.path().join(format!("{}.token", machine.name));
         fs::write(&file, token).expect("write token");
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("set mode");
@@ -107,7 +107,7 @@ impl Anchor {
         format!("[[anchor]]\nurl = \"http://{address}:{PORT}/team\"\ntoken-file = {file:?}\n")
     }
 
-    fn token(&self) -> String {
+    pub fn token(&self) -> String {
         self.run(&[
             "token",
             "create",

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
 
+use crate::durable::{Anchor, PORT};
 use crate::http::{self, Reading};
 use crate::machine::{Lan, MESH_PORT, Machine, SUBSTITUTER_PORT, TRANSFER_PORT};
 use crate::nix;
@@ -67,6 +68,8 @@ enum Sources {
     AnotherHolder,
     /// A second substituter in nix.conf.
     Cache,
+    /// An anchor behind the node, which is Nix's only substituter.
+    Anchor,
     Nobody,
 }
 
@@ -91,7 +94,7 @@ impl Kind {
         match sources {
             Sources::Cache => true,
             // Right bytes cannot follow wrong ones that Nix has already: the substitution is given up, and Nix goes on.
-            Sources::AnotherHolder => self != Kind::Corrupt,
+            Sources::AnotherHolder | Sources::Anchor => self != Kind::Corrupt,
             Sources::Nobody => self == Kind::Trickle,
         }
     }
@@ -107,6 +110,8 @@ struct Rig {
     expressions: Vec<String>,
     paths: Vec<String>,
     cache: Option<tempfile::TempDir>,
+    /// With its key.
+    anchor: Option<(Anchor, String)>,
 }
 
 impl Rig {
@@ -151,6 +156,19 @@ impl Rig {
                 .expect_success();
             folder
         });
+        let anchor = (sources == Sources::Anchor).then(|| {
+            let mut anchor = Anchor::new(lan, "nas", &format!("listen = \"0.0.0.0:{PORT}\"\n"));
+            anchor.start();
+            let key = anchor.run(&["cache", "create", "team", "--public"]);
+            let token = anchor.token();
+            let holder = &mut holders[0];
+            holder.settings.extra = anchor.table(holder, &token);
+            let arguments = [&["push", "team"][..], &as_words(&paths)].concat();
+            holder.granary(&arguments).expect_success();
+            laptop.settings.extra = anchor.table(&laptop, &token);
+            laptop.settings.trusted_keys.push(key.clone());
+            (anchor, key)
+        });
         Rig {
             laptop,
             holders,
@@ -159,6 +177,7 @@ impl Rig {
             expressions,
             paths,
             cache,
+            anchor,
         }
     }
 
@@ -212,6 +231,7 @@ impl Rig {
         let file = self.laptop.nix.root.with_file_name("case.nix");
         fs::write(&file, &self.expressions[number]).expect("write expression");
         let file = file.to_str().expect("UTF-8 path");
+        let key = self.anchor.as_ref().map_or("", |(_, key)| key);
         let built = self.laptop.nix.run(
             &self.laptop.namespace,
             "nix-build",
@@ -220,6 +240,9 @@ impl Rig {
                 "--option",
                 "substituters",
                 &substituters,
+                "--option",
+                "extra-trusted-public-keys",
+                key,
                 file,
             ],
         );
@@ -240,7 +263,7 @@ impl Rig {
         if kind.must_be_substituted(sources) {
             assert!(!is_built, "{built}");
         }
-        if sources == Sources::AnotherHolder && kind != Kind::Corrupt {
+        if matches!(sources, Sources::AnotherHolder | Sources::Anchor) && kind != Kind::Corrupt {
             assert_eq!(self.watch.nars(), 1, "Nix noticed");
         }
         let verify = ["--verify-path", &path];
@@ -406,23 +429,30 @@ macro_rules! cases {
 cases! {
     killed_holder_beside_another: Killed, AnotherHolder;
     killed_holder_before_a_cache: Killed, Cache;
+    killed_holder_before_the_anchor: Killed, Anchor;
     killed_holder_alone: Killed, Nobody;
     stopped_holder_beside_another: Stopped, AnotherHolder;
     stopped_holder_before_a_cache: Stopped, Cache;
+    stopped_holder_before_the_anchor: Stopped, Anchor;
     stopped_holder_alone: Stopped, Nobody;
     reset_connection_beside_another: Reset, AnotherHolder;
     reset_connection_before_a_cache: Reset, Cache;
+    reset_connection_before_the_anchor: Reset, Anchor;
     reset_connection_alone: Reset, Nobody;
     black_hole_beside_another: BlackHole, AnotherHolder;
     black_hole_before_a_cache: BlackHole, Cache;
+    black_hole_before_the_anchor: BlackHole, Anchor;
     black_hole_alone: BlackHole, Nobody;
     corrupt_byte_beside_another: Corrupt, AnotherHolder;
     corrupt_byte_before_a_cache: Corrupt, Cache;
+    corrupt_byte_before_the_anchor: Corrupt, Anchor;
     corrupt_byte_alone: Corrupt, Nobody;
     truncated_body_beside_another: Truncated, AnotherHolder;
     truncated_body_before_a_cache: Truncated, Cache;
+    truncated_body_before_the_anchor: Truncated, Anchor;
     truncated_body_alone: Truncated, Nobody;
     trickle_beside_another: Trickle, AnotherHolder;
     trickle_before_a_cache: Trickle, Cache;
+    trickle_before_the_anchor: Trickle, Anchor;
     trickle_alone: Trickle, Nobody;
 }
