@@ -39,6 +39,7 @@ pub mod tokens;
 pub mod intake;
 pub mod ingest;
 pub mod gc;
+pub mod scrub;
 pub mod admin;
 pub mod counts;
 pub mod health;
@@ -104,6 +105,8 @@ pub struct Options {
     pub nar_bytes_max: u64,
     /// What the server shows to clients; plain HTTP without.
     pub tls: Option<tls::Files>,
+    /// After how long a stored NAR is read again, by and by; never without.
+    pub scrub_after: Option<Duration>,
     pub clock: Clock,
 }
 

@@ -204,6 +204,9 @@ pub struct Limits {
     pub streams_per_peer: usize,
 }
 
+/// Days between two looks at a stored NAR: more often than daily wears disks out, and in ten years none is new.
+const SCRUB_DAYS: std::ops::RangeInclusive<u64> = 1..=3650;
+
 /// `[anchor-server]`: what `granary anchor` runs.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -218,6 +221,8 @@ pub struct AnchorServer {
     /// The certificate chain that is shown to clients, and its private key (PEM). Plain HTTP without.
     pub tls_cert: Option<PathBuf>,
     pub tls_key: Option<PathBuf>,
+    /// Days after which a stored NAR is read again and compared, by and by; never when absent.
+    pub scrub_days: Option<u64>,
     /// A file with the key that proves tokens of Attic.
     pub attic_token_key_file: Option<PathBuf>,
     pub s3: S3,
@@ -281,6 +286,7 @@ impl Default for AnchorServer {
             nar_bytes_max: 128 << 30,
             tls_cert: None,
             tls_key: None,
+            scrub_days: None,
             attic_token_key_file: None,
             s3: S3::default(),
         }
@@ -518,6 +524,17 @@ impl Config {
             }
         }
         let server = &self.anchor_server;
+        if server
+            .scrub_days
+            .is_some_and(|days| !SCRUB_DAYS.contains(&days))
+        {
+            return Some(format!(
+                "anchor-server.scrub-days is {}, expected {} to {}",
+                server.scrub_days.unwrap_or_default(),
+                SCRUB_DAYS.start(),
+                SCRUB_DAYS.end()
+            ));
+        }
         if server.tls_cert.is_some() != server.tls_key.is_some() {
             return Some(
                 "of anchor-server.tls-cert and anchor-server.tls-key one is set; TLS needs both"

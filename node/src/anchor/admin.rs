@@ -213,7 +213,7 @@ impl Anchor {
             for hash in unsigned {
                 let _held = self.path_locks.lock((cache.id, hash)).await;
                 // It may have been removed, or published anew, since the batch was read.
-                let text = match self.catalog.path(cache.id, hash).await? {
+                let text = match self.catalog.path_row(cache.id, hash).await? {
                     Some(path) => self.signed_again(cache, &path, keys, &dir).await?,
                     None => None,
                 };
@@ -237,7 +237,7 @@ impl Anchor {
         keys: &[SecretKey],
         dir: &StoreDir,
     ) -> Result<Option<String>, AdminError> {
-        let stored = self.catalog.nar(path.nar_hash).await?;
+        let stored = self.catalog.nar_row(path.nar_hash).await?;
         let (Ok(mut narinfo), Some(stored)) = (NarInfo::parse(&path.narinfo, dir), stored) else {
             tracing::error!(cache = %cache.name, hash = %path.hash, "could not sign a path again, its narinfo is malformed");
             return Ok(None);

@@ -7,7 +7,8 @@
 //!
 //! Invariants: a row of `nars` is written after its object was stored; a row of `paths` is
 //! [`PathState::Storing`] from before its narinfo is put until after; only `Ready` ones are shown.
-//! A NAR that a row of `paths` names is never deleted.
+//! A NAR that a row of `paths` names is never deleted. A NAR that is damaged ([`super::scrub`]), and a path that
+//! has one, are as good as absent, but where a function says otherwise.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -25,7 +26,11 @@ use super::uses::CachePath;
 
 /// Each entry takes a database from the version of its position to the next. Never edited, only
 /// added to.
-const MIGRATIONS: &[&str] = &[include_str!("catalog/1.sql"), include_str!("catalog/2.sql")];
+const MIGRATIONS: &[&str] = &[
+    include_str!("catalog/1.sql"),
+    include_str!("catalog/2.sql"),
+    include_str!("catalog/3.sql"),
+];
 
 /// Threads that read.
 const READERS: usize = 3;
@@ -278,6 +283,24 @@ impl Catalog {
         .await
     }
 
+    /// Returns a path that is complete, its NAR damaged or not.
+    pub async fn path_row(
+        &self,
+        cache: i64,
+        hash: StorePathHash,
+    ) -> Result<Option<PathRow>, CatalogError> {
+        self.read(move |connection| {
+            connection
+                .prepare_cached(
+                    "SELECT hash, base_name, nar_hash, narinfo FROM paths
+                     WHERE cache = ?1 AND hash = ?2 AND state = 1",
+                )?
+                .query_row(params![cache, hash.as_bytes()], path_row)
+                .optional()
+        })
+        .await
+    }
+
     /// Returns a path that is complete.
     pub async fn path(
         &self,
@@ -312,7 +335,8 @@ impl Catalog {
     ) -> Result<Vec<StorePathHash>, CatalogError> {
         self.read(move |connection| {
             let mut statement = connection.prepare_cached(
-                "SELECT 1 FROM paths WHERE cache = ?1 AND hash = ?2 AND state = 1",
+                "SELECT 1 FROM paths WHERE cache = ?1 AND hash = ?2 AND state = 1
+                 AND NOT EXISTS (SELECT 1 FROM nars WHERE nars.nar_hash = paths.nar_hash AND damaged IS NOT NULL)",
             )?;
             let mut missing = Vec::new();
             for hash in hashes {
@@ -325,7 +349,7 @@ impl Catalog {
         .await
     }
 
-    /// Returns complete paths of a cache after `after`, in order.
+    /// Returns complete paths of a cache after `after`, in order, their NARs damaged or not.
     pub async fn paths_after(
         &self,
         cache: i64,
@@ -351,12 +375,26 @@ impl Catalog {
         .await
     }
 
+    /// Returns a NAR that is stored, damaged or not.
+    pub async fn nar_row(&self, nar_hash: NarHash) -> Result<Option<StoredNar>, CatalogError> {
+        self.read(move |connection| {
+            connection
+                .prepare_cached(
+                    "SELECT nar_hash, nar_size, file_hash, file_size FROM nars WHERE nar_hash = ?1",
+                )?
+                .query_row([nar_hash.as_bytes()], nar_row)
+                .optional()
+        })
+        .await
+    }
+
     /// Returns a NAR that is stored.
     pub async fn nar(&self, nar_hash: NarHash) -> Result<Option<StoredNar>, CatalogError> {
         self.read(move |connection| {
             connection
                 .prepare_cached(
-                    "SELECT nar_hash, nar_size, file_hash, file_size FROM nars WHERE nar_hash = ?1",
+                    "SELECT nar_hash, nar_size, file_hash, file_size FROM nars
+                     WHERE nar_hash = ?1 AND damaged IS NULL",
                 )?
                 .query_row([nar_hash.as_bytes()], nar_row)
                 .optional()
@@ -376,7 +414,8 @@ impl Catalog {
                 .execute([nar_hash.as_bytes()])?;
             transaction
                 .prepare_cached(
-                    "SELECT nar_hash, nar_size, file_hash, file_size FROM nars WHERE nar_hash = ?1",
+                    "SELECT nar_hash, nar_size, file_hash, file_size FROM nars
+                     WHERE nar_hash = ?1 AND damaged IS NULL",
                 )?
                 .query_row([nar_hash.as_bytes()], nar_row)
                 .optional()
@@ -478,7 +517,9 @@ impl Catalog {
                     "INSERT INTO paths (cache, hash, base_name, nar_hash, narinfo, state, registered, last_used)
                      VALUES (?1, ?2, ?3, ?4, ?5, 0, ?6, ?6)
                      ON CONFLICT (cache, hash) DO UPDATE SET base_name = ?3, nar_hash = ?4, narinfo = ?5,
-                     state = 0, last_used = ?6 WHERE state <> 1",
+                     state = 0, last_used = ?6
+                     WHERE state <> 1 OR (nar_hash <> ?4 AND EXISTS (
+                         SELECT 1 FROM nars WHERE nars.nar_hash = paths.nar_hash AND damaged IS NOT NULL))",
                 )?
                 .execute(params![
                     cache,
@@ -488,8 +529,13 @@ impl Catalog {
                     path.narinfo,
                     signed(now),
                 ])?;
-            if written == 0 {
-                insert_rewrite(transaction, cache, &path.hash)?;
+            match written {
+                0 => insert_rewrite(transaction, cache, &path.hash)?,
+                // What another build of it referenced.
+                _ => transaction
+                    .prepare_cached("DELETE FROM edges WHERE cache = ?1 AND hash = ?2")?
+                    .execute(params![cache, path.hash.as_bytes()])
+                    .map(drop)?,
             }
             let mut edge = transaction.prepare_cached(
                 "INSERT OR IGNORE INTO edges (cache, hash, reference) VALUES (?1, ?2, ?3)",
@@ -798,8 +844,10 @@ fn sqlite(action: &'static str) -> impl Fn(rusqlite::Error) -> CatalogError {
 fn insert_nar(transaction: &Transaction<'_>, nar: &StoredNar, now: u64) -> rusqlite::Result<()> {
     transaction
         .prepare_cached(
-            "INSERT INTO nars (nar_hash, nar_size, file_hash, file_size, stored) VALUES (?1, ?2, ?3, ?4, ?5)
-             ON CONFLICT (nar_hash) DO UPDATE SET unused_since = NULL",
+            "INSERT INTO nars (nar_hash, nar_size, file_hash, file_size, stored, scrubbed)
+             VALUES (?1, ?2, ?3, ?4, ?5, ?5)
+             ON CONFLICT (nar_hash) DO UPDATE SET unused_since = NULL, damaged = NULL,
+             file_hash = ?3, file_size = ?4",
         )?
         .execute(params![
             nar.nar_hash.as_bytes(),
@@ -849,7 +897,7 @@ fn find_received(
         .prepare_cached(
             "SELECT nars.nar_hash, nar_size, file_hash, file_size
              FROM received JOIN nars ON nars.nar_hash = received.nar_hash
-             WHERE cache = ?1 AND name = ?2",
+             WHERE cache = ?1 AND name = ?2 AND damaged IS NULL",
         )?
         .query_row(params![cache, name], nar_row)
         .optional()
@@ -862,8 +910,9 @@ fn find_path(
 ) -> rusqlite::Result<Option<PathRow>> {
     connection
         .prepare_cached(
-            "SELECT hash, base_name, nar_hash, narinfo FROM paths
-             WHERE cache = ?1 AND hash = ?2 AND state = 1",
+            "SELECT hash, base_name, paths.nar_hash, narinfo FROM paths
+             JOIN nars ON nars.nar_hash = paths.nar_hash
+             WHERE cache = ?1 AND hash = ?2 AND state = 1 AND damaged IS NULL",
         )?
         .query_row(params![cache, hash.as_bytes()], path_row)
         .optional()

@@ -13,7 +13,8 @@
 //! | `requests_refused_total`, `requests_failed_total` | `cache` | requests that ended in 4xx other than 404, and those that were our fault |
 //! | `requests_denied_total` | | requests without the right to what they named |
 //! | `paths`, `nar_bytes`, `stored_bytes` | `cache` | what it holds; a NAR of several caches counts in each |
-//! | `storage_nars`, `storage_bytes` | | all of storage |
+//! | `storage_nars`, `storage_bytes`, `damaged_nars` | | all of storage, and what of it is not served |
+//! | `scrubbed_nars_total`, `scrub_damaged_total`, `healed_nars_total` | | NARs that were read again, those that were damaged, those that a push put right |
 //! | `collections_total`, `collected_paths_total`, `collected_nars_total`, `collected_bytes_total` | | collections of garbage; the first with `outcome`: `done`, `failed` |
 
 use std::collections::BTreeMap;
@@ -61,6 +62,9 @@ pub struct Counts {
     collected_paths: Counter,
     collected_nars: Counter,
     collected_bytes: Counter,
+    pub scrubbed_nars: Counter,
+    pub scrub_damaged: Counter,
+    pub healed_nars: Counter,
     sizes: tokio::sync::Mutex<Option<(Instant, Sizes)>>,
 }
 
@@ -70,6 +74,7 @@ struct Sizes {
     caches: BTreeMap<CacheName, Totals>,
     storage_nars: u64,
     storage_bytes: u64,
+    damaged_nars: u64,
 }
 
 /// What is learned about a request on the way to its answer, for the log; among its extensions.
@@ -233,6 +238,30 @@ impl Counts {
                 self.collected_bytes.get(),
             ),
             (
+                "scrubbed_nars_total",
+                "counter",
+                "Stored NARs that were read again and compared.",
+                self.scrubbed_nars.get(),
+            ),
+            (
+                "scrub_damaged_total",
+                "counter",
+                "Those that were found damaged.",
+                self.scrub_damaged.get(),
+            ),
+            (
+                "healed_nars_total",
+                "counter",
+                "Damaged NARs that a push has put right.",
+                self.healed_nars.get(),
+            ),
+            (
+                "damaged_nars",
+                "gauge",
+                "NARs that are not served until they are pushed again.",
+                sizes.damaged_nars,
+            ),
+            (
                 "storage_nars",
                 "gauge",
                 "NARs in storage.",
@@ -288,6 +317,7 @@ impl Anchor {
             sizes.caches.insert(cache.name, totals);
         }
         (sizes.storage_nars, sizes.storage_bytes) = self.catalog.stored().await?;
+        sizes.damaged_nars = self.catalog.damaged().await?;
         *known = Some((Instant::now(), sizes.clone()));
         Ok(sizes)
     }

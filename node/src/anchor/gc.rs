@@ -309,7 +309,7 @@ impl Anchor {
             let is_unnamed = match row {
                 NarRow::Unused => anchor.forget_nar(nar_hash).await?,
                 // It may have been pushed since it was listed.
-                NarRow::Absent => anchor.catalog.nar(nar_hash).await?.is_none(),
+                NarRow::Absent => anchor.catalog.nar_row(nar_hash).await?.is_none(),
             };
             if is_unnamed {
                 anchor.storage.delete(&nar_key(&nar_hash)).await?;
@@ -405,7 +405,7 @@ impl Anchor {
                 continue;
             };
             let is_old = object.modified.saturating_add(GRACE.as_secs()) <= now;
-            if is_old && self.catalog.nar(nar_hash).await?.is_none() {
+            if is_old && self.catalog.nar_row(nar_hash).await?.is_none() {
                 orphans.push(nar_hash);
             }
         }

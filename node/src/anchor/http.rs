@@ -7,6 +7,7 @@
 //! POST   /api/v1/caches/<cache>/narinfos                                                      read.rs
 //! *      /api/v1/caches/<cache>/missing  …/uploads                                              uploads.rs
 //! DELETE /api/v1/caches/<cache>/paths/<hash>; POST …/keys; GET, POST /api/v1/collection         here
+//! POST   /api/v1/scrub                                                                       scrub.rs
 //! *      /_api/v1/…  /<cache>/attic-cache-info                                                attic.rs
 //! ```
 //!
@@ -48,7 +49,7 @@ use super::ingest::IngestError;
 use super::object_store::StorageError;
 use super::tls::{HTTP_2, Tls};
 use super::tokens::{Bearer, Denied};
-use super::{Anchor, attic, counts, health, put, read, to_its_end, uploads};
+use super::{Anchor, attic, counts, health, put, read, scrub, to_its_end, uploads};
 use crate::serve::respond::{self, Body};
 
 /// Connections at once; beyond it new ones wait. Nix opens 25, an office has some dozens of machines.
@@ -491,6 +492,7 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
             rotate_key(anchor, parts, cache, body).await
         }
         ["api", "v1", "collection"] => collection(anchor, parts).await,
+        ["api", "v1", "scrub"] => scrub::answer(anchor, parts, body).await,
         ["api", "v1", "caches", cache, rest @ ..] => {
             uploads::answer(anchor, parts, cache, rest, body).await
         }

@@ -118,6 +118,33 @@ impl Anchor {
         Ok((stored, Outcome::Stored { file_size }))
     }
 
+    /// Stores a NAR that came in whole and writes it down, under the name that it came by; one that was
+    /// damaged is put right.
+    ///
+    /// The caller holds the NAR's lock.
+    async fn take_nar(
+        &self,
+        cache: &CacheRow,
+        taken: Taken,
+        name: Option<String>,
+    ) -> Result<(StoredNar, Outcome), IngestError> {
+        let row = self.catalog.nar_row(taken.nar_hash).await?;
+        let (stored, outcome) = self.store_nar(cache, taken).await?;
+        let damaged = row.filter(|_| outcome != Outcome::Known);
+        if damaged.is_some() {
+            // Before anybody is shown it again.
+            self.correct_narinfos(&stored).await?;
+        }
+        let came = name.map(|name| (cache.id, name));
+        // So that the collector sees it from now on, whatever happens next.
+        self.catalog.received(stored, came, self.now()).await?;
+        if damaged.is_some() {
+            info!(nar_hash = %stored.nar_hash, "a damaged nar was put right by a push");
+            self.counts.healed_nars.add(1);
+        }
+        Ok((stored, outcome))
+    }
+
     /// Keeps a NAR that will be described later, as `nix copy` does it, under the name it was given.
     pub async fn keep_nar(
         self: &Arc<Self>,
@@ -128,9 +155,7 @@ impl Anchor {
         let (anchor, cache) = (self.clone(), cache.clone());
         to_its_end(async move {
             let _held = anchor.nar_locks.lock(taken.nar_hash).await;
-            let (stored, outcome) = anchor.store_nar(&cache, taken).await?;
-            let came = Some((cache.id, name));
-            anchor.catalog.received(stored, came, anchor.now()).await?;
+            let (_, outcome) = anchor.take_nar(&cache, taken, Some(name)).await?;
             Ok(outcome)
         })
         .await
@@ -153,9 +178,7 @@ impl Anchor {
         let (anchor, cache) = (self.clone(), cache.clone());
         to_its_end(async move {
             let _held = anchor.nar_locks.lock(narinfo.nar_hash).await;
-            let (stored, outcome) = anchor.store_nar(&cache, taken).await?;
-            // So that the collector sees it from now on, whatever happens next.
-            anchor.catalog.received(stored, None, anchor.now()).await?;
+            let (stored, outcome) = anchor.take_nar(&cache, taken, None).await?;
             anchor.describe_held(&cache, narinfo, stored).await?;
             Ok(outcome)
         })
@@ -360,7 +383,7 @@ impl Anchor {
         halves.extend(self.catalog.in_state(PathState::Leaving).await?);
         for (cache, name, path) in halves {
             let anchor = self.clone();
-            to_its_end(async move { anchor.recover_path(cache, &name, path.hash).await }).await?;
+            to_its_end(async move { anchor.recover_path(cache, &name, path).await }).await?;
         }
         for (cache, name, hash) in self.catalog.rewrites().await? {
             let anchor = self.clone();
@@ -394,7 +417,7 @@ impl Anchor {
         &self,
         cache: i64,
         name: &CacheName,
-        hash: StorePathHash,
+        PathRow { hash, narinfo, .. }: PathRow,
     ) -> Result<(), IngestError> {
         let _held = self.path_locks.lock((cache, hash)).await;
         let key = name.narinfo_key(&hash);
@@ -403,13 +426,16 @@ impl Anchor {
             None | Some(PathState::Ready) => {}
             Some(PathState::Storing) => {
                 let stored = self.storage.get(&key, NARINFO_BYTES_MAX).await?;
-                match stored.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok()) {
+                let stored = stored.and_then(|bytes| String::from_utf8(bytes.to_vec()).ok());
+                // What lies there may be the narinfo of another build, which this one was to replace.
+                match stored.filter(|text| *text == narinfo) {
                     Some(text) => {
                         info!(cache = %name, %hash, "took up a push that was interrupted");
                         self.catalog.finish_path(cache, hash, text).await?;
                     }
                     None => {
                         warn!(cache = %name, %hash, "forgot a push that was interrupted");
+                        self.storage.delete(&key).await?;
                         self.catalog.forget_path(cache, hash).await?;
                     }
                 }

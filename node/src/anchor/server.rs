@@ -12,7 +12,7 @@ use tracing::{error, info, warn};
 use super::cache::{CacheName, CacheNameError};
 use super::ingest::IngestError;
 use super::tls::{RENEWAL_INTERVAL, Tls, TlsError};
-use super::{Anchor, OpenError, Options, admin, http};
+use super::{Anchor, OpenError, Options, admin, http, scrub};
 
 /// How often uses of paths are written down. A crash loses as much, which retention does not feel.
 const USED_INTERVAL: Duration = Duration::from_secs(30);
@@ -130,6 +130,7 @@ impl Server {
             path: address_file,
             source,
         })?;
+        let scrub_after = options.scrub_after;
         let anchor = Anchor::open(options).await?;
         anchor.recover().await?;
         if let Some(name) = default_cache {
@@ -148,6 +149,10 @@ impl Server {
         }
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
+        if let Some(after) = scrub_after {
+            let scrubbing = scrub::keep_scrubbing(anchor.clone(), after, shutdown.clone());
+            tasks.spawn(scrubbing);
+        }
         if let Some(tls) = &tls {
             tasks.spawn(renew(tls.clone(), shutdown.clone()));
         }

@@ -7,10 +7,12 @@ use std::io::Read;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use granary_protocol::certificate::UnixTime;
+use granary_protocol::hash::NarHash;
 use granary_protocol::signature::SecretKey;
 use granary_protocol::token::{Claims, Grant, Pattern, Permission};
 use zeroize::Zeroizing;
@@ -21,6 +23,7 @@ use crate::anchor::cache::CacheName;
 use crate::anchor::catalog::{CacheRow, Totals};
 use crate::anchor::gc::Collection;
 use crate::anchor::object_store::S3Options;
+use crate::anchor::scrub::{Damaged, Scrubbed};
 use crate::anchor::server::{ADDRESS_FILE, Server, StartError, StateLock};
 use crate::anchor::tls::Files;
 use crate::anchor::tokens::token_key;
@@ -51,6 +54,15 @@ pub struct Arguments {
 enum AnchorCommand {
     /// Make the catalog anew from what is in storage, while no anchor runs.
     Rebuild(ConfigFile),
+    /// Read everything that is stored again, and keep back what is damaged until it is pushed again.
+    ///
+    /// Ends with status 1 when something is, or could not be read. Beside a running anchor, or without one.
+    Scrub {
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        config: ConfigFile,
+    },
 }
 
 #[derive(Args)]
@@ -266,6 +278,9 @@ pub(super) fn options(config: &Config) -> Options {
             // One without the other is no configuration.
             _ => None,
         },
+        scrub_after: server
+            .scrub_days
+            .map(|days| Duration::from_secs(days * SECONDS_PER_DAY)),
         clock: Clock::default(),
     }
 }
@@ -277,6 +292,9 @@ async fn open(config: &ConfigFile) -> Result<(Config, Arc<Anchor>)> {
 }
 
 pub async fn run(arguments: Arguments) -> Result<()> {
+    if let Some(AnchorCommand::Scrub { json, config }) = arguments.command {
+        return scrub(&config.load()?, json).await;
+    }
     if let Some(AnchorCommand::Rebuild(config)) = arguments.command {
         let options = options(&config.load()?);
         let _lock = StateLock::take(&options.state)?;
@@ -565,7 +583,7 @@ struct Rotated {
 struct Running {
     client: reqwest::Client,
     base: String,
-    token: String,
+    key: SecretKey,
 }
 
 impl Running {
@@ -585,6 +603,16 @@ impl Running {
             )
         })?;
         let address: SocketAddr = address.trim().parse()?;
+        // The anchor is here: no proxy leads to it.
+        let client = reqwest::Client::builder().no_proxy().build()?;
+        Ok(Ok(Running {
+            client,
+            base: format!("http://{address}/api/v1"),
+            key: token_key(&state)?,
+        }))
+    }
+
+    async fn ask(&self, method: reqwest::Method, rest: &str, body: String) -> Result<String> {
         let claims = Claims {
             // Too short-lived to be listed or revoked.
             id: None,
@@ -596,19 +624,10 @@ impl Running {
                 permissions: vec![Permission::Delete, Permission::Configure],
             }],
         };
-        // The anchor is here: no proxy leads to it.
-        let client = reqwest::Client::builder().no_proxy().build()?;
-        Ok(Ok(Running {
-            client,
-            base: format!("http://{address}/api/v1"),
-            token: claims.mint(&token_key(&state)?),
-        }))
-    }
-
-    async fn ask(&self, method: reqwest::Method, rest: &str, body: String) -> Result<String> {
+        let token = claims.mint(&self.key);
         let request = self.client.request(method, format!("{}/{rest}", self.base));
         let request = request.body(body);
-        let response = request.bearer_auth(&self.token).send().await;
+        let response = request.bearer_auth(&token).send().await;
         let response = response.context("cannot reach the running anchor")?;
         let status = response.status();
         let text = response.text().await?;
@@ -647,6 +666,68 @@ pub async fn rm(arguments: RmArguments) -> Result<()> {
         }
     }
     Ok(())
+}
+
+async fn scrub(config: &Config, json: bool) -> Result<()> {
+    let running = Running::find(config)?;
+    let own = match &running {
+        Ok(_) => None,
+        Err(_lock) => Some(Anchor::open(options(config)).await?),
+    };
+    let mut all = Scrubbed::default();
+    loop {
+        let after = all.next.take();
+        let piece: Scrubbed = match (&running, &own) {
+            (_, Some(anchor)) => {
+                let after = after.as_deref().map(NarHash::from_nix32).transpose()?;
+                anchor.scrub(after).await?
+            }
+            (Ok(running), None) => {
+                let question = serde_json::json!({ "after": after }).to_string();
+                let answer = running
+                    .ask(reqwest::Method::POST, "scrub", question)
+                    .await?;
+                serde_json::from_str(&answer)?
+            }
+            (Err(_lock), None) => unreachable!("without a running anchor there is our own"),
+        };
+        all.nars += piece.nars;
+        all.file_bytes += piece.file_bytes;
+        all.unread += piece.unread;
+        if !json {
+            for damaged in &piece.damaged {
+                print(&damaged_line(damaged))?;
+            }
+        }
+        all.damaged.extend(piece.damaged);
+        all.next = piece.next;
+        if all.next.is_none() {
+            break;
+        }
+    }
+    match json {
+        true => print(&format!("{}\n", serde_json::to_string_pretty(&all)?))?,
+        false => print(&format!(
+            "read {} nars ({} MiB)\n",
+            all.nars,
+            all.file_bytes >> 20
+        ))?,
+    }
+    match (all.damaged.len(), all.unread) {
+        (0, 0) => Ok(()),
+        (damaged, unread) => bail!(
+            "{damaged} nars are damaged, {unread} could not be read\nhint: a push of a damaged path puts it right; it is not served until then"
+        ),
+    }
+}
+
+fn damaged_line(damaged: &Damaged) -> String {
+    let mut paths = damaged.paths.join(", ");
+    let more = damaged.of.saturating_sub(damaged.paths.len() as u64);
+    if more > 0 {
+        paths.push_str(&format!(" and {more} more"));
+    }
+    format!("{}: {} ({paths})\n", damaged.nar_hash, damaged.problem)
 }
 
 pub async fn gc(arguments: GcArguments) -> Result<()> {

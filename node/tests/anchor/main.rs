@@ -14,6 +14,7 @@ mod queue;
 mod reading;
 mod rig;
 mod s3;
+mod scrub;
 mod storage;
 mod tls;
 mod watching;

@@ -76,6 +76,7 @@ impl Rig {
             attic_key: None,
             nar_bytes_max: 1 << 30,
             tls: self.tls.clone(),
+            scrub_after: None,
             clock: self.clock.clone(),
         }
     }

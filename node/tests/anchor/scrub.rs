@@ -1,0 +1,317 @@
+//! What becomes of stored bytes that are not what they were.
+
+use std::path::PathBuf;
+
+use granary::anchor::scrub::Scrubbed;
+use granary_protocol::hash::NarHash;
+use granary_protocol::token::Permission::{Pull, Push};
+
+use crate::command::Place;
+use crate::rig::{Machine, Rig, Sample, bearer, hash};
+use crate::s3::{Fault, S3};
+
+fn object(rig: &Rig, nar_hash: &NarHash) -> PathBuf {
+    let key = granary::anchor::nar_key(nar_hash);
+    rig.folder.path().join("storage").join(key)
+}
+
+/// All pieces of a scrub, one after the other.
+async fn scrub(rig: &Rig) -> Scrubbed {
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    let mut all = Scrubbed::default();
+    loop {
+        let after = all.next.take();
+        let after = after.map(|after| NarHash::from_nix32(&after).unwrap());
+        let piece = anchor.scrub(after).await.unwrap();
+        all.nars += piece.nars;
+        all.unread += piece.unread;
+        all.damaged.extend(piece.damaged);
+        all.next = piece.next;
+        if all.next.is_none() {
+            return all;
+        }
+    }
+}
+
+fn narinfo_status(rig: &Rig, cache: &str, sample: &Sample) -> u16 {
+    let target = format!("/{cache}/{}.narinfo", sample.hash());
+    rig.get(&target).status
+}
+
+fn nar(rig: &Rig, cache: &str, sample: &Sample) -> Option<Vec<u8>> {
+    let hash = sample.nar_hash().nix32();
+    let answer = rig.get(&format!("/{cache}/nar/{hash}.nar.zst"));
+    match answer.status {
+        200 => Some(zstd::decode_all(&answer.body[..]).unwrap()),
+        status => {
+            assert_eq!(status, 404);
+            None
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_damaged_is_absent_until_a_push_puts_it_right() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    rig.cache("other", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let good = Sample::new(1, 50_000);
+    assert_eq!(rig.upload(&token, "main", &good).status, 200);
+    let whole = std::fs::read(object(&rig, &good.nar_hash())).unwrap();
+    type Harm = fn(Vec<u8>, &[u8]) -> Option<Vec<u8>>;
+    let harms: [(&str, Harm); 5] = [
+        ("a flipped bit", |mut bytes, _| {
+            let middle = bytes.len() / 2;
+            bytes[middle] ^= 1;
+            Some(bytes)
+        }),
+        ("another nar", |_, other| Some(other.to_vec())),
+        ("a missing end", |bytes, _| {
+            Some(bytes[..bytes.len() - 9].to_vec())
+        }),
+        ("a damaged seek table", |mut bytes, _| {
+            let at = bytes.len() - 12;
+            bytes[at] ^= 1;
+            Some(bytes)
+        }),
+        ("no object", |_, _| None),
+    ];
+    let mut samples = Vec::new();
+    for (number, (harm, change)) in (2..).zip(harms) {
+        let sample = Sample::new(number, 50_000);
+        for cache in ["main", "other"] {
+            assert_eq!(rig.upload(&token, cache, &sample).status, 200);
+        }
+        let file = object(&rig, &sample.nar_hash());
+        match change(std::fs::read(&file).unwrap(), &whole) {
+            Some(bytes) => std::fs::write(&file, bytes).unwrap(),
+            None => std::fs::remove_file(&file).unwrap(),
+        }
+        samples.push((harm, sample));
+    }
+    let found = scrub(&rig).await;
+    assert_eq!((found.nars, found.unread), (6, 0));
+    assert_eq!(found.damaged.len(), samples.len(), "{found:?}");
+    let question = serde_json::json!({"hashes": samples.iter().map(|(_, sample)| sample.hash()).collect::<Vec<_>>()});
+    let authorization = bearer(&token);
+    let missing = || {
+        let headers = [("Authorization", authorization.as_str())];
+        let target = "/api/v1/caches/main/missing";
+        let answer = rig.ask("POST", target, &headers, question.to_string().as_bytes());
+        answer.json()["missing"].as_array().unwrap().len()
+    };
+    assert_eq!(missing(), samples.len());
+    for (harm, sample) in &samples {
+        let told = found.damaged.iter();
+        let told = told.filter(|damaged| damaged.nar_hash == sample.nar_hash().to_string());
+        let told: Vec<_> = told.collect();
+        assert_eq!((told.len(), told[0].of), (1, 2), "{harm}");
+        assert!(told[0].paths[0].starts_with("main: "), "{harm}: {told:?}");
+        assert_eq!(narinfo_status(&rig, "main", sample), 404, "{harm}");
+        assert_eq!(nar(&rig, "other", sample), None, "{harm}");
+    }
+    assert_eq!(narinfo_status(&rig, "main", &good), 200);
+
+    // A push to one cache puts it right in both.
+    for (harm, sample) in &samples {
+        let pushed = rig.upload(&token, "main", sample);
+        assert_eq!(pushed.json()["kind"], "Uploaded", "{harm}");
+        for cache in ["main", "other"] {
+            assert_eq!(narinfo_status(&rig, cache, sample), 200, "{harm}");
+            assert!(nar(&rig, cache, sample).unwrap() == sample.nar, "{harm}");
+        }
+    }
+    assert_eq!(missing(), 0);
+    assert_eq!(scrub(&rig).await.damaged, []);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn another_build_takes_the_place_of_a_damaged_one_and_of_no_other() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let (reference, first) = (Sample::new(1, 1000), Sample::new(2, 10_000));
+    let mut second = Sample::new(3, 10_000);
+    second.path = first.path.clone();
+    second.references = vec![reference.path["/nix/store/".len()..].to_owned()];
+    for sample in [&reference, &first, &second] {
+        assert_eq!(rig.upload(&token, "main", sample).status, 200);
+    }
+    let target = format!("/main/{}.narinfo", first.hash());
+    let promised = |rig: &Rig| {
+        let text = rig.get(&target).text().to_owned();
+        let line = text.lines().find(|line| line.starts_with("NarHash: "));
+        line.unwrap()["NarHash: ".len()..].to_owned()
+    };
+    assert_eq!(promised(&rig), first.nar_hash().to_string());
+    std::fs::remove_file(object(&rig, &first.nar_hash())).unwrap();
+    assert_eq!(scrub(&rig).await.damaged.len(), 1);
+    assert_eq!(rig.upload(&token, "main", &second).status, 200);
+    assert_eq!(promised(&rig), second.nar_hash().to_string());
+    assert!(nar(&rig, "main", &second).unwrap() == second.nar);
+    // After a restart, and made anew from the bucket, it is the same.
+    rig.stop().await;
+    rig.start().await;
+    assert_eq!(promised(&rig), second.nar_hash().to_string());
+    rig.stop().await;
+    std::fs::remove_dir_all(rig.state()).unwrap();
+    let rebuilt = granary::anchor::rebuild::rebuild(&rig.options()).await;
+    assert_eq!(rebuilt.unwrap().left_out, 0);
+    rig.start().await;
+    assert_eq!(promised(&rig), second.nar_hash().to_string());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn narinfos_tell_of_the_file_that_a_push_put_there() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    rig.cache("other", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let sample = Sample::new(1, 10_000);
+    for cache in ["main", "other"] {
+        assert_eq!(rig.upload(&token, cache, &sample).status, 200);
+    }
+    let target = format!("/other/{}.narinfo", sample.hash());
+    let true_text = rig.get(&target).text().to_owned();
+    rig.stop().await;
+    // As if another version of zstd had packed it, and what that made were lost.
+    let zeros = granary_protocol::hash::FileHash::from_bytes([0; 32]).to_string();
+    let line = true_text
+        .lines()
+        .find(|line| line.starts_with("FileHash: "));
+    let changed = true_text.replace(&line.unwrap()["FileHash: ".len()..], &zeros);
+    let catalog = rusqlite::Connection::open(rig.state().join("catalog.sqlite")).unwrap();
+    catalog
+        .execute("UPDATE nars SET file_hash = zeroblob(32)", [])
+        .unwrap();
+    catalog
+        .execute("UPDATE paths SET narinfo = ?1 WHERE cache = 2", [&changed])
+        .unwrap();
+    catalog.close().unwrap();
+    rig.start().await;
+    assert_eq!(rig.get(&target).text(), changed);
+    assert_eq!(scrub(&rig).await.damaged.len(), 1);
+    let token = rig.token(&[("*", &[Push])]).await;
+    assert_eq!(rig.upload(&token, "main", &sample).status, 200);
+    assert_eq!(rig.get(&target).text(), true_text);
+    let stored = rig.folder.path().join("storage/caches/other/narinfo");
+    let stored = stored.join(format!("{}.narinfo", sample.hash()));
+    assert_eq!(std::fs::read_to_string(stored).unwrap(), true_text);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn storage_that_does_not_answer_damages_nothing() {
+    let s3 = S3::start().await;
+    let rig = Rig::on_s3(&s3).await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let sample = Sample::new(1, 100_000);
+    assert_eq!(rig.upload(&token, "main", &sample).status, 200);
+    // Three times as often as a request is repeated.
+    for _ in 0..16 {
+        s3.fail(Fault::CutBody, |method, target| {
+            method == "GET" && target.contains("/nar/")
+        });
+    }
+    let found = scrub(&rig).await;
+    assert_eq!((found.unread, found.damaged.len()), (1, 0), "{found:?}");
+    assert_eq!(narinfo_status(&rig, "main", &sample), 200);
+
+    // Nor does a disk that is not mounted.
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    assert_eq!(rig.upload(&token, "main", &sample).status, 200);
+    let storage = rig.folder.path().join("storage");
+    std::fs::rename(&storage, rig.folder.path().join("elsewhere")).unwrap();
+    std::fs::create_dir(&storage).unwrap();
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    let refused = anchor.scrub(None).await.unwrap_err().to_string();
+    assert!(refused.contains("refusing to scrub"), "{refused}");
+    assert_eq!(narinfo_status(&rig, "main", &sample), 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_not_looked_at_for_longest_is_read_first_and_then_not_again_for_a_while() {
+    use std::time::Duration;
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let week = Duration::from_secs(7 * 24 * 3600);
+    let (first, second) = (Sample::new(1, 1000), Sample::new(2, 1000));
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    assert_eq!(rig.upload(&token, "main", &first).status, 200);
+    rig.clock.advance(week / 2);
+    assert_eq!(rig.upload(&token, "main", &second).status, 200);
+    // What comes in is hashed.
+    assert!(!anchor.scrub_due(week).await.unwrap());
+    std::fs::remove_file(object(&rig, &first.nar_hash())).unwrap();
+    std::fs::remove_file(object(&rig, &second.nar_hash())).unwrap();
+    rig.clock.advance(week / 2 + Duration::from_secs(5));
+    assert!(anchor.scrub_due(week).await.unwrap());
+    assert_eq!(narinfo_status(&rig, "main", &first), 404);
+    assert_eq!(narinfo_status(&rig, "main", &second), 200);
+    assert!(!anchor.scrub_due(week).await.unwrap());
+    rig.clock.advance(week / 2);
+    assert!(anchor.scrub_due(week).await.unwrap());
+    assert_eq!(narinfo_status(&rig, "main", &second), 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nix_puts_right_what_the_command_line_found_damaged() {
+    let place = Place::new();
+    let mut anchor = place.start();
+    let arguments = ["token", "create", "--subject", "ci", "--cache", "main"];
+    let token = place.run(&[&arguments[..], &["--allow", "pull,push"]].concat());
+    let key = place.run(&["cache", "rotate-key", "main"]);
+    let builder = Machine::new(&[]);
+    builder.login(&token);
+    let closure = builder.build();
+    let url = format!("http://{}/main", anchor.address);
+    tokio::task::block_in_place(|| {
+        builder.nix("nix", &["copy", "--to", &url, &closure[2]]);
+        assert!(place.run(&["anchor", "scrub"]).contains("read 3 nars"));
+        let text = anchor.get(&format!("/main/{}.narinfo", hash(&closure[0])), &token);
+        let nar_hash = text.text().lines().find(|line| line.starts_with("NarHash"));
+        let nar_hash: NarHash = nar_hash.unwrap()["NarHash: ".len()..].parse().unwrap();
+        let object = place.path().join("state/storage");
+        let object = object.join(granary::anchor::nar_key(&nar_hash));
+        let mut bytes = std::fs::read(&object).unwrap();
+        bytes[100] ^= 0x10;
+        std::fs::write(&object, bytes).unwrap();
+
+        let output = place.granary(&["anchor", "scrub"]);
+        assert_eq!(output.status.code(), Some(1));
+        let said = String::from_utf8(output.stdout).unwrap();
+        let base_name = &closure[0]["/nix/store/".len()..];
+        assert!(said.contains(&format!("(main: {base_name})")), "{said}");
+        anchor.logged("a stored nar is damaged");
+        let gone = anchor.get(&format!("/main/{}.narinfo", hash(&closure[0])), &token);
+        assert_eq!(gone.status, 404);
+        // The same without a running anchor.
+        anchor.kill();
+        let found = place.granary(&["anchor", "scrub", "--json"]).stdout;
+        let found: Scrubbed = serde_json::from_slice(&found).unwrap();
+        assert_eq!((found.nars, found.damaged.len()), (3, 1));
+
+        anchor = place.start();
+        let url = format!("http://{}/main", anchor.address);
+        builder.nix("nix", &["copy", "--to", &url, &closure[2]]);
+        assert!(place.run(&["anchor", "scrub"]).contains("read 3 nars"));
+        let client = Machine::new(&[key.lines().next().unwrap()]);
+        client.login(&token);
+        client.nix("nix", &["copy", "--from", &url, &closure[2]]);
+        client.nix("nix", &["store", "verify", "--all"]);
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_who_may_delete_everything_may_scrub() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = bearer(&rig.token(&[("*", &[Pull, Push])]).await);
+    let ask = |headers: &[(&str, &str)]| rig.ask("POST", "/api/v1/scrub", headers, b"{}").status;
+    assert_eq!(ask(&[]), 401);
+    assert_eq!(ask(&[("Authorization", &token)]), 403);
+}
