@@ -109,6 +109,8 @@ pub struct Trust {
     /// Public keys in Nix's format; a narinfo signed by one is passed on to Nix.
     #[serde(deserialize_with = "parsed_list")]
     pub keys: Vec<PublicKey>,
+    /// Whether what members built themselves and may vouch for is passed on to Nix as well.
+    pub members: bool,
 }
 
 /// One `[[anchor]]`.
@@ -353,6 +355,7 @@ impl Default for Trust {
                 key.parse()
                     .expect("the key of cache.nixos.org is well-formed"),
             ],
+            members: true,
         }
     }
 }
@@ -422,6 +425,11 @@ impl Config {
     /// What `granary hide` keeps to this machine.
     pub fn hidden_file(&self) -> PathBuf {
         self.state_dir.join("hidden")
+    }
+
+    /// The key that only this machine's nix.conf trusts.
+    pub fn loopback_key_file(&self) -> PathBuf {
+        self.state_dir.join("loopback-key")
     }
 
     /// Whom the mesh key has put out, as far as this node knows.

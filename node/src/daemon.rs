@@ -15,6 +15,7 @@ use granary_protocol::certificate::{Certificate, SignedCertificate, UnixTime, me
 use granary_protocol::mesh::{CacheRole, Config as MindConfig};
 use granary_protocol::peer::PeerId;
 use granary_protocol::signature::{KeyName, PublicKey, SecretKey};
+use granary_protocol::voucher::Voucher;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -28,6 +29,7 @@ use crate::clock::unix_time;
 use crate::config::Config;
 use crate::identity::Identity;
 use crate::listener::{Address, Listener, bind_tcp};
+use crate::loopback_key::{self, LoopbackKeyError};
 use crate::mesh;
 use crate::serve::members::MembersPort;
 use crate::serve::tls;
@@ -79,6 +81,8 @@ pub enum StartError {
     StateDir { path: PathBuf, source: io::Error },
     #[error(transparent)]
     Identity(#[from] crate::identity::IdentityError),
+    #[error(transparent)]
+    LoopbackKey(#[from] LoopbackKeyError),
     #[error(transparent)]
     Hidden(#[from] HiddenError),
     #[error(transparent)]
@@ -148,6 +152,11 @@ impl Daemon {
             source,
         })?;
         let identity = Identity::load_or_create(&config.identity_file())?;
+        let believes_members = config.trust.members && config.mesh.key.is_some();
+        let loopback_key = match believes_members {
+            true => Some(loopback_key::load_or_create(&config.loopback_key_file())?),
+            false => None,
+        };
         let caches = Arc::new(web_caches(&config)?);
         let mut transfer = Vec::new();
         if config.mesh.key.is_some() {
@@ -182,6 +191,7 @@ impl Daemon {
         let start = Start {
             config,
             identity,
+            loopback_key,
             hidden,
             changes: folder,
             caches,
@@ -256,6 +266,7 @@ impl Daemon {
 struct Start {
     config: Config,
     identity: Identity,
+    loopback_key: Option<SecretKey>,
     hidden: watch::Receiver<Arc<Hidden>>,
     /// Of the state folder.
     changes: watch::Receiver<()>,
@@ -287,9 +298,11 @@ impl Start {
             store.records(self.config.log_dir()),
             rules.clone(),
             self.about(),
+            self.loopback_key.clone(),
         ));
         self.push_builds(store.clone());
-        let shared = Arc::new(SharedStore::new(store, rules));
+        let voucher = Voucher::new(self.identity.key());
+        let shared = Arc::new(SharedStore::new(store, rules, voucher));
         let has_caches = !self.caches.roles().is_empty();
         let Some(mesh_key) = self.config.mesh.key.clone() else {
             match has_caches {
@@ -453,6 +466,7 @@ impl Start {
                 mesh_key,
                 certificate,
                 trust: self.config.trusted_keys(),
+                trusts_members: self.loopback_key.is_some(),
                 store_dir: self.config.store.dir.clone(),
                 transfer_port,
                 seeds: seeds.len(),

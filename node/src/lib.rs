@@ -6,6 +6,7 @@ pub mod metrics;
 pub mod activity;
 pub mod state_folder;
 pub mod authority;
+pub mod loopback_key;
 pub mod listener;
 pub mod supervisor;
 pub mod store;

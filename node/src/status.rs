@@ -179,6 +179,8 @@ pub struct Sources<'a> {
     pub upload: Option<upload::View>,
     pub metrics: &'a Metrics,
     pub activity: &'a Activity,
+    /// Whether what members built themselves is believed.
+    pub trusts_members: bool,
 }
 
 /// Gathers the report.
@@ -373,7 +375,9 @@ pub async fn why(sources: Sources<'_>, text: &str) -> Option<Why> {
                 }
             }
             let snapshot = mesh.snapshot().await;
-            let caches = snapshot.map_or(Vec::new(), |snapshot| snapshot.caches);
+            let (caches, peers) = snapshot.map_or_else(Default::default, |snapshot| {
+                (snapshot.caches, snapshot.peers)
+            });
             if why.status != 200 && !(why.usable.is_empty() && caches.is_empty()) {
                 match mesh.lookup(hash).await {
                     LookupOutcome::Found {
@@ -383,11 +387,17 @@ pub async fn why(sources: Sources<'_>, text: &str) -> Option<Why> {
                     } => {
                         let cache = holders.first().filter(|_| providers.is_empty());
                         let cache = cache.and_then(|cache| caches.get(*cache));
-                        found(&mut why, dir, &narinfo, cache);
+                        found(&mut why, dir, &narinfo, cache, &peers);
                     }
                     LookupOutcome::NotFound => {
                         if !why.usable.is_empty() {
-                            why.reasons.push("those who announce it gave no narinfo that a key in trust.keys signed".into());
+                            let whose = match sources.trusts_members {
+                                true => ", nor may they vouch for it",
+                                false => {
+                                    "; trust.members is false, so their own word does not count"
+                                }
+                            };
+                            why.reasons.push(format!("those who announce it gave no narinfo that a key in trust.keys signed{whose}"));
                         }
                         why.reasons.extend(caches.iter().map(of_no_help));
                     }
@@ -404,6 +414,7 @@ fn found(
     dir: &StoreDir,
     narinfo: &VerifiedNarInfo,
     cache: Option<&(Arc<str>, CacheView)>,
+    peers: &[granary_protocol::mesh::PeerView],
 ) {
     why.path = Some(dir.display(&narinfo.narinfo().store_path));
     why.status = 200;
@@ -416,6 +427,12 @@ fn found(
         Proof::Signed(key) => format!("{holder} holds it, signed by the trusted key {key}"),
         Proof::ContentAddressed => {
             format!("{holder} holds it, and its path follows from its contents")
+        }
+        Proof::Vouched(peer) => {
+            let view = peers.iter().find(|view| view.peer == *peer);
+            let name = view.and_then(|view| view.name.as_deref());
+            let builder = name.map_or_else(|| peer.to_string(), |name| format!("{name} ({peer})"));
+            format!("{holder} holds it, built by {builder}, who may vouch for that; signed for this machine by its loopback key")
         }
         Proof::Local => "valid in the local store".into(),
     });

@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 use futures::stream;
 use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::mesh::LookupOutcome;
-use granary_protocol::narinfo::{NarInfo, NarUrl, VerifiedNarInfo};
+use granary_protocol::narinfo::{NarInfo, NarUrl, Proof, VerifiedNarInfo};
+use granary_protocol::signature::SecretKey;
 use granary_protocol::store_path::{StoreDir, StorePathHash};
 use http::header::{CONNECTION, HOST};
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
@@ -66,6 +67,8 @@ pub struct Engine {
     pub about: status::About,
     /// Set where the node pushes by itself.
     pub uploader: OnceLock<Arc<Uploader>>,
+    /// Signs what only a member vouches for; `None` where members are not believed.
+    loopback_key: Option<SecretKey>,
     joined: RwLock<Option<Arc<Joined>>>,
 }
 
@@ -86,6 +89,7 @@ impl Engine {
         records: Records,
         rules: Arc<SharingRules>,
         about: status::About,
+        loopback_key: Option<SecretKey>,
     ) -> Engine {
         Engine {
             store,
@@ -93,6 +97,7 @@ impl Engine {
             rules,
             about,
             uploader: OnceLock::new(),
+            loopback_key,
             joined: RwLock::default(),
         }
     }
@@ -302,7 +307,11 @@ impl Substituter {
                 Some((narinfo, kind)) => {
                     kind.narinfos(&self.metrics).add(1);
                     debug!(%hash, source = kind.word(), "answered a narinfo");
-                    let narinfo = VerifiedNarInfo::clone(&narinfo).served_uncompressed();
+                    let mut narinfo = VerifiedNarInfo::clone(&narinfo).served_uncompressed();
+                    if let (Proof::Vouched(_), Some(key)) = (narinfo.proof(), &engine.loopback_key)
+                    {
+                        narinfo.sign(key, &self.store_dir);
+                    }
                     (Some(narinfo.narinfo().clone()), kind.word())
                 }
                 None => {
@@ -485,6 +494,7 @@ impl Substituter {
             upload: engine.uploader.get().map(|uploader| uploader.view()),
             metrics: &self.metrics,
             activity: &self.activity,
+            trusts_members: engine.loopback_key.is_some(),
         }
     }
 

@@ -21,8 +21,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ("supervisor", &[]),
     ("state_folder", &[]),
     ("authority", &[]),
-    // What a person hides is a file of the state folder.
-    ("store", &["state_folder"]),
+    ("loopback_key", &["state_folder"]),
+    // What a person hides is a file of the state folder. Signatures by the loopback key are shown to nobody.
+    ("store", &["state_folder", "loopback_key"]),
     ("config", &["store", "listener"]),
     ("index", &[]),
     ("serve", &["store", "identity", "metrics"]),
@@ -73,6 +74,7 @@ const EDGES: &[(&str, &[&str])] = &[
         &[
             "clock",
             "config",
+            "loopback_key",
             "identity",
             "state_folder",
             "authority",
@@ -114,6 +116,7 @@ const EDGES: &[(&str, &[&str])] = &[
         &[
             "clock",
             "config",
+            "loopback_key",
             "identity",
             "state_folder",
             "authority",

@@ -15,10 +15,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::fmt;
-use std::time::{Duration, Instant};
-
-use rand_core::{Rng, SeedableRng};
-use rand_pcg::Pcg64;
+use std::time::Instant;
 
 use crate::availability::{AvailabilityIndex, Cursor, HashPrefix};
 use crate::certificate::Certificate;
@@ -27,6 +24,7 @@ use crate::peer::PeerId;
 use crate::store_path::StorePathHash;
 
 mod face;
+mod chance;
 mod view;
 mod source;
 mod records;
@@ -36,6 +34,7 @@ mod gossip;
 mod lookup;
 mod fetch;
 
+use chance::Chance;
 pub use face::{Blame, Config, FetchId, Input, LookupId, LookupOutcome, Output};
 pub use source::{CacheRole, Source};
 use source::{Candidate, Lots, SourceId};
@@ -85,7 +84,7 @@ impl Mesh {
     /// When `config.key` is not that of `me`.
     pub fn new(me: PeerId, config: Config, seed: u64, now: Instant) -> Mesh {
         assert_eq!(me, config.key.peer_id(), "a node signs with its own key");
-        let mut chance = Chance(Pcg64::seed_from_u64(seed));
+        let mut chance = Chance::new(seed);
         let lots = Lots::new(chance.number());
         Mesh {
             me,
@@ -192,7 +191,10 @@ impl Mesh {
             }
             Input::Lookup { lookup, hash } => {
                 let candidates = self.candidates(index, &hash, now);
-                let events = self.lookups.start(lookup, hash, candidates, now);
+                let members = &self.membership;
+                let may_vouch = |peer: &PeerId| members.may_vouch(peer);
+                let belief = belief(&self.config, &may_vouch);
+                let events = self.lookups.start(lookup, hash, candidates, &belief, now);
                 self.lookup_events(index, events, now);
             }
             Input::CancelLookup { lookup, hash } => self.lookups.cancel(lookup, &hash),
@@ -467,15 +469,13 @@ impl Mesh {
         answers: Vec<Answer>,
         now: Instant,
     ) {
-        let events = self.lookups.answers(
-            source,
-            request,
-            answers,
-            &self.config.trust,
-            &self.config.store_dir,
-            &mut self.chance,
-            now,
-        );
+        let members = &self.membership;
+        let may_vouch = |peer: &PeerId| members.may_vouch(peer);
+        let belief = belief(&self.config, &may_vouch);
+        let chance = &mut self.chance;
+        let events = self
+            .lookups
+            .answers(source, request, answers, &belief, chance, now);
         self.lookup_events(index, events, now);
     }
 
@@ -943,32 +943,15 @@ impl fmt::Debug for Mesh {
     }
 }
 
-/// The mind's only source of randomness, from the seed it was given.
-struct Chance(Pcg64);
-
-impl Chance {
-    fn number(&mut self) -> u64 {
-        self.0.next_u64()
-    }
-
-    /// Returns `duration`, more or less `percent` of it, so that nodes do not act in step.
-    fn jitter(&mut self, duration: Duration, percent: u32) -> Duration {
-        let span = duration * percent / 100;
-        let nanos = u64::try_from(span.as_nanos())
-            .unwrap_or(u64::MAX / 2)
-            .max(1);
-        duration - span + Duration::from_nanos(self.number() % (2 * nanos))
-    }
-
-    fn pick<'a, T>(&mut self, among: &'a [T]) -> Option<&'a T> {
-        let count = u64::try_from(among.len()).ok().filter(|count| *count > 0)?;
-        among.get((self.number() % count) as usize)
-    }
-
-    /// Takes one out of `among`, whose order is lost.
-    fn draw<T>(&mut self, among: &mut Vec<T>) -> Option<T> {
-        let count = u64::try_from(among.len()).ok().filter(|count| *count > 0)?;
-        Some(among.swap_remove((self.number() % count) as usize))
+/// What makes a narinfo true for this node.
+fn belief<'a>(config: &'a Config, may_vouch: &'a dyn Fn(&PeerId) -> bool) -> lookup::Belief<'a> {
+    lookup::Belief {
+        trust: &config.trust,
+        store_dir: &config.store_dir,
+        may_vouch: match config.trusts_members {
+            true => may_vouch,
+            false => &|_| false,
+        },
     }
 }
 

@@ -371,6 +371,7 @@ impl Hands {
             mesh_key: key("home", 1).public_key(),
             certificate: certificate(ME, &key("home", 1), 86_400),
             trust: TrustedKeys::from_iter([key("builder-1", 2).public_key()]),
+            trusts_members: true,
             store_dir: StoreDir::default(),
             transfer_port: Some(4728),
             seeds: 2,

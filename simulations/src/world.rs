@@ -644,6 +644,7 @@ impl World {
                 mesh_key: self.mesh_key.public_key(),
                 certificate: machine.certificate.clone(),
                 trust: TrustedKeys::from_iter([self.content.builder()]),
+                trusts_members: true,
                 store_dir: self.content.dir().clone(),
                 transfer_port: Some(TRANSFER_PORT),
                 seeds: self.seeds_of(number).len(),

@@ -7,10 +7,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
+use granary_protocol::signature::SecretKey;
 
 use super::{ConfigFile, print};
 use crate::config::Config;
+use crate::daemon::make_state_dir;
 use crate::listener::Address;
+use crate::loopback_key::{self, LoopbackKeyError};
 use crate::nix_conf::{self, Wanted};
 
 #[derive(Args)]
@@ -89,14 +92,43 @@ pub fn wanted(config: &Config) -> Result<Wanted> {
         std::net::IpAddr::V6(ip) => format!("[{ip}]"),
         ip => ip.to_string(),
     };
+    let mut keys: Vec<String> = config
+        .trusted_keys()
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    keys.extend(loopback_key(config)?.map(|key| key.public_key().to_string()));
     Ok(Wanted {
         substituter: format!("http://{host}:{}", tcp.port()),
-        keys: config
-            .trusted_keys()
-            .iter()
-            .map(ToString::to_string)
-            .collect(),
+        keys,
     })
+}
+
+/// The key with which the node passes on what members vouch for; `None` where they are not believed.
+fn loopback_key(config: &Config) -> Result<Option<SecretKey>> {
+    let file = config.loopback_key_file();
+    if !config.trust.members {
+        return Ok(None);
+    }
+    let key = match config.mesh.key {
+        Some(_) => make_state_dir(&config.state_dir)
+            .map_err(|source| LoopbackKeyError::Io {
+                action: "make",
+                path: file.clone(),
+                source,
+            })
+            .and_then(|()| loopback_key::load_or_create(&file).map(Some)),
+        // `granary up` made a mesh that no file speaks of.
+        None => loopback_key::load(&file),
+    };
+    match key {
+        // The rest can be said without it.
+        Err(error @ LoopbackKeyError::Io { .. }) => {
+            tracing::warn!(%error, "left out the key for what members build; run this as root, or as whom the node runs");
+            Ok(None)
+        }
+        key => Ok(key?),
+    }
 }
 
 /// Where this user's Nix is configured.

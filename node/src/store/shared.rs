@@ -7,15 +7,18 @@
 use std::sync::Arc;
 
 use futures::future::BoxFuture;
+use granary_protocol::narinfo::SIGNATURES_MAX;
 use granary_protocol::sharing::{Facts, Sharing};
-use granary_protocol::signature::TrustedKeys;
+use granary_protocol::signature::{Signature, TrustedKeys};
 use granary_protocol::store_path::{StoreDir, StorePathHash};
+use granary_protocol::voucher::Voucher;
 use regex::Regex;
 use tokio::sync::{mpsc, watch};
 use tracing::warn;
 
 use super::hidden::Hidden;
 use super::{BATCH_MAX, LocalStore, Nar, PathInfo, StoreError, StoreEvent};
+use crate::loopback_key;
 
 /// Changes waiting for a slow reader; beyond it the watcher waits.
 const EVENTS_MAX: usize = 16;
@@ -54,17 +57,47 @@ impl SharingRules {
                 .map(|key| key.name()),
         })
     }
+
+    /// What others are told of a path; `None` when it is not shared.
+    ///
+    /// Without the signatures that are meant for this machine alone, and with the voucher for what it
+    /// built itself.
+    fn shown(&self, mut info: PathInfo, dir: &StoreDir, voucher: &Voucher) -> Option<PathInfo> {
+        if !self.decide(&info, dir).is_shared() {
+            return None;
+        }
+        let is_for_others = |signature: &Signature| {
+            let name = signature.key_name().as_str();
+            !name.starts_with(loopback_key::NAME_PREFIX)
+        };
+        info.signatures.retain(is_for_others);
+        if info.ultimate && info.signatures.len() < SIGNATURES_MAX {
+            let fingerprint = info.to_narinfo().fingerprint(dir);
+            info.signatures.push(voucher.sign(&fingerprint));
+        }
+        Some(info)
+    }
 }
 
 /// A store that shows only what is shared.
 pub struct SharedStore {
     store: Arc<dyn LocalStore>,
     rules: Arc<SharingRules>,
+    voucher: Voucher,
 }
 
 impl SharedStore {
-    pub fn new(store: Arc<dyn LocalStore>, rules: Arc<SharingRules>) -> SharedStore {
-        SharedStore { store, rules }
+    /// `voucher` signs in the name of this node, whether others let it count or not.
+    pub fn new(
+        store: Arc<dyn LocalStore>,
+        rules: Arc<SharingRules>,
+        voucher: Voucher,
+    ) -> SharedStore {
+        SharedStore {
+            store,
+            rules,
+            voucher,
+        }
     }
 }
 
@@ -79,7 +112,7 @@ impl LocalStore for SharedStore {
     ) -> BoxFuture<'_, Result<Option<PathInfo>, StoreError>> {
         Box::pin(async move {
             let info = self.store.path_info(hash).await?;
-            Ok(info.filter(|info| self.rules.decide(info, self.dir()).is_shared()))
+            Ok(info.and_then(|info| self.rules.shown(info, self.dir(), &self.voucher)))
         })
     }
 
@@ -90,12 +123,14 @@ impl LocalStore for SharedStore {
         Box::pin(async move {
             let mut infos = self.store.path_infos(hashes).await?;
             let (rules, dir) = (self.rules.clone(), self.dir().clone());
+            let voucher = self.voucher.clone();
             // Some 40 µs each, and a peer asks for hundreds: on the mesh's own thread, its timers
             // would wait.
             let decide = move || {
-                let is_shared = |info: &PathInfo| rules.decide(info, &dir).is_shared();
                 for info in &mut infos {
-                    *info = info.take().filter(is_shared);
+                    *info = info
+                        .take()
+                        .and_then(|info| rules.shown(info, &dir, &voucher));
                 }
                 infos
             };

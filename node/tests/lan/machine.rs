@@ -106,6 +106,7 @@ impl Lan {
                 mdns: true,
                 peers: Vec::new(),
                 trusted_keys: vec![trusted.to_owned()],
+                trusts_members: true,
                 deny: Vec::new(),
                 transfer: SocketAddr::from((Ipv4Addr::UNSPECIFIED, TRANSFER_PORT)),
                 extra: String::new(),
@@ -124,6 +125,7 @@ pub struct Settings {
     pub mdns: bool,
     pub peers: Vec<String>,
     pub trusted_keys: Vec<String>,
+    pub trusts_members: bool,
     pub deny: Vec<String>,
     /// Where the data plane listens.
     pub transfer: SocketAddr,
@@ -395,6 +397,7 @@ impl Machine {
             mdns,
             peers,
             trusted_keys,
+            trusts_members,
             deny,
             transfer,
             extra,
@@ -414,7 +417,7 @@ impl Machine {
              [mesh]\n{mesh_key}{certificate}\
              listen = [\"0.0.0.0:{MESH_PORT}\"]\ntransfer = [\"{transfer}\"]\n\
              mdns = {mdns}\npeers = {peers:?}\ninterfaces = []\n\
-             [trust]\nkeys = {trusted_keys:?}\n\
+             [trust]\nkeys = {trusted_keys:?}\nmembers = {trusts_members}\n\
              [share]\nenable = true\ndeny = {deny:?}\n{extra}",
             self.folder.path().join("state"),
             self.nix.store_folder(),

@@ -29,6 +29,7 @@ mod substitution;
 mod freshness;
 mod strangers;
 mod revocation;
+mod vouching;
 mod corruption;
 mod garbage;
 mod roaming;

@@ -114,6 +114,16 @@ impl Nix {
         nix
     }
 
+    /// Takes the host's release, as builders do; see `GRANARY_LAN_NIX` in `main.rs`.
+    pub fn take_host_release(&mut self) {
+        self.prefix.clear();
+    }
+
+    /// Where this machine's Nix is configured.
+    pub fn configuration_file(&self) -> PathBuf {
+        self.configuration.join("nix.conf")
+    }
+
     pub fn store_folder(&self) -> PathBuf {
         self.root.join("nix/store")
     }

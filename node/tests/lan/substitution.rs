@@ -63,6 +63,7 @@ fn client_refuses_a_closure_signed_by_a_key_it_does_not_trust() {
     let path = desktop.build(&nix::folder_of("foreign", 1000));
     // The laptop's node trusts nobody; its Nix still trusts the builder.
     laptop.settings.trusted_keys = Vec::new();
+    laptop.settings.trusts_members = false;
     desktop.start();
     laptop.start();
     laptop.wait_linked(&[&desktop]);

@@ -310,6 +310,7 @@ fuzz_target!(|bytes: &[u8]| {
         mesh_key: key("home").public_key(),
         certificate: signed().certificates[2].clone(),
         trust: TrustedKeys::from_iter([key("builder").public_key()]),
+        trusts_members: true,
         store_dir: StoreDir::default(),
         transfer_port: Some(4728),
         seeds: 1,

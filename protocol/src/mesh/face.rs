@@ -24,6 +24,8 @@ pub struct Config {
     pub certificate: SignedCertificate,
     /// Keys whose signatures make a narinfo true.
     pub trust: TrustedKeys,
+    /// Whether what members built and vouch for is true as well.
+    pub trusts_members: bool,
     pub store_dir: StoreDir,
     /// Where this node serves NARs to members.
     pub transfer_port: Option<u16>,

@@ -18,7 +18,7 @@ use super::{BreakerView, CacheRole, Candidate, Chance, FetchId, LookupId, Lots, 
 use crate::availability::HashPrefix;
 use crate::hash::NarHash;
 use crate::message::{ANSWERS_BYTES_MAX, Answer, LOOKUP_HASHES_MAX};
-use crate::narinfo::{NarInfo, VerifiedNarInfo};
+use crate::narinfo::{NarInfo, Proof, Unverified, VerifiedNarInfo};
 use crate::peer::PeerId;
 use crate::signature::TrustedKeys;
 use crate::store_path::{StoreDir, StorePathHash};
@@ -116,6 +116,29 @@ enum Waiter {
     Fetch(FetchId),
 }
 
+/// What makes a narinfo true.
+pub(super) struct Belief<'a> {
+    pub(super) trust: &'a TrustedKeys,
+    pub(super) store_dir: &'a StoreDir,
+    /// Whether a peer's word counts for what it built. That ends with its membership, unlike a proof by
+    /// signature.
+    pub(super) may_vouch: &'a dyn Fn(&PeerId) -> bool,
+}
+
+impl Belief<'_> {
+    fn verify(&self, narinfo: NarInfo) -> Result<VerifiedNarInfo, Unverified> {
+        VerifiedNarInfo::verify_vouched(narinfo, self.trust, self.store_dir, self.may_vouch)
+    }
+
+    /// Whether what was true once still is.
+    fn holds(&self, narinfo: &VerifiedNarInfo) -> bool {
+        match narinfo.proof() {
+            Proof::Vouched(peer) => (self.may_vouch)(peer),
+            Proof::Signed(_) | Proof::ContentAddressed | Proof::Local => true,
+        }
+    }
+}
+
 impl Lookups {
     pub(super) fn new(roles: Vec<CacheRole>, lots: Lots) -> Lookups {
         Lookups {
@@ -138,6 +161,7 @@ impl Lookups {
         lookup: LookupId,
         hash: StorePathHash,
         peers: Vec<Candidate>,
+        belief: &Belief<'_>,
         now: Instant,
     ) -> Vec<Event> {
         let until = now + LOOKUP_DEADLINE;
@@ -155,7 +179,10 @@ impl Lookups {
             SourceId::Peer(_) => peers.iter().any(|peer| peer.source == *source),
             SourceId::Cache(cache) => breakers.get(*cache).is_some_and(Breaker::is_closed),
         };
-        if let Some(narinfo) = self.remembered.recall(&hash, is_believed) {
+        if let Some(narinfo) = self
+            .remembered
+            .recall(&hash, is_believed, |known| belief.holds(known))
+        {
             self.look_ahead(&narinfo, true, now);
             return vec![Event::Found { lookup, narinfo }];
         }
@@ -242,17 +269,12 @@ impl Lookups {
     }
 
     /// Reads the answers of a source.
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "what was said, and what it is judged by"
-    )]
     pub(super) fn answers(
         &mut self,
         source: SourceId,
         request: u64,
         answers: Vec<Answer>,
-        trust: &TrustedKeys,
-        store_dir: &StoreDir,
+        belief: &Belief<'_>,
         chance: &mut Chance,
         now: Instant,
     ) -> Vec<Event> {
@@ -276,7 +298,7 @@ impl Lookups {
                 events.extend(self.has_not(hash, source, now));
                 continue;
             };
-            let parsed = match NarInfo::parse(&text, store_dir) {
+            let parsed = match NarInfo::parse(&text, belief.store_dir) {
                 Ok(narinfo) if narinfo.store_path.hash() == hash => narinfo,
                 Ok(_) => {
                     nonsense = Some("sent a narinfo of another path");
@@ -289,7 +311,7 @@ impl Lookups {
                     continue;
                 }
             };
-            match VerifiedNarInfo::verify(parsed, trust, store_dir) {
+            match belief.verify(parsed) {
                 Ok(narinfo) => events.extend(self.told(hash, source, Arc::new(narinfo), now)),
                 // Not a lie: the source may trust keys that we do not.
                 Err(_) => {

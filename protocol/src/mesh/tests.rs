@@ -7,10 +7,12 @@ mod caches;
 mod fetch;
 mod large;
 mod revocations;
+mod vouchers;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use super::*;
 use crate::announcement::{Delta, SetDigest, SignedHead};
@@ -173,6 +175,20 @@ fn address(number: usize) -> SocketAddr {
     SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 0, number as u8 + 1)), 4727)
 }
 
+fn config(number: usize, certificate: SignedCertificate) -> Config {
+    Config {
+        key: key(number),
+        mesh_key: mesh_key("home").public_key(),
+        certificate,
+        trust: TrustedKeys::from_iter([builder().public_key()]),
+        trusts_members: true,
+        store_dir: StoreDir::default(),
+        transfer_port: Some(4728),
+        seeds: 0,
+        caches: Vec::new(),
+    }
+}
+
 impl Lan {
     fn new(count: usize) -> Lan {
         Lan::with(count, |number| certificate(id(number), &mesh_key("home")))
@@ -181,16 +197,7 @@ impl Lan {
     fn with(count: usize, certificate: impl Fn(usize) -> SignedCertificate) -> Lan {
         let now = Instant::now_for_tests();
         let node = |number: usize| {
-            let config = Config {
-                key: key(number),
-                mesh_key: mesh_key("home").public_key(),
-                certificate: certificate(number),
-                trust: TrustedKeys::from_iter([builder().public_key()]),
-                store_dir: StoreDir::default(),
-                transfer_port: Some(4728),
-                seeds: 0,
-                caches: Vec::new(),
-            };
+            let config = config(number, certificate(number));
             Node {
                 mind: Mesh::new(id(number), config, number as u64, now),
                 index: MemoryIndex::new(),
@@ -484,6 +491,7 @@ impl Alone {
             mesh_key: mesh_key("home").public_key(),
             certificate: certificate(id(0), &mesh_key("home")),
             trust: TrustedKeys::from_iter([builder().public_key()]),
+            trusts_members: true,
             store_dir: StoreDir::default(),
             transfer_port: Some(4728),
             seeds,

@@ -1,8 +1,9 @@
 //! From what a cache says to what may be served: the proofs behind a [`VerifiedNarInfo`].
 //!
-//! Two proofs and one fact: a trusted key signed the [`Fingerprint`](super::Fingerprint), the path
-//! follows from the content address, or the path lies in this machine's own store. What is known
-//! to be false is removed on the way, so that no client is told a lie we saw through.
+//! Three proofs and one fact: a trusted key signed the [`Fingerprint`](super::Fingerprint), the path
+//! follows from the content address, a member [vouches](crate::voucher) for it, or the path lies in this
+//! machine's own store. What is known to be false is removed on the way, so that no client is told a
+//! lie we saw through.
 
 use std::collections::BTreeSet;
 
@@ -11,8 +12,10 @@ use thiserror::Error;
 use super::{Compression, NarInfo, nar_url};
 use crate::content_address::{ContentAddress, NoStorePath};
 use crate::hash::{FileHash, NarHash};
+use crate::peer::PeerId;
 use crate::signature::{KeyName, SecretKey, Signature, TrustedKeys};
 use crate::store_path::{StoreDir, StorePath};
+use crate::voucher::vouched_by;
 
 /// A narinfo that may be served to Nix, with the reason why.
 ///
@@ -32,6 +35,8 @@ pub enum Proof {
     /// The path follows from the content address; the NAR is proven where that pins its hash, and
     /// by Nix on import otherwise.
     ContentAddressed,
+    /// This member built it, and may vouch as long as it is one.
+    Vouched(PeerId),
     /// The path is valid in this machine's own store.
     Local,
 }
@@ -45,9 +50,22 @@ impl VerifiedNarInfo {
     /// # Errors
     /// [`Unverified`], with the key names seen and what was wrong with the content address.
     pub fn verify(
+        narinfo: NarInfo,
+        keys: &TrustedKeys,
+        dir: &StoreDir,
+    ) -> Result<VerifiedNarInfo, Unverified> {
+        VerifiedNarInfo::verify_vouched(narinfo, keys, dir, |_| false)
+    }
+
+    /// The same, or else by the voucher of a member that may vouch.
+    ///
+    /// # Errors
+    /// As [`VerifiedNarInfo::verify`].
+    pub fn verify_vouched(
         mut narinfo: NarInfo,
         keys: &TrustedKeys,
         dir: &StoreDir,
+        may_vouch: impl Fn(&PeerId) -> bool,
     ) -> Result<VerifiedNarInfo, Unverified> {
         let key_names: BTreeSet<KeyName> = narinfo
             .signatures
@@ -67,6 +85,11 @@ impl VerifiedNarInfo {
             }
             (None, Ok(())) => Proof::ContentAddressed,
             (None, Err(false_address)) => {
+                if let Some(peer) = vouched_by(&narinfo, dir, may_vouch) {
+                    narinfo.ca = None;
+                    let proof = Proof::Vouched(peer);
+                    return Ok(VerifiedNarInfo { narinfo, proof });
+                }
                 return Err(Unverified::new(
                     narinfo.store_path,
                     key_names,

@@ -1,7 +1,8 @@
 //! Memory: narinfos that were proved, who told them, and what caches said they do not have.
 //!
-//! What was proved once stays true; only who holds the path changes. So a narinfo is answered from
-//! here while one of those who told it is still believed to have it. What a cache does not have is
+//! What was proved once stays true, except for vouchers, which last as long as their member; else only who
+//! holds the path changes. So a narinfo is answered from here while one of those who told it is still
+//! believed to have it. What a cache does not have is
 //! believed for a short while, or until somebody announces the path: whoever has built it may have
 //! pushed it.
 
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::super::{CacheRole, SourceId};
 use crate::availability::HashPrefix;
 use crate::hash::NarHash;
-use crate::narinfo::VerifiedNarInfo;
+use crate::narinfo::{Proof, VerifiedNarInfo};
 use crate::store_path::StorePathHash;
 
 /// Verified narinfos remembered, about 1 KiB each: several closures of a system.
@@ -65,6 +66,9 @@ impl Remembered {
         if told.narinfo.narinfo().nar_hash != narinfo.narinfo().nar_hash {
             told.narinfo = narinfo.clone();
             told.tellers.clear();
+        } else if matches!(told.narinfo.proof(), Proof::Vouched(_)) {
+            // A lasting proof is better, and another voucher as good.
+            told.narinfo = narinfo.clone();
         }
         if told.tellers.len() >= TELLERS_MAX && !told.tellers.contains_key(&source) {
             // Peers come first in this order, and there are more of them than caches.
@@ -86,14 +90,15 @@ impl Remembered {
         }
     }
 
-    /// Returns the narinfo if one of those who told it is believed, and keeps it longer.
+    /// Returns the narinfo if it still holds and one of those who told it is believed, and keeps it longer.
     pub(super) fn recall(
         &mut self,
         hash: &StorePathHash,
         is_believed: impl Fn(&SourceId) -> bool,
+        holds: impl Fn(&VerifiedNarInfo) -> bool,
     ) -> Option<Arc<VerifiedNarInfo>> {
         let told = self.known.get_mut(hash)?;
-        if !told.tellers.keys().any(is_believed) {
+        if !holds(&told.narinfo) || !told.tellers.keys().any(is_believed) {
             return None;
         }
         self.by_age.remove(&told.age);

@@ -1,9 +1,10 @@
-//! Revoked: what the mesh key's list of revocations does to those who are known.
+//! Revoked: what the mesh key's list of revocations does to those who are known, and whose word counts.
 
 use std::time::Instant;
 
 use super::{Event, Membership, Refusal, State};
 use crate::certificate::{Certificate, NotAMember};
+use crate::peer::PeerId;
 use crate::revocation::{NotOurRevocations, Revocations, SignedRevocations};
 
 /// What became of a list that somebody showed.
@@ -69,6 +70,19 @@ impl Membership {
             events.splice(0..0, refused);
         }
         Ok(Shown::New(events))
+    }
+
+    /// Whether the peer is a member that may vouch for what it built.
+    pub(crate) fn may_vouch(&self, id: &PeerId) -> bool {
+        let Some(peer) = self.peers.get(id) else {
+            return false;
+        };
+        // The one that was shown last.
+        match (&peer.state, &peer.contact) {
+            (State::Linked { certificate, .. }, _) => certificate.permissions.vouch,
+            (_, Some(known)) => known.certificate.permissions.vouch,
+            _ => false,
+        }
     }
 
     /// Passes a certificate on unless it was revoked.
