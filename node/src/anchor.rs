@@ -38,6 +38,7 @@ pub mod cache;
 pub mod tokens;
 pub mod intake;
 pub mod ingest;
+pub mod sizes;
 pub mod gc;
 pub mod scrub;
 pub mod admin;
@@ -163,6 +164,7 @@ pub struct Anchor {
     collecting: tokio::sync::Mutex<()>,
     uses: Uses,
     counts: counts::Counts,
+    fullness: sizes::Fullness,
     health: health::Health,
 }
 
@@ -222,6 +224,7 @@ impl Anchor {
             collecting: tokio::sync::Mutex::new(()),
             uses: Uses::default(),
             counts: counts::Counts::default(),
+            fullness: sizes::Fullness::default(),
             health: health::Health::default(),
         }))
     }

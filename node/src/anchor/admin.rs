@@ -26,6 +26,9 @@ pub struct Changes {
     pub upstream_keys: Option<Vec<String>>,
     /// `Some(None)`: for ever.
     pub retention: Option<Option<u64>>,
+    /// `Some(None)`: no limit.
+    pub size_cap: Option<Option<u64>>,
+    pub quota: Option<Option<u64>>,
     /// Paths that are kept whatever the retention says.
     pub pinned: Vec<StorePathHash>,
     pub unpinned: Vec<StorePathHash>,
@@ -62,6 +65,8 @@ impl Changes {
         settings.public = changes.public.unwrap_or(settings.public);
         settings.priority = changes.priority.unwrap_or(settings.priority);
         settings.retention = changes.retention.unwrap_or(settings.retention);
+        settings.size_cap = changes.size_cap.unwrap_or(settings.size_cap);
+        settings.quota = changes.quota.unwrap_or(settings.quota);
         settings
             .pins
             .extend(changes.pinned.iter().map(ToString::to_string));

@@ -457,6 +457,9 @@ async fn upload(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Ans
     let _slot = anchor.intakes.acquire().await;
     // A NAR that is here is only hashed, as proof that its sender has it.
     let known = anchor.catalog.hold_nar(narinfo.nar_hash).await?;
+    if known.is_none() {
+        anchor.check_full(&cache).await?;
+    }
     let spool = known.is_none().then_some(anchor.spool.as_path());
     let intake = Intake::new(spool, narinfo.nar_size).map_err(IngestError::from)?;
     let pieces = stream::once(async move { Ok(first) });

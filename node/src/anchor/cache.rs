@@ -131,6 +131,12 @@ pub struct Settings {
     /// Seconds that a path is kept since its closure was last used; for ever when absent.
     #[serde(default)]
     pub retention: Option<u64>,
+    /// Bytes in storage to which a collection brings it down; no limit when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size_cap: Option<u64>,
+    /// Bytes in storage beyond which nothing is taken in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quota: Option<u64>,
     /// Hashes of store paths that are kept, with what they reference, whatever the retention says.
     #[serde(default)]
     pub pins: BTreeSet<String>,
@@ -153,6 +159,10 @@ pub enum SettingsError {
     Pin {
         source: granary_protocol::store_path::StorePathError,
     },
+    #[error(
+        "cache settings have a quota of {quota} bytes and a size cap of {size_cap}, which could never be reached"
+    )]
+    Sizes { quota: u64, size_cap: u64 },
     #[error("cache settings name {found} upstream keys, at most {UPSTREAM_KEYS_MAX} are allowed")]
     TooManyKeys { found: usize },
 }
@@ -166,6 +176,8 @@ impl Settings {
             public_keys: vec![public_key.to_string()],
             upstream_keys: Vec::new(),
             retention: None,
+            size_cap: None,
+            quota: None,
             pins: BTreeSet::new(),
         }
     }
@@ -185,6 +197,11 @@ impl Settings {
             return Err(SettingsError::TooManyKeys {
                 found: self.upstream_keys.len(),
             });
+        }
+        if let (Some(quota), Some(size_cap)) = (self.quota, self.size_cap)
+            && quota < size_cap
+        {
+            return Err(SettingsError::Sizes { quota, size_cap });
         }
         if self.pins.len() > PINS_MAX {
             return Err(SettingsError::TooManyPins {

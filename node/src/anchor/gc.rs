@@ -1,7 +1,8 @@
 //! Collection: what no cache keeps any longer is deleted, paths first, NARs a day later.
 //!
 //! A cache with a retention keeps what was used since then, what is pinned, and everything that these
-//! reference. A NAR that no path has is marked, and deleted once it has been so for [`GRACE`]; so are
+//! reference. One that is larger than its size cap loses the closures that were not used for longest, but for
+//! what is pinned or was used within [`RECENT`]. A NAR that no path has is marked, and deleted once it has been so for [`GRACE`]; so are
 //! objects that the catalog does not know, which crashes leave. [`Anchor::plan`] only looks;
 //! [`Anchor::collect`] does it.
 //!
@@ -12,14 +13,14 @@
 //! object. A retention that would empty a cache is refused: more often the clock is wrong than the cache
 //! forgotten.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::TryStreamExt;
 use granary_protocol::hash::NarHash;
 use granary_protocol::store_path::StorePathHash;
-use rusqlite::{Connection, OptionalExtension, params};
+use rusqlite::{OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -27,9 +28,17 @@ use super::catalog::{CacheRow, CatalogError, signed, unsigned};
 use super::ingest::IngestError;
 use super::{Anchor, nar_key, to_its_end};
 
+mod graph;
+
+use graph::Graph;
+
 /// How long a NAR without a path is kept: a push that is interrupted in the evening goes on in the
 /// morning, and Nix describes some NARs long after it has put them.
 pub const GRACE: Duration = Duration::from_secs(24 * 3600);
+
+/// What was used since then stays also in a cache that is too large: somebody may be pushing what references
+/// it, or have been told of it.
+const RECENT: Duration = Duration::from_secs(3600);
 
 /// A cache with fewer paths may be emptied by its retention.
 const EMPTIED_MAX: usize = 10;
@@ -53,6 +62,9 @@ pub struct Expired {
     pub cache: String,
     /// Base names, referrers before what they reference.
     pub paths: Vec<String>,
+    /// How many of them go for the size cap alone.
+    #[serde(default)]
+    pub over_cap: usize,
     /// Of how many.
     pub of: usize,
     /// Why nothing of it is done.
@@ -65,82 +77,6 @@ enum NarRow {
     Absent,
 }
 
-/// One cache's paths as the plan sees them.
-struct Graph {
-    /// Base name and time of last use.
-    paths: BTreeMap<StorePathHash, (String, u64)>,
-    references: BTreeMap<StorePathHash, Vec<StorePathHash>>,
-}
-
-impl Graph {
-    fn read(connection: &Connection, cache: i64) -> rusqlite::Result<Graph> {
-        let mut paths = BTreeMap::new();
-        let mut statement = connection.prepare_cached(
-            "SELECT hash, base_name, last_used FROM paths WHERE cache = ?1 AND state = 1",
-        )?;
-        let mut rows = statement.query([cache])?;
-        while let Some(row) = rows.next()? {
-            let hash = StorePathHash::from_bytes(row.get(0)?);
-            paths.insert(hash, (row.get(1)?, unsigned(row, 2)?));
-        }
-        let mut references: BTreeMap<_, Vec<_>> = BTreeMap::new();
-        let mut statement =
-            connection.prepare_cached("SELECT hash, reference FROM edges WHERE cache = ?1")?;
-        let mut rows = statement.query([cache])?;
-        while let Some(row) = rows.next()? {
-            let hash = StorePathHash::from_bytes(row.get(0)?);
-            let reference = StorePathHash::from_bytes(row.get(1)?);
-            references.entry(hash).or_default().push(reference);
-        }
-        Ok(Graph { paths, references })
-    }
-
-    /// What is not kept, referrers before what they reference.
-    fn expired(&self, cutoff: u64, pins: &BTreeSet<StorePathHash>) -> Vec<StorePathHash> {
-        let is_root = |hash: &StorePathHash, used: u64| used >= cutoff || pins.contains(hash);
-        let roots = self
-            .paths
-            .iter()
-            .filter(|(hash, (_, used))| is_root(hash, *used));
-        let mut waiting: Vec<StorePathHash> = roots.map(|(hash, _)| *hash).collect();
-        let mut kept = BTreeSet::new();
-        while let Some(hash) = waiting.pop() {
-            if kept.insert(hash) {
-                waiting.extend(self.references.get(&hash).into_iter().flatten());
-            }
-        }
-        let expired = self.paths.keys().filter(|hash| !kept.contains(hash));
-        let expired: BTreeSet<StorePathHash> = expired.copied().collect();
-        let mut referrers: BTreeMap<StorePathHash, usize> = BTreeMap::new();
-        let references = |hash: &StorePathHash| {
-            let references = self.references.get(hash).into_iter().flatten();
-            references
-                .filter(|reference| expired.contains(reference))
-                .copied()
-        };
-        for hash in &expired {
-            for reference in references(hash) {
-                *referrers.entry(reference).or_default() += 1;
-            }
-        }
-        let free = expired.iter().filter(|hash| !referrers.contains_key(hash));
-        let mut free: Vec<StorePathHash> = free.copied().collect();
-        let mut order = Vec::with_capacity(expired.len());
-        while let Some(hash) = free.pop() {
-            order.push(hash);
-            for reference in references(&hash) {
-                if let Some(count) = referrers.get_mut(&reference) {
-                    *count -= 1;
-                    if *count == 0 {
-                        free.push(reference);
-                    }
-                }
-            }
-        }
-        order
-    }
-}
-
 impl Anchor {
     /// Says what [`Anchor::collect`] would do.
     pub async fn plan(&self) -> Result<Collection, IngestError> {
@@ -148,7 +84,7 @@ impl Anchor {
         let now = self.now();
         let mut plan = Collection::default();
         for cache in self.catalog.caches().await? {
-            if let Some((expired, _)) = self.expired(&cache, now).await? {
+            if let Some((expired, _)) = self.leaving(&cache, now).await? {
                 plan.caches.push(expired);
             }
         }
@@ -172,33 +108,48 @@ impl Anchor {
         Ok(plan)
     }
 
-    /// What expires in a cache; `None` when it keeps everything.
-    async fn expired(
+    /// What goes of a cache; `None` when it keeps everything.
+    async fn leaving(
         &self,
         cache: &CacheRow,
         now: u64,
     ) -> Result<Option<(Expired, Vec<StorePathHash>)>, CatalogError> {
-        let Some(retention) = cache.settings.retention else {
+        let settings = &cache.settings;
+        if settings.retention.is_none() && settings.size_cap.is_none() {
             return Ok(None);
-        };
+        }
         let pins: BTreeSet<StorePathHash> = cache
             .settings
             .pins
             .iter()
             .filter_map(|pin| pin.parse().ok())
             .collect();
-        let (id, cutoff) = (cache.id, now.saturating_sub(retention));
-        let (names, hashes, of) = self
+        let cutoff = settings
+            .retention
+            .map(|retention| now.saturating_sub(retention));
+        let (id, size_cap) = (cache.id, settings.size_cap);
+        let recent = now.saturating_sub(RECENT.as_secs());
+        let (names, hashes, over_cap, of) = self
             .catalog
             .read(move |connection| {
                 let graph = Graph::read(connection, id)?;
-                let hashes = graph.expired(cutoff, &pins);
-                let name = |hash| graph.paths.get(hash).map(|(name, _)| name.clone());
+                let mut hashes = match cutoff {
+                    Some(cutoff) => graph.expired(cutoff, &pins),
+                    None => Vec::new(),
+                };
+                let over = match size_cap {
+                    Some(cap) => graph.over_cap(&hashes, cap, recent, &pins),
+                    None => Vec::new(),
+                };
+                let over_cap = over.len();
+                hashes.extend(over);
+                let name = |hash| graph.base_name(hash).map(str::to_owned);
                 let names: Vec<String> = hashes.iter().filter_map(name).collect();
-                Ok((names, hashes, graph.paths.len()))
+                Ok((names, hashes, over_cap, graph.len()))
             })
             .await?;
-        let is_emptied = names.len() == of && of > EMPTIED_MAX;
+        // A size cap does what it says, whatever the clock reads.
+        let is_emptied = names.len() == of && of > EMPTIED_MAX && over_cap == 0;
         let refused = is_emptied.then(|| {
             format!(
                 "retention of cache {} would delete all {of} paths (the clock reads {now} seconds after 1970), refusing",
@@ -208,6 +159,7 @@ impl Anchor {
         let expired = Expired {
             cache: cache.name.to_string(),
             paths: names,
+            over_cap,
             of,
             refused,
         };
@@ -230,7 +182,7 @@ impl Anchor {
         let now = self.now();
         let mut done = Collection::default();
         for cache in self.catalog.caches().await? {
-            let Some((mut expired, hashes)) = self.expired(&cache, now).await? else {
+            let Some((mut expired, hashes)) = self.leaving(&cache, now).await? else {
                 continue;
             };
             if let Some(refused) = &expired.refused {
@@ -238,11 +190,18 @@ impl Anchor {
                 done.caches.push(expired);
                 continue;
             }
-            let cutoff = now.saturating_sub(cache.settings.retention.unwrap_or(now));
+            let retained = now.saturating_sub(cache.settings.retention.unwrap_or(now));
+            let recent = now.saturating_sub(RECENT.as_secs());
+            let of_retention = hashes.len() - expired.over_cap;
             let mut removed = Vec::new();
-            for (hash, name) in hashes.into_iter().zip(std::mem::take(&mut expired.paths)) {
+            expired.over_cap = 0;
+            let names = std::mem::take(&mut expired.paths);
+            for (number, (hash, name)) in hashes.into_iter().zip(names).enumerate() {
+                let is_over_cap = number >= of_retention;
+                let cutoff = if is_over_cap { recent } else { retained };
                 if self.remove(&cache, hash, Some(cutoff)).await? {
                     removed.push(name);
+                    expired.over_cap += usize::from(is_over_cap);
                 }
             }
             expired.paths = removed;
@@ -291,6 +250,7 @@ impl Anchor {
             if is_hidden {
                 anchor.storage.delete(&name.narinfo_key(&hash)).await?;
                 anchor.catalog.forget_path(cache, hash).await?;
+                anchor.fullness.forget(cache);
             }
             Ok(is_hidden)
         })
@@ -410,74 +370,5 @@ impl Anchor {
             }
         }
         Ok(orphans)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn hash(number: u8) -> StorePathHash {
-        StorePathHash::from_bytes([number; 20])
-    }
-
-    /// Paths as (number, time of last use, references).
-    fn graph(paths: &[(u8, u64, &[u8])]) -> Graph {
-        let path =
-            |(number, used, _): &(u8, u64, &[u8])| (hash(*number), (number.to_string(), *used));
-        let references = |(number, _, references): &(u8, u64, &[u8])| {
-            (
-                hash(*number),
-                references.iter().map(|number| hash(*number)).collect(),
-            )
-        };
-        Graph {
-            paths: paths.iter().map(path).collect(),
-            references: paths.iter().map(references).collect(),
-        }
-    }
-
-    fn expired(graph: &Graph, pins: &[u8]) -> Vec<u8> {
-        let pins = pins.iter().map(|number| hash(*number)).collect();
-        graph
-            .expired(100, &pins)
-            .iter()
-            .map(|hash| hash.as_bytes()[0])
-            .collect()
-    }
-
-    #[test]
-    fn what_a_used_path_references_is_kept_however_old() {
-        let graph = graph(&[
-            (1, 100, &[2]),
-            (2, 0, &[3]),
-            (3, 0, &[]),
-            (4, 99, &[3, 5]),
-            (5, 0, &[]),
-        ]);
-        assert_eq!(expired(&graph, &[]), [4, 5]);
-        assert_eq!(expired(&graph, &[5]), [4]);
-        assert_eq!(expired(&graph, &[4]), [0u8; 0]);
-    }
-
-    #[test]
-    fn referrers_go_before_what_they_reference() {
-        let graph = graph(&[
-            (9, 0, &[1, 5]),
-            (5, 0, &[1, 7]),
-            (1, 0, &[]),
-            (7, 0, &[8]),
-            (8, 0, &[]),
-        ]);
-        let order = expired(&graph, &[]);
-        let at = |number| order.iter().position(|found| *found == number).unwrap();
-        assert_eq!(order.len(), 5);
-        assert!(at(9) < at(5) && at(5) < at(7) && at(7) < at(8) && at(5) < at(1));
-    }
-
-    #[test]
-    fn references_that_are_not_here_do_not_matter() {
-        let graph = graph(&[(1, 0, &[66]), (2, 100, &[77])]);
-        assert_eq!(expired(&graph, &[]), [1]);
     }
 }

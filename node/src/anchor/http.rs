@@ -191,6 +191,10 @@ impl From<IngestError> for Refusal {
                 return Refusal::new(StatusCode::CONFLICT, "NoSigningKey", message);
             }
             IngestError::Keys(_) => return Refusal::ours(&error),
+            IngestError::Quota { .. } => {
+                let (status, name) = (StatusCode::PAYLOAD_TOO_LARGE, "QuotaExceeded");
+                return Refusal::new(status, name, error.to_string());
+            }
             IngestError::MissingReferences { .. } => "MissingReferences",
             IngestError::NoNar { .. } => "NoSuchNar",
             IngestError::NarHash { .. } | IngestError::NarSize { .. } => "NarMismatch",

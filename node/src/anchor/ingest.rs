@@ -71,6 +71,14 @@ pub enum IngestError {
         count: usize,
         missing: Vec<StorePath>,
     },
+    #[error(
+        "cache {cache} holds {held} bytes of the {quota} that it may: remove paths, or ask who runs the anchor for a larger quota"
+    )]
+    Quota {
+        cache: CacheName,
+        held: u64,
+        quota: u64,
+    },
     #[error("the nar of {path} is not here, send it before its narinfo")]
     NoNar { path: StorePath },
     #[error(transparent)]
@@ -259,6 +267,13 @@ impl Anchor {
         {
             return Ok(());
         }
+        let more = match is_new {
+            true => {
+                let file_size = stored.file_size;
+                self.check_quota(cache, stored.nar_hash, file_size).await?
+            }
+            false => 0,
+        };
         let references = narinfo.references.iter().map(StorePath::hash);
         let new = NewPath {
             cache: cache.id,
@@ -285,6 +300,7 @@ impl Anchor {
         self.catalog.finish_path(cache.id, hash, text).await?;
         if is_new {
             counts.pushes_stored.add(1);
+            self.filled(cache, more);
         }
         Ok(())
     }

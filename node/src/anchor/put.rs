@@ -85,6 +85,9 @@ async fn nar(anchor: &Arc<Anchor>, cache: &CacheRow, file: &str, body: &mut Inco
         .catalog
         .hold_received(cache.id, file.to_owned(), anchor.now())
         .await?;
+    if known.is_none() {
+        anchor.check_full(cache).await?;
+    }
     let spool = known.is_none().then_some(anchor.spool.as_path());
     let intake = Intake::new(spool, anchor.nar_bytes_max).map_err(IngestError::from)?;
     let (intake, outcome) = intake.fill(BodyDataStream::new(body), encoding).await;

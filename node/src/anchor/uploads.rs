@@ -250,6 +250,7 @@ async fn begin(anchor: &Arc<Anchor>, cache: &CacheRow, body: &mut Incoming) -> A
             },
         );
     }
+    anchor.check_full(cache).await?;
     anchor.check_claims(cache, &narinfo).await?;
     // A NAR that is here is only hashed, as proof that its sender has it.
     let stored = anchor.catalog.hold_nar(narinfo.nar_hash).await?;

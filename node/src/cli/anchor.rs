@@ -25,12 +25,13 @@ use crate::anchor::gc::Collection;
 use crate::anchor::object_store::S3Options;
 use crate::anchor::scrub::{Damaged, Scrubbed};
 use crate::anchor::server::{ADDRESS_FILE, Server, StartError, StateLock};
+use crate::anchor::sizes::Statistics;
 use crate::anchor::tls::Files;
 use crate::anchor::tokens::token_key;
 use crate::anchor::{Anchor, Clock, Options, rebuild};
 use crate::clock::unix_time;
 use crate::config::Config;
-use crate::status;
+use crate::status::{self, human_bytes};
 
 /// Days that a token is good for unless told otherwise.
 const TOKEN_DAYS: u64 = 365;
@@ -149,6 +150,40 @@ struct Settings {
     /// Days that a path is kept since it, or something that references it, was last used; or `forever`.
     #[arg(long, value_parser = retention)]
     retention: Option<Retention>,
+    /// What a collection brings it down to in storage, least recently used closures first: 200GB, or `none`.
+    #[arg(long, value_parser = size_limit)]
+    size_cap: Option<SizeLimit>,
+    /// What it may have in storage, beyond which pushes are refused: 250GB, or `none`.
+    #[arg(long, value_parser = size_limit)]
+    quota: Option<SizeLimit>,
+}
+
+/// Bytes in storage; `None` for no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SizeLimit(Option<u64>);
+
+fn size_limit(text: &str) -> Result<SizeLimit, String> {
+    if text == "none" {
+        return Ok(SizeLimit(None));
+    }
+    let error =
+        || format!("{text:?} is no size, expected none or a number with MB, GB or TB: 200GB");
+    let digits = text.find(|c: char| !c.is_ascii_digit()).ok_or_else(error)?;
+    let (number, unit) = text.split_at(digits);
+    let unit: u64 = match unit.trim_start() {
+        "B" => 1,
+        "kB" => 1_000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        "TB" => 1_000_000_000_000,
+        _ => return Err(error()),
+    };
+    let bytes = number
+        .parse()
+        .ok()
+        .and_then(|number| unit.checked_mul(number));
+    let bytes = bytes.filter(|bytes| *bytes > 0).ok_or_else(error)?;
+    Ok(SizeLimit(Some(bytes)))
 }
 
 /// How long paths are kept, in seconds; `None` for ever.
@@ -177,6 +212,8 @@ impl Settings {
             store_dir: None,
             upstream_keys: Some(self.upstream_keys).filter(|keys| !keys.is_empty()),
             retention: self.retention.map(|Retention(seconds)| seconds),
+            size_cap: self.size_cap.map(|SizeLimit(bytes)| bytes),
+            quota: self.quota.map(|SizeLimit(bytes)| bytes),
             ..Changes::default()
         }
     }
@@ -365,12 +402,12 @@ pub async fn cache(arguments: CacheArguments) -> Result<()> {
             let (config, anchor) = open(&config).await?;
             let cache = anchor.catalog.cache(&name).await?;
             let cache = cache.with_context(|| format!("there is no cache {name}"))?;
-            let totals = anchor.catalog.totals(Some(cache.id)).await?;
+            let statistics = anchor.catalog.statistics(cache.id).await?;
             if json {
-                return print(&format!(
-                    "{}\n",
-                    serde_json::to_string_pretty(&as_json(&cache, &totals))?
-                ));
+                let mut told = serde_json::to_value(statistics)?;
+                told["name"] = cache.name.as_str().into();
+                told["settings"] = serde_json::to_value(&cache.settings)?;
+                return print(&format!("{}\n", serde_json::to_string_pretty(&told)?));
             }
             let server = &config.anchor_server;
             let scheme = if server.tls_cert.is_some() {
@@ -379,7 +416,7 @@ pub async fn cache(arguments: CacheArguments) -> Result<()> {
                 "http"
             };
             let address = format!("{scheme}://<this machine>:{}", server.listen.port());
-            print(&info(&cache, &totals, &address))
+            print(&info(&cache, &statistics, &address, unix_time().0))
         }
         CacheCommand::Configure {
             name,
@@ -428,7 +465,7 @@ pub async fn cache(arguments: CacheArguments) -> Result<()> {
     }
 }
 
-fn info(cache: &CacheRow, totals: &Totals, server: &str) -> String {
+fn info(cache: &CacheRow, statistics: &Statistics, server: &str, now: u64) -> String {
     let settings = &cache.settings;
     let access = if settings.public { "public" } else { "private" };
     let mut text = format!("{}  {access}, priority {}\n", cache.name, settings.priority);
@@ -447,13 +484,51 @@ fn info(cache: &CacheRow, totals: &Totals, server: &str) -> String {
         "  kept              {retention}, {} pinned\n",
         settings.pins.len()
     ));
+    let limits = [("size cap", settings.size_cap), ("quota", settings.quota)];
+    for (limit, bytes) in limits {
+        if let Some(bytes) = bytes {
+            let part = statistics.file_bytes as f64 * 100.0 / bytes as f64;
+            text.push_str(&format!(
+                "  {limit:<18}{}, {part:.0} % of it in use\n",
+                human_bytes(bytes)
+            ));
+        }
+    }
+    text.push_str(&format!("  paths             {}\n", statistics.paths));
+    if statistics.damaged_paths > 0 {
+        text.push_str(&format!(
+            "  damaged           {} of them, not served until they are pushed again\n",
+            statistics.damaged_paths
+        ));
+    }
     text.push_str(&format!(
-        "  paths             {}\n  nars              {} MiB, {} MiB in storage\n",
-        totals.paths,
-        totals.nar_bytes >> 20,
-        totals.file_bytes >> 20,
+        "  nars              {}, {} unpacked, {} in storage, {} of it shared with other caches\n",
+        statistics.nars,
+        human_bytes(statistics.nar_bytes),
+        human_bytes(statistics.file_bytes),
+        human_bytes(statistics.shared_file_bytes),
     ));
+    let times = [
+        ("last push", statistics.last_pushed),
+        ("last use", statistics.last_used),
+        ("longest unused", statistics.least_recently_used),
+    ];
+    for (what, time) in times {
+        if let Some(time) = time {
+            let age = human_age(now.saturating_sub(time));
+            text.push_str(&format!("  {what:<18}{age} ago\n"));
+        }
+    }
     text
+}
+
+fn human_age(seconds: u64) -> String {
+    match seconds {
+        0..120 => format!("{seconds} seconds"),
+        120..7200 => format!("{} minutes", seconds / 60),
+        7200..172_800 => format!("{} hours", seconds / 3600),
+        _ => format!("{} days", seconds / SECONDS_PER_DAY),
+    }
 }
 
 fn as_json(cache: &CacheRow, totals: &Totals) -> serde_json::Value {
@@ -764,8 +839,12 @@ fn collected(collection: &Collection, is_plan: bool) -> String {
         for path in expired.paths.iter().filter(|_| is_plan) {
             text.push_str(&format!("{}  {path}\n", expired.cache));
         }
+        let for_cap = match expired.over_cap {
+            0 => String::new(),
+            count => format!(", {count} of them for the size cap"),
+        };
         text.push_str(&format!(
-            "{}: {verb} {} of {} paths\n",
+            "{}: {verb} {} of {} paths{for_cap}\n",
             expired.cache,
             expired.paths.len(),
             expired.of

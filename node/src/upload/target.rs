@@ -185,7 +185,10 @@ impl PushError {
                             | StatusCode::FORBIDDEN
                             | StatusCode::REQUEST_TIMEOUT
                     )
-                    || matches!(error.as_str(), "NoSuchCache" | "NoSigningKey" | "NotFound");
+                    || matches!(
+                        error.as_str(),
+                        "NoSuchCache" | "NoSigningKey" | "NotFound" | "QuotaExceeded"
+                    );
                 match is_about_us {
                     true => Extent::Everything,
                     false => Extent::Path,

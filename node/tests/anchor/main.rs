@@ -15,6 +15,7 @@ mod reading;
 mod rig;
 mod s3;
 mod scrub;
+mod sizes;
 mod storage;
 mod tls;
 mod watching;
