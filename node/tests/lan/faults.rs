@@ -112,6 +112,8 @@ struct Rig {
     cache: Option<tempfile::TempDir>,
     /// With its key.
     anchor: Option<(Anchor, String)>,
+    /// Whether Nix may build what it could not substitute; 2.8 then aborts when it disabled a cache.
+    is_fallback: bool,
 }
 
 impl Rig {
@@ -178,6 +180,7 @@ impl Rig {
             paths,
             cache,
             anchor,
+            is_fallback: false,
         }
     }
 
@@ -243,6 +246,9 @@ impl Rig {
                 "--option",
                 "extra-trusted-public-keys",
                 key,
+                "--option",
+                "fallback",
+                if self.is_fallback { "true" } else { "false" },
                 file,
             ],
         );
@@ -365,8 +371,13 @@ fn flip_a_bit(file: &PathBuf, at: u64) {
 }
 
 fn check(kind: Kind, sources: Sources) {
+    check_with(kind, sources, false);
+}
+
+fn check_with(kind: Kind, sources: Sources, is_fallback: bool) {
     let lan = Lan::new();
     let mut rig = Rig::new(&lan, sources);
+    rig.is_fallback = is_fallback;
     for number in 0..PHASES.len() {
         rig.check(kind, sources, number);
     }
@@ -455,4 +466,11 @@ cases! {
     trickle_before_a_cache: Trickle, Cache;
     trickle_before_the_anchor: Trickle, Anchor;
     trickle_alone: Trickle, Nobody;
+}
+
+#[test]
+fn nix_that_may_fall_back_to_building_does_not_abort() {
+    for kind in [Kind::Killed, Kind::Reset, Kind::Corrupt, Kind::Truncated] {
+        check_with(kind, Sources::Nobody, true);
+    }
 }
