@@ -8,8 +8,8 @@
 //!
 //! An ERROR line in any node's log fails the test, unless the test declared that it expects one.
 //!
-//! `GRANARY_LAN_KEEP=1` keeps the folders of a test; `GRANARY_LAN_NIX="nix-versions run trixie"` puts
-//! that command before every call of Nix on machines that do not build, to run the same tests with
+//! `GRANARY_LAN_KEEP=1` keeps the folders of a test; `GRANARY_LAN_NIX="$PWD/node/tests/lan/in-root /debian-sid"`
+//! puts that command before every call of Nix on machines other than builders, to run the same tests with
 //! another release as the client. `GRANARY_LAN_IDLE_SECONDS=60` has `office` watch an idle office that long.
 
 mod network;

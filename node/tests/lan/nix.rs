@@ -79,8 +79,7 @@ impl Nix {
             configuration: folder.join("nix-conf"),
             cache: folder.join("cache"),
             scratch: folder.join("expressions"),
-            // Another release may stand in a chroot, from where the kernel allows no sandbox, and a chroot
-            // store cannot build without one: builders keep the host's Nix, clients take the other.
+            // Builders keep the host's Nix, so that what they build is the same; clients take the other.
             prefix: match signing {
                 Some(_) => Vec::new(),
                 None => words_of(&std::env::var("GRANARY_LAN_NIX").unwrap_or_default()),
