@@ -5,6 +5,7 @@ pub mod identity;
 pub mod metrics;
 pub mod activity;
 pub mod state_folder;
+pub mod secret;
 pub mod authority;
 pub mod loopback_key;
 pub mod listener;

@@ -18,6 +18,7 @@ use granary_protocol::signature::TrustedKeys;
 use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
 use zeroize::Zeroizing;
 
+use crate::secret::exposed;
 use crate::store::{BATCH_MAX, LocalStore, Nar, PathInfo};
 
 pub mod order;
@@ -393,19 +394,17 @@ fn fail(
 /// Reads a token from its file.
 ///
 /// # Errors
-/// When others may read it, as for every secret.
+/// When others may read it, as for every secret that is no credential of systemd.
 pub fn read_token(path: &PathBuf) -> Result<Zeroizing<String>, TokenFileError> {
-    use std::os::unix::fs::PermissionsExt;
     let read = |source| TokenFileError::Read {
         path: path.clone(),
         source,
     };
     let metadata = std::fs::metadata(path).map_err(read)?;
-    let mode = metadata.permissions().mode();
-    if mode & 0o077 != 0 {
+    if let Some(mode) = exposed(path, &metadata) {
         return Err(TokenFileError::Exposed {
             path: path.clone(),
-            mode: mode & 0o7777,
+            mode,
         });
     }
     if metadata.len() > granary_protocol::token::TOKEN_BYTES_MAX as u64 {

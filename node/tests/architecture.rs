@@ -20,6 +20,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("listener", &[]),
     ("supervisor", &[]),
     ("state_folder", &[]),
+    ("secret", &[]),
     ("authority", &[]),
     ("loopback_key", &["state_folder"]),
     // What a person hides is a file of the state folder. Signatures by the loopback key are shown to nobody.
@@ -42,7 +43,7 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     // It sends what the store has, to whatever anchor; it shares no code with that.
-    ("upload", &["store", "clock", "authority"]),
+    ("upload", &["store", "clock", "secret", "authority"]),
     (
         "status",
         &["mesh", "store", "metrics", "activity", "upload"],
@@ -65,8 +66,9 @@ const EDGES: &[(&str, &[&str])] = &[
             "upload",
         ],
     ),
-    // The durable role knows its own files, how answers and ranges are written, and numbers for Prometheus.
-    ("anchor", &["serve", "metrics"]),
+    // The durable role knows its own files, how answers and ranges are written, numbers for Prometheus, and
+    // which files may hold a secret.
+    ("anchor", &["serve", "metrics", "secret"]),
     ("nix_conf", &[]),
     // The daemon wires everything, and only the command line and the demo start one.
     (

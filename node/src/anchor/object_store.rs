@@ -30,6 +30,8 @@ use object_store::{
 use tokio::io::AsyncReadExt;
 use zeroize::Zeroizing;
 
+use crate::secret::exposed;
+
 /// Bytes of one part of a multipart upload. S3 takes at most 10,000 parts, so this allows 78 GiB;
 /// at least 5 MiB are demanded.
 const PART_BYTES: usize = 8 * 1024 * 1024;
@@ -51,9 +53,6 @@ const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Largest credentials or certificate file read.
 const FILE_BYTES_MAX: u64 = 1024 * 1024;
-
-/// Permission bits that nobody but the owner may have on a file with credentials.
-const FOREIGN_PERMISSIONS: u32 = 0o077;
 
 /// Where objects are kept; `Clone` is cheap.
 #[derive(Clone)]
@@ -454,27 +453,19 @@ fn s3_builder(bucket: &str, options: &S3Options) -> Result<AmazonS3Builder, Setu
     Ok(builder)
 }
 
-/// Whether a file is one of systemd's credentials. They are 0440, in a folder of their own that only the
-/// service may enter.
-pub fn is_credential(file: &FilePath) -> bool {
-    std::env::var_os("CREDENTIALS_DIRECTORY").is_some_and(|folder| file.starts_with(folder))
-}
-
 fn with_credentials(
     mut builder: AmazonS3Builder,
     file: &FilePath,
 ) -> Result<AmazonS3Builder, SetupError> {
-    use std::os::unix::fs::PermissionsExt;
     let metadata = fs::metadata(file).map_err(|source| SetupError::File {
         what: "storage credentials",
         path: file.to_owned(),
         source,
     })?;
-    let mode = metadata.permissions().mode();
-    if mode & FOREIGN_PERMISSIONS != 0 && !is_credential(file) {
+    if let Some(mode) = exposed(file, &metadata) {
         return Err(SetupError::Exposed {
             path: file.to_owned(),
-            mode: mode & 0o7777,
+            mode,
         });
     }
     let bytes = Zeroizing::new(read_small("storage credentials", file)?);

@@ -26,7 +26,7 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use zeroize::Zeroizing;
 
-use super::object_store::is_credential;
+use crate::secret::is_credential;
 
 /// How often the files are looked at. Certificates are renewed weeks before they expire; this is for the
 /// person who waits for the one that was put there just now.

@@ -29,8 +29,8 @@ use zeroize::Zeroizing;
 
 use super::cache::{CacheName, Keys, KeysError, write_secret};
 use super::catalog::{Catalog, CatalogError, signed};
-use super::object_store::is_credential;
 use crate::anchor::catalog::unsigned;
+use crate::secret::exposed;
 
 /// Largest key file read; a 4096-bit RSA key has some 3 KiB.
 const KEY_BYTES_MAX: u64 = 64 * 1024;
@@ -153,17 +153,15 @@ pub fn attic_key(path: &Path) -> Result<(Algorithm, DecodingKey), TokenKeyError>
 }
 
 fn read_secret(path: &Path) -> Result<Zeroizing<String>, TokenKeyError> {
-    use std::os::unix::fs::PermissionsExt;
     let read = |source| TokenKeyError::Read {
         path: path.to_owned(),
         source,
     };
     let metadata = fs::metadata(path).map_err(read)?;
-    let mode = metadata.permissions().mode();
-    if mode & 0o077 != 0 && !is_credential(path) {
+    if let Some(mode) = exposed(path, &metadata) {
         return Err(TokenKeyError::Exposed {
             path: path.to_owned(),
-            mode: mode & 0o7777,
+            mode,
         });
     }
     if metadata.len() > KEY_BYTES_MAX {
