@@ -1,13 +1,16 @@
 //! `granary push`: closures from this machine's store to an anchor.
 
+use std::ffi::{OsStr, OsString};
 use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use granary_protocol::store_path::{StoreDir, StorePath};
+use granary_protocol::token::TOKEN_BYTES_MAX;
+use zeroize::Zeroizing;
 
 use super::{ConfigFile, print};
 use crate::authority::Authorities;
@@ -28,6 +31,10 @@ const FRAME: Duration = Duration::from_millis(100);
 /// Characters of the bar itself.
 const BAR_WIDTH: usize = 24;
 
+/// The environment variable that carries a token. It is no option, which would show in the list of processes
+/// and in `--help`.
+const TOKEN_VARIABLE: &str = "GRANARY_TOKEN";
+
 #[derive(Args)]
 pub struct Arguments {
     /// The cache: its address (`http://nas.lan:4730/main`), or the last word of an `[[anchor]]`'s url.
@@ -35,7 +42,8 @@ pub struct Arguments {
     /// Store paths, or symlinks to them such as `./result`.
     #[arg(required = true)]
     paths: Vec<PathBuf>,
-    /// A file with a token that allows to push, mode 0600. Default: that `[[anchor]]`'s token-file.
+    /// A file with a token that allows to push, mode 0600. Default: the token itself in the environment
+    /// variable GRANARY_TOKEN, else that `[[anchor]]`'s token-file.
     #[arg(long, env = "GRANARY_TOKEN_FILE")]
     token_file: Option<PathBuf>,
     /// Certificates (PEM) trusted beside the system's. Default: that `[[anchor]]`'s ca-file.
@@ -61,13 +69,10 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     if arguments.queue {
         return queue(&config, &arguments.cache, store.as_ref(), roots).await;
     }
-    let Place {
-        url,
-        token_file,
-        ca_file,
-    } = place(&config, &arguments)?;
-    let authorities = Authorities::read(ca_file.as_deref())?;
-    let target = Target::new(&url, upload::read_token(&token_file)?, &authorities)?;
+    let place = place(&config, &arguments)?;
+    let authorities = Authorities::read(place.ca_file.as_deref())?;
+    let token = token(&place, std::env::var_os(TOKEN_VARIABLE))?;
+    let target = Target::new(&place.url, token, &authorities)?;
     let is_shown = std::io::stderr().is_terminal() && !arguments.json;
     let progress = Progress::default();
     let trust = config.trusted_keys();
@@ -168,7 +173,10 @@ fn bar(stage: &Stage, elapsed: Duration) -> String {
 /// Where to push, and as whom.
 struct Place {
     url: String,
-    token_file: PathBuf,
+    /// Named for this push.
+    token_file: Option<PathBuf>,
+    /// Named by the configuration.
+    configured_token_file: Option<PathBuf>,
     ca_file: Option<PathBuf>,
 }
 
@@ -183,17 +191,45 @@ fn place(config: &Config, arguments: &Arguments) -> Result<Place> {
             bail!("no [[anchor]] in the configuration has a cache {cache}, and it is no address")
         }
     };
-    let configured = anchor.and_then(|anchor| anchor.token_file.clone());
-    match arguments.token_file.clone().or(configured) {
-        Some(token_file) => {
-            let configured = anchor.and_then(|anchor| anchor.ca_file.clone());
-            Ok(Place {
-                url,
-                token_file,
-                ca_file: arguments.ca_file.clone().or(configured),
-            })
+    let configured_ca_file = anchor.and_then(|anchor| anchor.ca_file.clone());
+    Ok(Place {
+        url,
+        token_file: arguments.token_file.clone(),
+        configured_token_file: anchor.and_then(|anchor| anchor.token_file.clone()),
+        ca_file: arguments.ca_file.clone().or(configured_ca_file),
+    })
+}
+
+/// Finds the token: what was named for this push, else the environment's, else the configuration's.
+fn token(place: &Place, variable: Option<OsString>) -> Result<Zeroizing<String>> {
+    if let Some(file) = &place.token_file {
+        return Ok(upload::read_token(file)?);
+    }
+    // Systems for CI set a variable to nothing for whoever may not see the secret.
+    let is_empty = variable.as_deref().is_some_and(OsStr::is_empty);
+    if let Some(variable) = variable.filter(|variable| !variable.is_empty()) {
+        let token = variable.into_string();
+        let token = token.map_err(|_| anyhow!("{TOKEN_VARIABLE} is no token: it is not UTF-8"))?;
+        let token = Zeroizing::new(token);
+        if token.len() > TOKEN_BYTES_MAX {
+            bail!(
+                "{TOKEN_VARIABLE} is no token: it has {} bytes, a token has at most {TOKEN_BYTES_MAX}",
+                token.len()
+            );
         }
-        None => bail!("no token for {url}: give --token-file, or token-file in its [[anchor]]"),
+        return Ok(Zeroizing::new(token.trim().to_owned()));
+    }
+    if let Some(file) = &place.configured_token_file {
+        return Ok(upload::read_token(file)?);
+    }
+    let url = &place.url;
+    match is_empty {
+        true => bail!(
+            "no token for {url}: {TOKEN_VARIABLE} is empty; the secret is not set, or this job may not see it"
+        ),
+        false => bail!(
+            "no token for {url}: give --token-file, {TOKEN_VARIABLE} in the environment, or token-file in its [[anchor]]"
+        ),
     }
 }
 

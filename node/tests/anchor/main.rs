@@ -4,6 +4,7 @@
 
 mod access;
 mod attic;
+mod ci;
 mod collection;
 mod command;
 mod killed;
