@@ -1,6 +1,6 @@
 //! Neighbours: the links over which records travel.
 //!
-//! In a small mesh every link is one. In a large one each node keeps [`NEIGHBOURS_TARGET`] or so,
+//! In a small mesh every link is one. In a large one each node keeps [`NEIGHBOURS_MIN`] to [`NEIGHBOURS_MAX`],
 //! chosen at random, so that the mesh holds together whichever machines fall asleep, and a record
 //! reaches everyone in a few steps. A link counts when both sides want it; so nobody is without
 //! somebody who tells it things. A node that has none at all asks urgently, and is let in by
