@@ -6,7 +6,7 @@
 //! buffers of one frame each, and what zstd needs for one frame at [`LEVEL`] (some 6 MiB).
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use granary_protocol::hash::{FileHash, FileHasher};
 use granary_protocol::seekable::{FRAME_RAW_BYTES, Frame, SeekTable, SeekTableError};
@@ -65,6 +65,47 @@ impl FrameWriter {
             hasher: FileHasher::new(),
             file_size: 0,
         })
+    }
+
+    /// Goes on with a file that another process left: shows the raw bytes of each whole frame to `raw`, and
+    /// cuts off what follows them. A frame that is shorter than others ended a file, and is cut off as well.
+    pub fn resume<E: From<FrameError>>(
+        file: File,
+        mut raw: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<FrameWriter, E> {
+        let mut writer = FrameWriter::new(file)?;
+        let mut decompressor =
+            zstd::bulk::Decompressor::new().map_err(failed("prepare to read"))?;
+        let mut compressed = Vec::new();
+        loop {
+            let room = writer.compressed.len() - compressed.len();
+            let mut next = (&mut writer.file).take(room as u64);
+            next.read_to_end(&mut compressed).map_err(failed("read"))?;
+            let Ok(length) = zstd::zstd_safe::find_frame_compressed_size(&compressed) else {
+                break;
+            };
+            let Some(frame) = compressed.get(..length) else {
+                break;
+            };
+            match decompressor.decompress(frame, FRAME_BYTES) {
+                Ok(bytes) if bytes.len() == FRAME_BYTES => raw(&bytes)?,
+                // What was cut, and tables.
+                Ok(_) | Err(_) => break,
+            }
+            let frame = Frame {
+                compressed: length as u32,
+                raw: FRAME_RAW_BYTES,
+            };
+            writer.table.push(frame).map_err(FrameError::from)?;
+            writer.hasher.update(&compressed[..length]);
+            writer.file_size += length as u64;
+            compressed.drain(..length);
+        }
+        let size = writer.file_size;
+        let cut = writer.file.set_len(size);
+        cut.and_then(|()| writer.file.seek(SeekFrom::Start(size)))
+            .map_err(failed("cut"))?;
+        Ok(writer)
     }
 
     /// Takes the next raw bytes.

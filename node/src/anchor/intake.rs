@@ -94,7 +94,10 @@ pub enum IntakeError {
     #[error("cannot keep the nar in the spool {path}: {source}", path = .path.display())]
     Spool { path: PathBuf, source: io::Error },
     #[error("cannot pack the nar: {source}")]
-    Pack { source: FrameError },
+    Pack {
+        #[from]
+        source: FrameError,
+    },
     #[error("the thread that took in the nar has stopped")]
     Stopped,
 }
@@ -150,6 +153,35 @@ impl Intake {
             raw: 0,
             raw_max,
         })
+    }
+
+    /// Begins one whose frames go into a file of this name, which is the caller's to remove. Blocks.
+    pub fn kept(path: PathBuf, raw_max: u64) -> Result<Intake, IntakeError> {
+        Intake::in_file(path, raw_max, true)
+    }
+
+    /// Goes on with what [`Intake::kept`] has left in that file, in this process or another. Blocks.
+    pub fn resume(path: PathBuf, raw_max: u64) -> Result<Intake, IntakeError> {
+        Intake::in_file(path, raw_max, false)
+    }
+
+    fn in_file(path: PathBuf, raw_max: u64, is_new: bool) -> Result<Intake, IntakeError> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(is_new)
+            .open(&path);
+        let failed = |source| IntakeError::Spool {
+            path: path.clone(),
+            source,
+        };
+        let file = file.map_err(failed)?;
+        let mut kept = TempPath::try_from_path(&path).map_err(failed)?;
+        kept.disable_cleanup(true);
+        let mut intake = Intake::new(None, raw_max)?;
+        let frames = FrameWriter::resume(file, |bytes| intake.write(bytes))?;
+        intake.frames = Some((frames, kept));
+        Ok(intake)
     }
 
     /// Raw bytes taken in so far.

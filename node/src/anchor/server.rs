@@ -12,7 +12,7 @@ use tracing::{error, info, warn};
 use super::cache::{CacheName, CacheNameError};
 use super::ingest::IngestError;
 use super::tls::{RENEWAL_INTERVAL, Tls, TlsError};
-use super::{Anchor, OpenError, Options, admin, http, scrub};
+use super::{Anchor, OpenError, Options, admin, http, scrub, uploads};
 
 /// How often uses of paths are written down. A crash loses as much, which retention does not feel.
 const USED_INTERVAL: Duration = Duration::from_secs(30);
@@ -124,7 +124,7 @@ impl Server {
             Some(side_door) => side_door.local_addr().map_err(failed)?,
             None => nearest(address),
         };
-        empty_spool(&options.state.join("spool"));
+        uploads::sweep(&options.state.join("spool"));
         let address_file = options.state.join(ADDRESS_FILE);
         std::fs::write(&address_file, nearby.to_string()).map_err(|source| StartError::Lock {
             path: address_file,
@@ -182,6 +182,7 @@ impl Server {
     /// Stops: no new connections, running answers may end.
     pub async fn stop(self) {
         self.shutdown.cancel();
+        self.anchor.uploads.close();
         self.tasks.close();
         let _ = tokio::time::timeout(DRAIN_TIMEOUT, self.tasks.wait()).await;
     }
@@ -196,18 +197,6 @@ pub fn nearest(address: SocketAddr) -> SocketAddr {
     match address.ip().is_unspecified() {
         true => SocketAddr::new(here, address.port()),
         false => address,
-    }
-}
-
-/// What a crash left half received is of no use.
-fn empty_spool(spool: &std::path::Path) {
-    let Ok(entries) = std::fs::read_dir(spool) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        if let Err(error) = std::fs::remove_file(entry.path()) {
-            error!(path = %entry.path().display(), %error, "could not remove a file from the spool");
-        }
     }
 }
 

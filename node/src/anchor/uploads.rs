@@ -16,10 +16,12 @@
 //! GET tells. So nothing depends on two compressors agreeing, and a break costs what was under way.
 //! With the last byte the path is published.
 //!
-//! 404 for an id means that the upload is not known any more (an hour of silence, a restart, too many
-//! others): begin again. 409 says that another request is filling it, or that the offset is another.
+//! 404 for an id means that the upload is not known any more (an hour of silence, too many others): begin
+//! again. A restart of the anchor takes at most the last frame of what came in ([`kept`]). 409 says that another request is filling it, or that the offset is another.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,6 +42,8 @@ use super::intake::{Encoding, Intake, IntakeError, Taken};
 use super::read::parse_hashes;
 use crate::serve::respond::{self, Body};
 
+mod kept;
+
 /// Uploads that wait for their next body. Each holds a frame and its compressor, some 12 MiB; the one
 /// that has waited longest makes room.
 const WAITING_MAX: usize = 16;
@@ -58,8 +62,14 @@ const BEGIN_BYTES_MAX: usize = 2 * NARINFO_BYTES_MAX;
 const ID_BYTES: usize = 20;
 
 /// Uploads that are not complete.
-#[derive(Default)]
-pub struct Uploads(Mutex<BTreeMap<String, Upload>>);
+pub struct Uploads {
+    known: Mutex<BTreeMap<String, Upload>>,
+    spool: PathBuf,
+    /// The anchor is ending: what is dropped is kept for the next one.
+    is_closing: AtomicBool,
+    /// Those of another run are taken up one at a time.
+    reviving: tokio::sync::Mutex<()>,
+}
 
 struct Upload {
     cache: i64,
@@ -95,16 +105,42 @@ pub struct State {
 }
 
 impl Uploads {
+    pub fn new(spool: &Path) -> Uploads {
+        Uploads {
+            known: Mutex::default(),
+            spool: spool.to_owned(),
+            is_closing: AtomicBool::new(false),
+            reviving: tokio::sync::Mutex::new(()),
+        }
+    }
+
+    /// Says that the anchor is ending.
+    pub fn close(&self) {
+        self.is_closing.store(true, Ordering::Relaxed);
+    }
+
+    fn is_known(&self, id: &str) -> bool {
+        let uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        uploads.contains_key(id)
+    }
+
     fn insert(&self, id: String, upload: Upload) {
-        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
-        uploads.retain(|_, upload| now.duration_since(upload.touched) < WAITING_TIMEOUT);
+        uploads.retain(|id, upload| {
+            let is_young = now.duration_since(upload.touched) < WAITING_TIMEOUT;
+            if !is_young {
+                self.delete(id);
+            }
+            is_young
+        });
         let waiting = |upload: &Upload| upload.intake.is_some();
         if uploads.values().filter(|upload| waiting(upload)).count() >= WAITING_MAX {
             let oldest = uploads.iter().filter(|(_, upload)| waiting(upload));
             let oldest = oldest.min_by_key(|(_, upload)| upload.touched);
             if let Some(oldest) = oldest.map(|(id, _)| id.clone()) {
                 uploads.remove(&oldest);
+                self.delete(&oldest);
             }
         }
         uploads.insert(id, upload);
@@ -112,7 +148,7 @@ impl Uploads {
 
     /// Where an upload stands.
     fn offset(&self, id: &str, cache: i64) -> Result<u64, Refusal> {
-        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let upload = uploads.get_mut(id).filter(|upload| upload.cache == cache);
         let upload = upload.ok_or_else(unknown)?;
         upload.touched = Instant::now();
@@ -125,7 +161,7 @@ impl Uploads {
 
     /// Takes an upload out to be filled from an offset.
     fn take(&self, id: &str, cache: i64, offset: u64) -> Result<(Intake, NarInfo), Refusal> {
-        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let upload = uploads.get_mut(id).filter(|upload| upload.cache == cache);
         let upload = upload.ok_or_else(unknown)?;
         upload.touched = Instant::now();
@@ -147,16 +183,32 @@ impl Uploads {
 
     /// Puts an upload back, to be continued.
     fn put_back(&self, id: &str, intake: Intake) {
-        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(upload) = uploads.get_mut(id) {
             upload.touched = Instant::now();
             upload.intake = Some(intake);
         }
     }
 
-    fn remove(&self, id: &str) {
-        let mut uploads = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Forgets an upload that is complete or refused.
+    fn end(&self, id: &str) {
+        let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         uploads.remove(id);
+        self.delete(id);
+    }
+
+    /// Forgets an upload whose request was dropped, unless that is because the anchor is ending: then the next
+    /// one goes on with it.
+    fn drop_unfinished(&self, id: &str) {
+        if !self.is_closing.load(Ordering::Relaxed) {
+            self.end(id);
+        }
+    }
+
+    /// Deletes its files, which may be large, elsewhere.
+    fn delete(&self, id: &str) {
+        let (spool, id) = (self.spool.clone(), id.to_owned());
+        tokio::task::spawn_blocking(move || kept::remove(&spool, &id));
     }
 }
 
@@ -192,6 +244,7 @@ pub async fn answer(
         }
         (["uploads"], &Method::POST) => begin(anchor, &cache, body).await,
         (["uploads", id], &Method::GET) => {
+            anchor.revive(&cache, id).await?;
             let offset = anchor.uploads.offset(id, cache.id)?;
             told(
                 StatusCode::OK,
@@ -252,14 +305,23 @@ async fn begin(anchor: &Arc<Anchor>, cache: &CacheRow, body: &mut Incoming) -> A
     }
     anchor.check_full(cache).await?;
     anchor.check_claims(cache, &narinfo).await?;
-    // A NAR that is here is only hashed, as proof that its sender has it.
-    let stored = anchor.catalog.hold_nar(narinfo.nar_hash).await?;
-    let spool = stored.is_none().then_some(anchor.spool.as_path());
-    let intake = Intake::new(spool, narinfo.nar_size).map_err(IngestError::from)?;
     let mut random = [0; ID_BYTES];
     getrandom::fill(&mut random)
         .map_err(|error| Refusal::ours(&std::io::Error::other(error.to_string())))?;
     let id = granary_protocol::nix32::encode(&random);
+    // A NAR that is here is only hashed, as proof that its sender has it.
+    let stored = anchor.catalog.hold_nar(narinfo.nar_hash).await?;
+    let intake = match stored {
+        Some(_) => Intake::new(None, narinfo.nar_size),
+        None => {
+            let (spool, id, name) = (anchor.spool.clone(), id.clone(), cache.name.clone());
+            let promised = narinfo.clone();
+            let begin = move || kept::begin(&spool, &id, &name, &promised, &dir);
+            let begun = tokio::task::spawn_blocking(begin).await;
+            begun.unwrap_or(Err(IntakeError::Stopped))
+        }
+    };
+    let intake = intake.map_err(IngestError::from)?;
     let upload = Upload {
         cache: cache.id,
         narinfo,
@@ -296,14 +358,17 @@ async fn fill(
         Some(b"application/zstd") => Encoding::Zstd,
         _ => Encoding::None,
     };
+    anchor.revive(cache, id).await?;
     let _slot = anchor.intakes.acquire().await;
     let (intake, narinfo) = anchor.uploads.take(id, cache.id, offset)?;
     // Should this request be given up by hyper, the upload goes with it.
     let mut forget = Forget {
         uploads: &anchor.uploads,
-        id: Some(id),
+        id,
+        how: Uploads::drop_unfinished,
     };
     let (intake, outcome) = intake.fill(BodyDataStream::new(body), encoding).await;
+    forget.how = Uploads::end;
     let Some(intake) = intake else {
         let refused = outcome.err().unwrap_or(IntakeError::Stopped);
         return Err(IngestError::from(refused).into());
@@ -311,7 +376,7 @@ async fn fill(
     if intake.offset() < narinfo.nar_size {
         let offset = intake.offset();
         anchor.uploads.put_back(id, intake);
-        forget.id = None;
+        forget.how = |_, _| {};
         outcome.map_err(IngestError::from)?;
         return told(
             StatusCode::OK,
@@ -340,16 +405,52 @@ async fn fill(
     )
 }
 
-/// Removes an upload that is complete, refused, or whose request was dropped.
+impl Anchor {
+    /// Takes up an upload that another run of the anchor began, if there is one of this id.
+    async fn revive(&self, cache: &CacheRow, id: &str) -> Result<(), Refusal> {
+        if self.uploads.is_known(id) {
+            return Ok(());
+        }
+        let _alone = self.uploads.reviving.lock().await;
+        if self.uploads.is_known(id) {
+            return Ok(());
+        }
+        let dir = cache
+            .settings
+            .store_dir()
+            .map_err(|error| Refusal::ours(&error))?;
+        let (spool, name) = (self.spool.clone(), cache.name.clone());
+        let asked = id.to_owned();
+        let revive = move || kept::revive(&spool, &asked, &name, &dir);
+        let revived = tokio::task::spawn_blocking(revive).await;
+        let revived = revived.map_err(|error| Refusal::ours(&error))?;
+        if let Some((narinfo, intake)) = revived {
+            let upload = Upload {
+                cache: cache.id,
+                narinfo,
+                intake: Some(intake),
+                touched: Instant::now(),
+            };
+            self.uploads.insert(id.to_owned(), upload);
+        }
+        Ok(())
+    }
+}
+
+/// Removes from the spool what the last run of the anchor left and nobody will go on with. Blocks.
+pub fn sweep(spool: &Path) {
+    kept::sweep(spool, WAITING_TIMEOUT);
+}
+
+/// What becomes of an upload at the end of a request, however that ends.
 struct Forget<'a> {
     uploads: &'a Uploads,
-    id: Option<&'a str>,
+    id: &'a str,
+    how: fn(&Uploads, &str),
 }
 
 impl Drop for Forget<'_> {
     fn drop(&mut self) {
-        if let Some(id) = self.id {
-            self.uploads.remove(id);
-        }
+        (self.how)(self.uploads, self.id);
     }
 }

@@ -280,3 +280,203 @@ async fn an_upload_counts_what_came_in_and_takes_no_gaps() {
         404
     );
 }
+
+/// The raw requests of an upload.
+struct RawUpload {
+    token: String,
+    narinfo: String,
+    target: String,
+}
+
+impl RawUpload {
+    fn of(sample: &Sample, token: &str) -> RawUpload {
+        RawUpload {
+            token: bearer(token),
+            narinfo: format!(
+                "StorePath: {}\nURL: nar/x\nNarHash: {}\nNarSize: {}\nReferences: \n",
+                sample.path,
+                sample.nar_hash(),
+                sample.nar.len()
+            ),
+            target: "/api/v1/caches/main/uploads".to_owned(),
+        }
+    }
+
+    fn ask(&self, anchor: SocketAddr, method: &str, more: &str, body: &[u8]) -> serde_json::Value {
+        let headers = [("Authorization", self.token.as_str())];
+        let target = format!("{}{more}", self.target);
+        crate::rig::ask(anchor, method, &target, &headers, body).json()
+    }
+
+    fn begin(&mut self, anchor: SocketAddr) {
+        let begin = serde_json::json!({ "narinfo": self.narinfo }).to_string();
+        let begun = self.ask(anchor, "POST", "", begin.as_bytes());
+        self.target = format!("{}/{}", self.target, begun["id"].as_str().unwrap());
+    }
+}
+
+/// Raw bytes of a frame: what a restart may cost.
+const FRAME: usize = granary_protocol::seekable::FRAME_RAW_BYTES as usize;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_outlives_a_restart_of_the_anchor_but_for_its_last_frame() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    rig.cache("other", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let sample = Sample::new(1, 3 * FRAME);
+    let mut upload = RawUpload::of(&sample, &token);
+    upload.begin(rig.address());
+    let half = 2 * FRAME + 1000;
+    let put = upload.ask(rig.address(), "PUT", "?offset=0", &sample.nar[..half]);
+    assert_eq!(put["offset"], half, "{put}");
+    // What is none of ours goes at the next start.
+    let spool = rig.state().join("spool");
+    std::fs::write(spool.join("nar-abandoned"), "x").unwrap();
+    rig.stop().await;
+    rig.start().await;
+    let files = || std::fs::read_dir(&spool).unwrap().count();
+    assert_eq!(files(), 2);
+    // Another cache's pusher gets nothing of it, nor does a name that is a path.
+    let other = upload.target.replace("main", "other");
+    let headers = [("Authorization", upload.token.as_str())];
+    for target in [&other, &format!("{}x", upload.target)] {
+        let stranger = rig.ask("GET", target, &headers, b"");
+        assert_eq!(stranger.error(), "NoSuchUpload", "{target}");
+    }
+    let stands = upload.ask(rig.address(), "GET", "", b"");
+    assert_eq!(stands["offset"], 2 * FRAME, "{stands}");
+    // Once more, with nothing sent in between.
+    rig.stop().await;
+    rig.start().await;
+    let rest = format!("?offset={}", 2 * FRAME);
+    let whole = upload.ask(rig.address(), "PUT", &rest, &sample.nar[2 * FRAME..]);
+    assert_eq!(whole["published"], "Stored", "{whole}");
+    let nar = rig.get(&format!("/main/nar/{}.nar.zst", sample.nar_hash().nix32()));
+    assert!(zstd::decode_all(&nar.body[..]).unwrap() == sample.nar);
+    assert_eq!(
+        upload.ask(rig.address(), "GET", "", b"")["error"],
+        "NoSuchUpload"
+    );
+    let deadline = std::time::Instant::now() + crate::rig::GENEROUS;
+    while files() > 0 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the spool is not emptied"
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_what_a_crash_left_of_an_upload_only_whole_frames_count() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let sample = Sample::new(1, 4 * FRAME);
+    let mut upload = RawUpload::of(&sample, &token);
+    upload.begin(rig.address());
+    upload.ask(
+        rig.address(),
+        "PUT",
+        "?offset=0",
+        &sample.nar[..3 * FRAME + 5],
+    );
+    let spool = rig.state().join("spool");
+    let frames = || {
+        let mut files = std::fs::read_dir(&spool)
+            .unwrap()
+            .map(|file| file.unwrap().path());
+        files.find(|file| file.extension().is_some_and(|kind| kind == "nar"))
+    };
+    let change = |change: &dyn Fn(&mut Vec<u8>)| {
+        let file = frames().unwrap();
+        let mut bytes = std::fs::read(&file).unwrap();
+        change(&mut bytes);
+        std::fs::write(&file, bytes).unwrap();
+    };
+    // Half a frame at the end.
+    rig.stop().await;
+    change(&|bytes| bytes.truncate(bytes.len() - 1000));
+    rig.start().await;
+    let stands = upload.ask(rig.address(), "GET", "", b"");
+    assert_eq!(stands["offset"], 2 * FRAME, "{stands}");
+    // A flipped bit in the second.
+    rig.stop().await;
+    change(&|bytes| {
+        let at = bytes.len() * 3 / 4;
+        bytes[at] ^= 4;
+    });
+    rig.start().await;
+    let stands = upload.ask(rig.address(), "GET", "", b"");
+    assert_eq!(stands["offset"], FRAME, "{stands}");
+    let whole = upload.ask(
+        rig.address(),
+        "PUT",
+        &format!("?offset={FRAME}"),
+        &sample.nar[FRAME..],
+    );
+    assert_eq!(whole["published"], "Stored", "{whole}");
+
+    // One that nobody has touched for long is not waited for.
+    let other = Sample::new(2, 2 * FRAME);
+    let mut upload = RawUpload::of(&other, &token);
+    upload.begin(rig.address());
+    upload.ask(rig.address(), "PUT", "?offset=0", &other.nar[..FRAME + 5]);
+    rig.stop().await;
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(7200);
+    let file = std::fs::File::options().write(true).open(frames().unwrap());
+    file.unwrap().set_modified(long_ago).unwrap();
+    rig.start().await;
+    assert_eq!(std::fs::read_dir(&spool).unwrap().count(), 0);
+    assert_eq!(
+        upload.ask(rig.address(), "GET", "", b"")["error"],
+        "NoSuchUpload"
+    );
+}
+
+#[test]
+fn an_upload_outlives_an_anchor_that_is_killed_while_it_is_filled() {
+    let place = crate::command::Place::new();
+    let mut anchor = place.start();
+    let arguments = ["token", "create", "--subject", "ci", "--cache", "main"];
+    let token = place.run(&[&arguments[..], &["--allow", "pull,push"]].concat());
+    let sample = Sample::new(1, 5 * FRAME);
+    let mut upload = RawUpload::of(&sample, &token);
+    upload.begin(anchor.address);
+    // Most of a body that promises all of it, and then nothing more.
+    let mut stream = TcpStream::connect(anchor.address).unwrap();
+    let head = format!(
+        "PUT {}?offset=0 HTTP/1.1\r\nHost: x\r\nAuthorization: {}\r\nContent-Length: {}\r\n\r\n",
+        upload.target,
+        upload.token,
+        sample.nar.len()
+    );
+    stream.write_all(head.as_bytes()).unwrap();
+    stream.write_all(&sample.nar[..4 * FRAME]).unwrap();
+    let spool = place.path().join("state/anchor/spool");
+    let received = || -> u64 {
+        let files = std::fs::read_dir(&spool).unwrap();
+        files
+            .map(|file| file.unwrap().metadata().unwrap().len())
+            .sum()
+    };
+    // Three frames compress to half of their size.
+    let deadline = std::time::Instant::now() + crate::rig::GENEROUS;
+    while received() < 5 * FRAME as u64 / 4 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{} bytes came in",
+            received()
+        );
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    anchor.kill();
+    let anchor = place.start();
+    let stands = upload.ask(anchor.address, "GET", "", b"");
+    let offset = stands["offset"].as_u64().unwrap() as usize;
+    assert!((2 * FRAME..=4 * FRAME).contains(&offset), "{stands}");
+    let rest = format!("?offset={offset}");
+    let whole = upload.ask(anchor.address, "PUT", &rest, &sample.nar[offset..]);
+    assert_eq!(whole["published"], "Stored", "{whole}");
+}
