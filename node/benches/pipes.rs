@@ -39,7 +39,7 @@ fn mutual_tls(bencher: Bencher, piece: usize) {
         let server = Identity::from_seed(&[1; 32]);
         let client = Identity::from_seed(&[2; 32]);
         let deadline = Duration::from_secs(10);
-        let acceptor = acceptor(&server, deadline).unwrap();
+        let acceptor = acceptor(&server, None, deadline).unwrap();
         let connector = connector(&client, deadline).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();

@@ -54,6 +54,8 @@ enum Command {
         #[arg(long)]
         state_dir: Option<PathBuf>,
     },
+    /// Join a mesh with a ticket that `granary mesh ticket` printed on a machine of it.
+    Join(mesh::JoinArguments),
     /// Make a mesh, admit machines to it, and put them out.
     #[command(subcommand)]
     Mesh(mesh::Command),
@@ -159,6 +161,7 @@ async fn execute(command: Command) -> Result<()> {
         Command::Up(arguments) => up::run(arguments).await,
         Command::Node(config) => node(config.load()?, || Ok(())).await,
         Command::Identity { config, state_dir } => identity(&config, state_dir),
+        Command::Join(arguments) => mesh::join(arguments).await,
         Command::Mesh(command) => mesh::run(command).await,
         Command::Anchor(arguments) => anchor::run(arguments).await,
         Command::Cache(arguments) => anchor::cache(arguments).await,
@@ -280,8 +283,9 @@ async fn check_config(config: &ConfigFile, offline: bool) -> Result<()> {
     let config = config.load()?;
     if !offline {
         NixStore::open(config.store_config()).await?;
-        if config.mesh.key.is_some() {
-            let file = config.certificate_file();
+        let file = config.certificate_file();
+        // What joins by a ticket has no certificate before its first start.
+        if config.mesh.key.is_some() && (config.mesh.ticket_file.is_none() || file.exists()) {
             let text = std::fs::read_to_string(&file).with_context(|| {
                 format!(
                     "mesh.key is set, but there is no certificate at {}",

@@ -12,11 +12,14 @@ use std::path::{Path, PathBuf};
 
 use granary_protocol::signature::{PublicKey, TrustedKeys};
 use granary_protocol::store_path::StoreDir;
+use granary_protocol::ticket::{TICKET_TEXT_BYTES_MAX, Ticket};
 use regex::Regex;
 use reqwest::Url;
 use serde::{Deserialize, Deserializer, de};
+use zeroize::Zeroizing;
 
 use crate::listener::Address;
+use crate::state_folder;
 use crate::store::{StoreConfig, daemon_socket, state_dir};
 
 /// Largest configuration file read; a real one has a few kilobytes.
@@ -79,6 +82,11 @@ pub struct Mesh {
     pub key: Option<PublicKey>,
     /// What `granary mesh admit` wrote for this node. Default: `certificate` in the state folder.
     pub certificate_file: Option<PathBuf>,
+    /// A ticket (`granary mesh ticket`) with which the node joins by itself; it says the key as well.
+    pub ticket_file: Option<PathBuf>,
+    /// `host:port` of those who admit and renew, from tickets.
+    #[serde(skip)]
+    pub admits: Vec<String>,
     /// Control plane.
     pub listen: Vec<SocketAddr>,
     /// Data plane.
@@ -327,6 +335,8 @@ impl Default for Mesh {
         Mesh {
             key: None,
             certificate_file: None,
+            ticket_file: None,
+            admits: Vec::new(),
             listen: everywhere(4727),
             transfer: everywhere(4728),
             mdns: true,
@@ -371,7 +381,7 @@ impl Default for Limits {
 impl Config {
     /// Reads the file, or the defaults when there is none.
     pub fn load(path: Option<&Path>) -> Result<Config, ConfigError> {
-        let config = match path {
+        let mut config = match path {
             None => Config::default(),
             Some(path) => {
                 let read = |source| ConfigError::Read {
@@ -393,7 +403,65 @@ impl Config {
         if config.state_dir.as_os_str().is_empty() {
             return Err(ConfigError::NoStateDir);
         }
+        config.take_tickets()?;
         Ok(config)
+    }
+
+    /// Learns from tickets which mesh it is, who admits to it, and where to look for it.
+    fn take_tickets(&mut self) -> Result<(), ConfigError> {
+        let joined = self.joined_file();
+        // What was joined by hand may be none of this user's business, who asks the node only.
+        if let Some(ticket) = self.ticket(&joined, true)? {
+            self.take_ticket(ticket);
+        }
+        if let Some(file) = self.mesh.ticket_file.clone()
+            && let Some(ticket) = self.ticket(&file, false)?
+        {
+            self.take_ticket(ticket);
+        }
+        Ok(())
+    }
+
+    fn ticket(&self, path: &Path, may_be_absent: bool) -> Result<Option<Ticket>, ConfigError> {
+        let read = match state_folder::read(path, TICKET_TEXT_BYTES_MAX as u64) {
+            Err(error) if may_be_absent && error.kind() == io::ErrorKind::PermissionDenied => None,
+            read => read.map_err(|source| ConfigError::Read {
+                path: path.to_owned(),
+                source,
+            })?,
+        };
+        match read.map(Zeroizing::new) {
+            None if may_be_absent => Ok(None),
+            None => Err(ConfigError::Read {
+                path: path.to_owned(),
+                source: io::ErrorKind::NotFound.into(),
+            }),
+            Some(text) => match Ticket::from_text(&text) {
+                Ok(ticket) => Ok(Some(ticket)),
+                Err(problem) => Err(ConfigError::Invalid {
+                    path: path.to_owned(),
+                    problem: problem.to_string(),
+                }),
+            },
+        }
+    }
+
+    fn take_ticket(&mut self, ticket: Ticket) {
+        let mesh = &mut self.mesh;
+        // A key in the file itself knows better, and who admits elsewhere is of no use.
+        if *mesh.key.get_or_insert_with(|| ticket.mesh.clone()) != ticket.mesh {
+            return;
+        }
+        for (list, more) in [
+            (&mut mesh.admits, ticket.admits),
+            (&mut mesh.peers, ticket.peers),
+        ] {
+            for address in more {
+                if !list.contains(&address) {
+                    list.push(address);
+                }
+            }
+        }
     }
 
     /// Parses TOML. The error is text for a person: place, problem, nearest valid key.
@@ -425,6 +493,21 @@ impl Config {
     /// What `granary hide` keeps to this machine.
     pub fn hidden_file(&self) -> PathBuf {
         self.state_dir.join("hidden")
+    }
+
+    /// What the ticket said by which `granary join` joined, without its secret.
+    pub fn joined_file(&self) -> PathBuf {
+        self.state_dir.join("joined")
+    }
+
+    /// The secret half of the mesh key, on a machine that admits others.
+    pub fn mesh_key_file(&self) -> PathBuf {
+        self.state_dir.join("mesh.key")
+    }
+
+    /// The tickets that this machine gave out.
+    pub fn tickets_file(&self) -> PathBuf {
+        self.state_dir.join("tickets")
     }
 
     /// The key that only this machine's nix.conf trusts.

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
 use zeroize::Zeroizing;
 
+use crate::admission::{self, Admission};
 use crate::authority::{Authorities, AuthorityError};
 use crate::binary_cache::{PeerCaches, WebCache, WebCaches, WebSetupError};
 use crate::clock::unix_time;
@@ -31,7 +32,7 @@ use crate::identity::Identity;
 use crate::listener::{Address, Listener, bind_tcp};
 use crate::loopback_key::{self, LoopbackKeyError};
 use crate::mesh;
-use crate::serve::members::MembersPort;
+use crate::serve::members::{Entrance, MembersPort, Newcomers};
 use crate::serve::tls;
 use crate::state_folder;
 use crate::status::{About, CertificateAbout, MeshAbout};
@@ -41,6 +42,10 @@ use crate::store::{LocalStore, NixStore};
 use crate::substituter::{Engine, Joined, Substituter};
 use crate::upload::{Uploader, uploader};
 
+mod renewal;
+
+use renewal::Keeper;
+
 /// How often what is missing (a store, a certificate) is looked for again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -49,9 +54,6 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// TLS handshakes on the transfer port that take longer are given up.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Largest certificate file looked at.
-const CERTIFICATE_FILE_BYTES_MAX: u64 = 16 * 1024;
 
 /// Largest token file read; a JWT has a few hundred bytes.
 const TOKEN_FILE_BYTES_MAX: u64 = 64 * 1024;
@@ -314,19 +316,67 @@ impl Start {
             }
             return;
         };
-        let certificate = match self.read_certificate() {
+        let admission = self.admission(&mesh_key);
+        let keeper = Keeper {
+            config: self.config.clone(),
+            identity: self.identity.clone(),
+            admission: admission.clone(),
+        };
+        let certificate = match keeper.read() {
             Ok(certificate) => certificate,
             Err(_) => {
                 if has_caches {
                     // What waits for an administrator must not keep Nix from its caches.
                     self.ask_caches_alone(shared.clone()).await;
                 }
-                self.certificate().await
+                keeper.wait().await
             }
         };
-        let joined = self.join(mesh_key, certificate, shared, mesh_ports, transfer);
-        if let Err(error) = joined.await {
-            error!(%error, "could not join the mesh, serving this machine only");
+        let about = watch::channel(renewal::about_certificate(&certificate));
+        let part = Part {
+            mesh_key,
+            certificate: certificate.clone(),
+            about: about.1,
+            mesh_ports,
+            transfer,
+            admission,
+        };
+        match self.join(part, shared).await {
+            Ok(mesh) => {
+                let keep = keeper.keep(mesh, about.0, self.changes.clone(), certificate);
+                let shutdown = self.shutdown.clone();
+                self.tasks.spawn(async move {
+                    tokio::select! {
+                        () = shutdown.cancelled() => {}
+                        () = keep => {}
+                    }
+                });
+            }
+            Err(error) => error!(%error, "could not join the mesh, serving this machine only"),
+        }
+    }
+
+    /// Admits others, if the mesh key is here.
+    fn admission(&self, mesh_key: &PublicKey) -> Option<Arc<Admission>> {
+        let file = self.config.mesh_key_file();
+        if !file.exists() {
+            return None;
+        }
+        match admission::read_mesh_key(&file) {
+            Ok(key) if key.public_key() == *mesh_key => Some(Arc::new(Admission::new(
+                key,
+                self.config.state_dir.clone(),
+                self.config.tickets_file(),
+                self.config.revocations_file(),
+            ))),
+            Ok(_) => {
+                warn!(file = %file.display(), "the mesh key in the state folder is another mesh's, admitting nobody");
+                None
+            }
+            Err(error) => {
+                error!(%error, "admitting nobody");
+                None
+            }
         }
     }
 
@@ -370,37 +420,6 @@ impl Start {
         }
     }
 
-    fn read_certificate(&self) -> Result<SignedCertificate, String> {
-        let path = self.config.certificate_file();
-        let read = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-        let length = fs::metadata(&path).map_err(|error| read(&error))?.len();
-        if length > CERTIFICATE_FILE_BYTES_MAX {
-            return Err(read(&"too large for a certificate"));
-        }
-        let text = fs::read_to_string(&path).map_err(|error| read(&error))?;
-        SignedCertificate::from_text(&text).map_err(|error| read(&error))
-    }
-
-    /// Reads our certificate, as soon as there is one.
-    async fn certificate(&self) -> SignedCertificate {
-        let mut last_problem = String::new();
-        loop {
-            match self.read_certificate() {
-                Ok(certificate) => return certificate,
-                Err(problem) if problem != last_problem => {
-                    let peer_id = self.identity.peer_id();
-                    warn!(
-                        %problem, %peer_id,
-                        "not a member yet, waiting for a certificate: granary mesh admit <peer id>"
-                    );
-                    last_problem = problem;
-                }
-                Err(_) => {}
-            }
-            tokio::time::sleep(RETRY_INTERVAL).await;
-        }
-    }
-
     /// A mesh of this node alone, of which nobody hears: the mind asks anchors and upstreams.
     async fn join_nobody(&self, shared: Arc<dyn LocalStore>) -> Result<(), StartError> {
         let mut seed = [0; 32];
@@ -416,34 +435,35 @@ impl Start {
             serial: 1,
         };
         let certificate = certificate.sign(&key).expect("its fields are well-formed");
-        self.join(
-            key.public_key(),
+        let part = Part {
+            mesh_key: key.public_key(),
             certificate,
-            shared,
-            Vec::new(),
-            Vec::new(),
-        )
-        .await
+            about: watch::channel(None).1,
+            mesh_ports: Vec::new(),
+            transfer: Vec::new(),
+            admission: None,
+        };
+        self.join(part, shared).await.map(drop)
     }
 
     async fn join(
         &self,
-        mesh_key: PublicKey,
-        certificate: SignedCertificate,
+        part: Part,
         shared: Arc<dyn LocalStore>,
-        mesh_ports: Vec<SocketAddr>,
-        transfer: Vec<TcpListener>,
-    ) -> Result<(), StartError> {
+    ) -> Result<mesh::MeshHandle, StartError> {
+        let Part {
+            mesh_key,
+            certificate,
+            about,
+            mesh_ports,
+            transfer,
+            admission,
+        } = part;
         let me = PeerId::from_public_key(self.identity.public_key());
         if let Err(problem) = certificate.verify(&mesh_key, &me, unix_time()) {
             // Shown all the same: the clock may be ours that is wrong. Others will say.
             warn!(%problem, file = %self.config.certificate_file().display(), "our certificate will be refused");
         }
-        let own = certificate.claims().ok().map(|own| CertificateAbout {
-            name: own.name,
-            permissions: own.permissions.to_string(),
-            expires: own.not_after.0,
-        });
         let transfer_port = transfer
             .first()
             .and_then(|listener| listener.local_addr().ok())
@@ -483,14 +503,18 @@ impl Start {
             // What one that hears of nobody would keep has nobody to read it.
             index_file: (!is_alone).then(|| self.config.index_file()),
         };
-        let acceptor = tls::acceptor(&self.identity, HANDSHAKE_TIMEOUT)?;
+        let admitting = admission.as_deref().map(Admission::identity);
+        let acceptor = tls::acceptor(&self.identity, admitting.as_ref(), HANDSHAKE_TIMEOUT)?;
         let connector = tls::connector(&self.identity, HANDSHAKE_TIMEOUT)?;
         let mesh = mesh::start(&self.identity, shared.clone(), options).await?;
         if !is_alone {
             info!(address = %mesh.listening(), ?transfer_port, "joined the mesh");
         }
         let port = MembersPort::new(
-            acceptor,
+            Entrance {
+                acceptor,
+                newcomers: admission.map(newcomers),
+            },
             shared,
             mesh.members(),
             self.config.limits.streams_per_peer,
@@ -511,13 +535,13 @@ impl Start {
         if let Some(engine) = self.endpoint.engine() {
             engine.join(Joined {
                 is_member: !is_alone,
-                mesh,
+                mesh: mesh.clone(),
                 peers,
                 caches: self.caches.clone(),
-                certificate: own.filter(|_| !is_alone),
+                certificate: about,
             });
         }
-        Ok(())
+        Ok(mesh)
     }
 
     fn about(&self) -> About {
@@ -531,6 +555,21 @@ impl Start {
             }),
         }
     }
+}
+
+/// What this node's part in a mesh is.
+struct Part {
+    mesh_key: PublicKey,
+    certificate: SignedCertificate,
+    about: watch::Receiver<Option<CertificateAbout>>,
+    mesh_ports: Vec<SocketAddr>,
+    transfer: Vec<TcpListener>,
+    admission: Option<Arc<Admission>>,
+}
+
+/// Lets those in who want to join.
+fn newcomers(admission: Arc<Admission>) -> Newcomers {
+    Arc::new(move |stream, peer| Box::pin(admission.clone().attend(stream, peer)))
 }
 
 /// What the configuration says about pushing; `None` when nothing is pushed by itself.

@@ -16,6 +16,7 @@ pub mod index;
 pub mod serve;
 pub mod binary_cache;
 pub mod mesh;
+pub mod admission;
 pub mod upload;
 pub mod status;
 pub mod substituter;

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::StreamExt;
 use granary_protocol::availability::{AvailabilityIndex, Cursor};
+use granary_protocol::certificate::SignedCertificate;
 use granary_protocol::mesh::{
     Blame, CacheView, Config as MindConfig, FetchId, Input, LookupId, LookupOutcome, Mesh, Output,
     PeerView, Refusal,
@@ -162,6 +163,7 @@ enum Command {
     },
     Report(Input),
     FetchDone(FetchId),
+    Certificate(SignedCertificate),
     Snapshot(oneshot::Sender<Snapshot>),
     Knowledge(StorePathHash, oneshot::Sender<Knowledge>),
     Shutdown(oneshot::Sender<()>),
@@ -265,6 +267,12 @@ impl MeshHandle {
     /// Where the control plane listens.
     pub fn listening(&self) -> SocketAddr {
         self.listening
+    }
+
+    /// Shows others this certificate of ours from here on.
+    pub async fn renew(&self, certificate: SignedCertificate) {
+        // A mesh that has stopped shows nothing.
+        let _ = self.commands.send(Command::Certificate(certificate)).await;
     }
 
     /// `None` when the mesh has stopped.
@@ -697,6 +705,7 @@ impl Loop {
                 self.fetches.remove(&fetch);
                 self.think(Input::FetchDone { fetch });
             }
+            Command::Certificate(certificate) => self.think(Input::Certificate { certificate }),
             Command::Snapshot(answer) => {
                 let _ = answer.send(Snapshot {
                     head: self.mind.head(),
@@ -872,7 +881,7 @@ impl Loop {
 }
 
 /// Whether an address of this machine means anything to another.
-fn is_reachable(ip: IpAddr) -> bool {
+pub fn is_reachable(ip: IpAddr) -> bool {
     let is_link_local = match ip {
         IpAddr::V4(ip) => ip.is_link_local(),
         // A scope is needed to dial these, and libp2p knows none.

@@ -175,7 +175,7 @@ pub struct Sources<'a> {
     /// `None` while this node is linked to no mesh.
     pub mesh: Option<&'a MeshHandle>,
     /// Of this node.
-    pub certificate: Option<&'a CertificateAbout>,
+    pub certificate: Option<CertificateAbout>,
     pub upload: Option<upload::View>,
     pub metrics: &'a Metrics,
     pub activity: &'a Activity,
@@ -247,7 +247,7 @@ pub async fn report(sources: Sources<'_>) -> Report {
     }
     let mut about = sources.about.clone();
     if let Some(mesh) = &mut about.mesh {
-        mesh.certificate = sources.certificate.cloned();
+        mesh.certificate = sources.certificate;
     }
     let total = metrics.traffic.total();
     Report {

@@ -18,6 +18,7 @@ use granary_protocol::store_path::{StoreDir, StorePathHash};
 use http::header::{CONNECTION, HOST};
 use http::{HeaderMap, HeaderValue, Method, Request, Response};
 use hyper::body::Incoming;
+use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
@@ -79,8 +80,8 @@ pub struct Joined {
     pub mesh: MeshHandle,
     pub peers: Arc<PeerCaches>,
     pub caches: Arc<WebCaches>,
-    /// What our own certificate says; `None` when it says nothing sensible.
-    pub certificate: Option<status::CertificateAbout>,
+    /// What our own certificate says; `None` when it says nothing sensible. Changes when it is renewed.
+    pub certificate: watch::Receiver<Option<status::CertificateAbout>>,
 }
 
 impl Engine {
@@ -490,7 +491,7 @@ impl Substituter {
             store: engine.store.as_ref(),
             rules: &engine.rules,
             mesh: joined.map(|joined| &joined.mesh),
-            certificate: joined.and_then(|joined| joined.certificate.as_ref()),
+            certificate: joined.and_then(|joined| joined.certificate.borrow().clone()),
             upload: engine.uploader.get().map(|uploader| uploader.view()),
             metrics: &self.metrics,
             activity: &self.activity,

@@ -25,7 +25,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("loopback_key", &["state_folder"]),
     // What a person hides is a file of the state folder. Signatures by the loopback key are shown to nobody.
     ("store", &["state_folder", "loopback_key"]),
-    ("config", &["store", "listener"]),
+    // Where a machine joined is a file of the state folder.
+    ("config", &["store", "listener", "state_folder"]),
     ("index", &[]),
     ("serve", &["store", "identity", "metrics"]),
     ("binary_cache", &["authority", "identity", "serve"]),
@@ -41,6 +42,11 @@ const EDGES: &[(&str, &[&str])] = &[
             "identity",
             "state_folder",
         ],
+    ),
+    // It knows newcomers by TLS, and who was put out by the file of revocations.
+    (
+        "admission",
+        &["clock", "identity", "mesh", "serve", "state_folder"],
     ),
     // It sends what the store has, to whatever anchor; it shares no code with that.
     ("upload", &["store", "clock", "secret", "authority"]),
@@ -77,6 +83,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "clock",
             "config",
             "loopback_key",
+            "admission",
             "identity",
             "state_folder",
             "authority",
@@ -119,6 +126,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "clock",
             "config",
             "loopback_key",
+            "admission",
             "identity",
             "state_folder",
             "authority",

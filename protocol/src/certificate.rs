@@ -140,6 +140,11 @@ impl Certificate {
         Ok(SignedCertificate { body, signature })
     }
 
+    /// Whether a machine may be called that.
+    pub fn is_name(name: &str) -> bool {
+        check_name(name).is_ok()
+    }
+
     fn from_body(bytes: &[u8]) -> Result<Certificate, CertificateError> {
         let body = Body::decode(bytes)?;
         let peer = <[u8; 32]>::try_from(body.peer.as_slice())

@@ -18,6 +18,7 @@ pub mod seekable;
 pub mod peer;
 pub mod certificate;
 pub mod revocation;
+pub mod ticket;
 pub mod voucher;
 pub mod contact;
 pub mod token;

@@ -136,6 +136,16 @@ impl Mesh {
                     self.tell_own_contact();
                 }
             }
+            Input::Certificate { certificate } => {
+                self.config.certificate = certificate.clone();
+                if self.membership.own_certificate(certificate, now) {
+                    self.keep_own(index);
+                    self.tell_own_contact();
+                }
+                for peer in self.membership.linked() {
+                    self.say_hello(peer);
+                }
+            }
             Input::Shutdown => {
                 for peer in self.membership.linked() {
                     self.send(peer, Message::Goodbye);

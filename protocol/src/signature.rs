@@ -213,6 +213,11 @@ impl SecretKey {
         }
     }
 
+    /// Returns the 32 secret bytes that the key is made of.
+    pub fn seed(&self) -> Zeroizing<[u8; 32]> {
+        Zeroizing::new(self.key.to_bytes())
+    }
+
     pub fn sign(&self, message: &[u8]) -> Signature {
         Signature {
             key_name: self.name.clone(),

@@ -78,6 +78,7 @@ pub fn input(input: &Input, numbers: &BTreeMap<PeerId, usize>) -> String {
         Input::SeedFound { seed, peer } => format!("seed-found {seed} {}", name(peer)),
         // What it says is hashed with the frame that brought it.
         Input::Received { peer, message } => format!("received {} {}", name(peer), message.kind()),
+        Input::Certificate { .. } => "certificate".into(),
         Input::Revocations { list } => format!("revocations {}", list.claims().number),
         Input::Garbage { peer } => format!("garbage {}", name(peer)),
         Input::LocalPaths { all } => format!("local-paths {} {}", all.len(), sum(all)),

@@ -1,22 +1,28 @@
 //! `granary mesh`: the mesh key at work. It makes members, and puts them out again.
 
 use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use granary_protocol::certificate::{Certificate, Permissions, UnixTime};
 use granary_protocol::peer::PeerId;
 use granary_protocol::revocation::{Revocations, SignedRevocations};
 use granary_protocol::signature::{KeyName, SecretKey};
+use granary_protocol::ticket::{Request, TICKET_ADDRESSES_MAX, TICKET_TEXT_BYTES_MAX, Ticket};
 use zeroize::Zeroizing;
 
 use super::{ConfigFile, SECONDS_PER_DAY, ask, print};
+use crate::admission::tickets::{Issued, Tickets, USES_MAX};
+use crate::admission::{self, read_mesh_key};
 use crate::clock::unix_time;
 use crate::config::Config;
 use crate::daemon;
+use crate::identity::Identity;
+use crate::mesh::is_reachable;
 use crate::mesh::revocations;
 use crate::state_folder;
 use crate::status::Report;
@@ -62,6 +68,8 @@ pub enum Command {
         #[arg(long, default_value_t = CERTIFICATE_DAYS)]
         days: u64,
     },
+    /// Print a ticket with which a machine joins (`granary join`). Run where the mesh key is.
+    Ticket(TicketArguments),
     /// Put machines out: every member closes its links to them, and their certificates are void.
     Revoke {
         /// Peer ids, or names as `granary status` shows them.
@@ -79,6 +87,41 @@ pub enum Command {
     },
 }
 
+#[derive(Args)]
+pub struct TicketArguments {
+    /// How many machines may join with it.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=USES_MAX as i64))]
+    uses: u32,
+    /// For how long: `30m`, `12h`, `7d`.
+    #[arg(long, default_value = "7d", value_parser = span)]
+    expires: Duration,
+    /// Permissions: share, vouch, `push:<cache pattern>`.
+    #[arg(long, default_value = "share,vouch")]
+    allow: Permissions,
+    /// Days that certificates are good for; they renew themselves.
+    #[arg(long, default_value_t = CERTIFICATE_DAYS)]
+    days: u64,
+    /// Names or addresses by which the others reach this machine. Default: those of its interfaces.
+    #[arg(long)]
+    host: Vec<String>,
+    #[command(flatten)]
+    config: ConfigFile,
+}
+
+#[derive(Args)]
+pub struct JoinArguments {
+    /// What `granary mesh ticket` printed.
+    ticket: Option<String>,
+    /// A file with it, so that it stands in no command line.
+    #[arg(long, conflicts_with = "ticket")]
+    ticket_file: Option<PathBuf>,
+    /// What to call this machine; default: its host name.
+    #[arg(long)]
+    name: Option<String>,
+    #[command(flatten)]
+    config: ConfigFile,
+}
+
 pub async fn run(command: Command) -> Result<()> {
     match command {
         Command::Create {
@@ -94,6 +137,7 @@ pub async fn run(command: Command) -> Result<()> {
             allow,
             days,
         } => admit(peer_id, &key_file, &out, name, allow, days),
+        Command::Ticket(arguments) => ticket(arguments),
         Command::Revoke {
             members,
             key_file,
@@ -150,32 +194,6 @@ fn admit(
     ))
 }
 
-pub fn read_mesh_key(key_file: &Path) -> Result<SecretKey> {
-    let read = || {
-        format!(
-            "cannot read the mesh key {} (made by granary mesh create)",
-            key_file.display()
-        )
-    };
-    let mode = std::fs::metadata(key_file)
-        .with_context(read)?
-        .permissions()
-        .mode();
-    if mode & 0o077 != 0 {
-        bail!(
-            "the mesh key {0} has mode {1:04o}, others may read it, refusing to use it; run chmod 0600 {0}",
-            key_file.display(),
-            mode & 0o7777
-        );
-    }
-    let text = std::fs::read_to_string(key_file)
-        .map(Zeroizing::new)
-        .with_context(read)?;
-    text.trim()
-        .parse()
-        .with_context(|| format!("{} is no mesh key", key_file.display()))
-}
-
 /// Makes a certificate, and the text of its file.
 pub fn certify(
     key: &SecretKey,
@@ -184,26 +202,153 @@ pub fn certify(
     permissions: Permissions,
     days: u64,
 ) -> Result<(Certificate, String)> {
-    let now = unix_time();
-    let mut serial = [0u8; 8];
-    getrandom::fill(&mut serial).context("the system gave no random bytes")?;
-    let lifetime = days
-        .checked_mul(SECONDS_PER_DAY)
-        .and_then(|seconds| now.0.checked_add(seconds));
-    let certificate = Certificate {
-        peer,
-        // All peer ids begin alike; the end tells them apart.
-        name: name.unwrap_or_else(|| {
-            let text = peer.to_string();
-            format!("node-{}", &text[text.len() - 8..])
-        }),
-        permissions,
-        not_before: now,
-        not_after: UnixTime(lifetime.context("--days is too large")?),
-        serial: u64::from_ne_bytes(serial),
+    let seconds = days.checked_mul(SECONDS_PER_DAY);
+    let seconds = seconds.context("--days is too large")?;
+    let signed = admission::certify(key, peer, name, permissions, seconds, unix_time())?;
+    Ok((signed.claims()?, signed.to_text()))
+}
+
+/// Makes a ticket, which the running node of this machine knows at once.
+fn ticket(arguments: TicketArguments) -> Result<()> {
+    let config = arguments.config.load()?;
+    let key_file = config.mesh_key_file();
+    let key = read_mesh_key(&key_file).context(
+        "tickets are made where the mesh key is in the state folder, as granary up keeps it",
+    )?;
+    let public = key.public_key();
+    if let Some(configured) = config.mesh.key.as_ref().filter(|other| **other != public) {
+        bail!("the key is that of mesh {public}, this machine belongs to {configured}");
+    }
+    let (admits, peers) = match arguments.host.is_empty() {
+        false => (
+            with_port(&arguments.host, &config.mesh.transfer),
+            with_port(&arguments.host, &config.mesh.listen),
+        ),
+        true => (
+            reachable(&config.mesh.transfer)?,
+            reachable(&config.mesh.listen)?,
+        ),
     };
-    let text = certificate.sign(key)?.to_text();
-    Ok((certificate, text))
+    if admits.is_empty() {
+        bail!("this machine has no address but loopback; give --host");
+    }
+    let now = unix_time();
+    let secret = admission::new_secret().context("the system gave no random bytes")?;
+    let seconds = arguments.days.checked_mul(SECONDS_PER_DAY);
+    let expires = UnixTime(now.0.saturating_add(arguments.expires.as_secs()));
+    let issued = Issued::new(
+        &secret,
+        expires,
+        arguments.uses,
+        arguments.allow,
+        seconds.context("--days is too large")?,
+    );
+    {
+        let _lock = state_folder::lock(&config.state_dir)
+            .with_context(|| format!("cannot lock {}", config.state_dir.display()))?;
+        let file = config.tickets_file();
+        let mut tickets = Tickets::load(&file)?;
+        tickets.add(issued, now)?;
+        tickets.save(&file)?;
+    }
+    let ticket = Ticket {
+        mesh: public,
+        admits,
+        peers,
+        secret: Some(secret),
+        expires,
+    };
+    print(&format!("{}\n", ticket.to_text()?.as_str()))
+}
+
+/// A span of time as a person writes it: `90s`, `30m`, `12h`, `7d`.
+fn span(text: &str) -> Result<Duration, String> {
+    let wrong = || format!("{text:?} is no span of time such as 30m, 12h or 7d");
+    let unit = text.chars().next_back().ok_or_else(wrong)?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => SECONDS_PER_DAY,
+        _ => return Err(wrong()),
+    };
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
+    let seconds = number.checked_mul(seconds).ok_or_else(wrong)?;
+    Ok(Duration::from_secs(seconds))
+}
+
+fn with_port(hosts: &[String], listen: &[SocketAddr]) -> Vec<String> {
+    let Some(port) = listen.first().map(SocketAddr::port) else {
+        return Vec::new();
+    };
+    let hosts = hosts.iter().take(TICKET_ADDRESSES_MAX);
+    hosts.map(|host| format!("{host}:{port}")).collect()
+}
+
+/// Where others reach what listens here.
+fn reachable(listen: &[SocketAddr]) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for address in listen {
+        if !address.ip().is_unspecified() {
+            found.push(*address);
+            continue;
+        }
+        let interfaces = if_addrs::get_if_addrs().context("cannot list the network interfaces")?;
+        let ips = interfaces.iter().map(if_addrs::Interface::ip);
+        let ips = ips.filter(|ip| ip.is_ipv4() == address.is_ipv4() && is_reachable(*ip));
+        found.extend(ips.map(|ip| SocketAddr::new(ip, address.port())));
+    }
+    let found = found.iter().take(TICKET_ADDRESSES_MAX);
+    Ok(found.map(SocketAddr::to_string).collect())
+}
+
+pub async fn join(arguments: JoinArguments) -> Result<()> {
+    let config = arguments.config.load()?;
+    let text = match (arguments.ticket, arguments.ticket_file) {
+        (Some(ticket), _) => Zeroizing::new(ticket),
+        (None, Some(file)) => {
+            let text = state_folder::read(&file, TICKET_TEXT_BYTES_MAX as u64);
+            let text = text.with_context(|| format!("cannot read {}", file.display()))?;
+            Zeroizing::new(text.with_context(|| format!("there is no {}", file.display()))?)
+        }
+        (None, None) => bail!("give a ticket, or --ticket-file"),
+    };
+    let ticket = Ticket::from_text(&text)?;
+    if let Some(other) = config.mesh.key.as_ref().filter(|key| **key != ticket.mesh) {
+        bail!(
+            "the ticket is for mesh {}, this machine belongs to {other}",
+            ticket.mesh
+        );
+    }
+    let secret = ticket.secret.clone();
+    let secret = secret.context("the ticket has no secret, it was used before")?;
+    daemon::make_state_dir(&config.state_dir).with_context(|| {
+        format!(
+            "cannot make the state folder {}",
+            config.state_dir.display()
+        )
+    })?;
+    let identity = Identity::load_or_create(&config.identity_file())?;
+    let name = arguments.name.or_else(admission::host_name);
+    let name = name.unwrap_or_default();
+    let request = Request::Join { secret, name };
+    let certificate = admission::ask(&identity, &ticket.mesh, &ticket.admits, &request).await?;
+    let file = config.certificate_file();
+    state_folder::write(&file, format!("{}\n", certificate.to_text()).as_bytes())
+        .with_context(|| format!("cannot write the certificate to {}", file.display()))?;
+    let file = config.joined_file();
+    admission::remember(&file, &ticket)
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    let own = certificate.claims()?;
+    let next = match ask(&config, "/health").await {
+        Ok(_) if config.mesh.key.is_none() => "restart the node: it belongs to no mesh yet",
+        Ok(_) => "the running node uses it",
+        Err(_) => "next: granary node, and granary use for Nix",
+    };
+    print(&format!(
+        "joined {} as {} ({})\n{next}\n",
+        ticket.mesh, own.name, own.permissions
+    ))
 }
 
 async fn revoke(
@@ -347,15 +492,11 @@ async fn running(config: &Config) -> Result<Option<Report>> {
 
 /// Where `granary up` keeps the mesh key, or where `granary mesh create` puts it.
 fn usual_key_file(config: &Config) -> PathBuf {
-    let kept = mesh_key_file(config);
+    let kept = config.mesh_key_file();
     match kept.exists() {
         true => kept,
         false => PathBuf::from("mesh.key"),
     }
-}
-
-pub fn mesh_key_file(config: &Config) -> PathBuf {
-    config.state_dir.join("mesh.key")
 }
 
 #[cfg(test)]
@@ -368,6 +509,16 @@ mod tests {
 
     fn peer(number: u8) -> PeerId {
         PeerId::from_public_key([number; 32])
+    }
+
+    #[test]
+    fn spans_are_read_as_people_write_them() {
+        for (text, seconds) in [("90s", 90), ("30m", 1800), ("12h", 43_200), ("7d", 604_800)] {
+            assert_eq!(span(text), Ok(Duration::from_secs(seconds)));
+        }
+        for text in ["", "7", "d", "-1d", "1w", "99999999999999999999d", "1é"] {
+            assert!(span(text).is_err(), "{text}");
+        }
     }
 
     #[test]

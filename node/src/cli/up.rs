@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use granary_protocol::certificate::{MEMBER_NAME_BYTES_MAX, SignedCertificate};
+use granary_protocol::certificate::SignedCertificate;
 use granary_protocol::peer::PeerId;
 use granary_protocol::signature::PublicKey;
 use granary_protocol::token::Permission;
@@ -17,9 +17,10 @@ use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue};
 
 use super::anchor::{new_token, options};
-use super::mesh::{certify, make_mesh_key, mesh_key_file, read_mesh_key};
+use super::mesh::{certify, make_mesh_key};
 use super::nix_conf::wanted;
 use super::{ConfigFile, SECONDS_PER_DAY, node, print};
+use crate::admission::{host_name, read_mesh_key};
 use crate::anchor::Anchor;
 use crate::anchor::cache::CacheName;
 use crate::anchor::server::{Server, nearest};
@@ -39,9 +40,6 @@ const RENEWAL_DAYS: u64 = 180;
 
 /// Largest certificate file looked at.
 const CERTIFICATE_BYTES_MAX: u64 = 16 * 1024;
-
-/// Linux has 64.
-const HOST_NAME_BYTES_MAX: u64 = 256;
 
 const MESH_NAME: &str = "granary-mesh";
 
@@ -94,7 +92,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
 /// Makes this machine a member of its mesh, which is made if there is none; returns whether it admits
 /// others.
 fn join_own_mesh(config: &mut Config) -> Result<bool> {
-    let key_file = mesh_key_file(config);
+    let key_file = config.mesh_key_file();
     let key = match (key_file.exists(), &config.mesh.key) {
         (true, _) => read_mesh_key(&key_file)?,
         (false, None) => make_mesh_key(&key_file, MESH_NAME)?,
@@ -116,19 +114,6 @@ fn join_own_mesh(config: &mut Config) -> Result<bool> {
             .with_context(|| format!("cannot write the certificate to {}", file.display()))?;
     }
     Ok(true)
-}
-
-fn host_name() -> Option<String> {
-    let name = state_folder::read(Path::new("/proc/sys/kernel/hostname"), HOST_NAME_BYTES_MAX);
-    let name = name.ok()??;
-    let is_allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
-    // As a certificate has names, so that no host name keeps a machine from starting.
-    let name: String = name
-        .chars()
-        .filter(is_allowed)
-        .take(MEMBER_NAME_BYTES_MAX)
-        .collect();
-    Some(name).filter(|name| !name.is_empty())
 }
 
 fn is_good(file: &Path, mesh: &PublicKey, peer: &PeerId) -> bool {
@@ -217,20 +202,20 @@ fn lines(
         config.state_dir.display(),
     );
     if let (true, Some(mesh)) = (admits, &config.mesh.key) {
+        let place = match is_elsewhere {
+            true => format!("STATE_DIRECTORY={} ", config.state_dir.display()),
+            false => String::new(),
+        };
         text.push_str(&format!(
-            "\nThe next machine needs this in its granary.toml, with the address of this one:\n\n\
-             [mesh]\nkey = \"{mesh}\"\n\
+            "\nThe next machine joins mesh {mesh} with what this prints, here:\n\n\
+             {place}granary mesh ticket\n\n\
+             and there:\n\n\
+             granary join <ticket>\ngranary node\ngranary use\n\n\
+             To use the anchor as well, it needs this in its granary.toml, with the address of this one, and a token:\n\n\
              [[anchor]]\nurl = \"http://<this machine>:{port}/{cache}\"\n\
              token-file = \"/etc/granary/token\"\npublic-keys = [\"{key}\"]\n\
              [upload]\ncache = \"{cache}\"\n\n\
-             and from here a certificate for what `granary identity` prints there, and a token:\n\n\
-             granary mesh admit <peer id> --key-file {}\n\
-             {}granary token create --subject <its name> --cache {cache} --allow pull,push\n",
-            mesh_key_file(config).display(),
-            match is_elsewhere {
-                true => format!("STATE_DIRECTORY={} ", config.state_dir.display()),
-                false => String::new(),
-            },
+             {place}granary token create --subject <its name> --cache {cache} --allow pull,push\n",
         ));
     }
     Ok(text)

@@ -3,25 +3,27 @@
 //! A peer is served while it is a member. Admission happens on the control plane; here the peer id
 //! that TLS proved is looked up in the set of linked members, before the first request and for as
 //! long as the connection stands. Everyone else is closed after the handshake without a byte of
-//! application data.
+//! application data. Where the mesh key is, those who ask to join are handed to who admits.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::peer::PeerId;
 use http::{Request, Response};
 use hyper::body::Incoming;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio_rustls::server;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::respond::{self, Body};
-use super::tls::{Acceptor, TlsError};
+use super::tls::{Acceptor, Purpose, TlsError};
 use super::{Route, connection, nar};
 use crate::identity;
 use crate::metrics::Metrics;
@@ -39,9 +41,20 @@ const PRIORITY: i32 = 10;
 /// Pause after accept failed, which it does when file descriptors run out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Takes over the connection of somebody who wants to be admitted.
+pub type Newcomers =
+    Arc<dyn Fn(server::TlsStream<TcpStream>, PeerId) -> BoxFuture<'static, ()> + Send + Sync>;
+
+/// How connections come in, and who takes those that are not for transfers.
+pub struct Entrance {
+    pub acceptor: Acceptor,
+    /// `None` where the mesh key is not.
+    pub newcomers: Option<Newcomers>,
+}
+
 /// Serves members.
 pub struct MembersPort {
-    pub acceptor: Acceptor,
+    pub entrance: Entrance,
     pub shared: Arc<dyn LocalStore>,
     pub members: watch::Receiver<Arc<BTreeSet<PeerId>>>,
     pub streams_per_peer: usize,
@@ -54,7 +67,7 @@ pub struct MembersPort {
 
 impl MembersPort {
     pub fn new(
-        acceptor: Acceptor,
+        entrance: Entrance,
         shared: Arc<dyn LocalStore>,
         members: watch::Receiver<Arc<BTreeSet<PeerId>>>,
         streams_per_peer: usize,
@@ -63,7 +76,7 @@ impl MembersPort {
         tasks: TaskTracker,
     ) -> Arc<MembersPort> {
         Arc::new(MembersPort {
-            acceptor,
+            entrance,
             shared,
             members,
             streams_per_peer,
@@ -107,7 +120,8 @@ impl MembersPort {
             identity::ed25519_of(peer)
                 .is_some_and(|key| self.is_member(&PeerId::from_public_key(key)))
         };
-        let (stream, peer) = match self.acceptor.accept(socket, is_admitted).await {
+        let (stream, peer, purpose) = match self.entrance.acceptor.accept(socket, is_admitted).await
+        {
             Ok(accepted) => accepted,
             Err(error) => {
                 self.metrics.transfers_refused.add(1);
@@ -122,6 +136,12 @@ impl MembersPort {
             return;
         };
         let peer = PeerId::from_public_key(key);
+        if purpose == Purpose::Joining {
+            if let Some(newcomers) = &self.entrance.newcomers {
+                newcomers(stream, peer).await;
+            }
+            return;
+        }
         let requests = connection(stream, PATIENCE, self.shutdown.clone(), |request| {
             let port = self.clone();
             async move { port.answer(peer, request).await }

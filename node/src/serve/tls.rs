@@ -41,6 +41,9 @@ use crate::identity::Identity;
 /// The only protocol: HTTP/1.1 as this version of Granary speaks it.
 pub const ALPN: &[u8] = b"granary/1";
 
+/// What a machine speaks that wants to be admitted, to the holder of the mesh key.
+pub const JOINING_ALPN: &[u8] = b"granary-join/1";
+
 /// Both round trips and both signatures, on a loaded machine behind bad Wi-Fi.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -81,7 +84,7 @@ pub enum TlsError {
         expected: PeerId,
         address: SocketAddr,
     },
-    #[error("{address} did not agree on the protocol granary/1, closed the connection")]
+    #[error("{address} did not agree on a protocol, closed the connection")]
     WrongProtocol { address: SocketAddr },
     #[error("the connection ended before the handshake: {0}")]
     Gone(#[source] io::Error),
@@ -96,23 +99,48 @@ pub enum TlsSetupError {
     Config(#[from] rustls::Error),
 }
 
-/// Takes connections of members.
+/// Takes connections of members, and of those who want to become one.
 #[derive(Clone)]
 pub struct Acceptor {
     tls: tokio_rustls::TlsAcceptor,
     deadline: Duration,
 }
 
-/// Makes an acceptor with a fresh certificate.
+/// What a connection is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// HTTP, for a peer that is admitted.
+    Transfer,
+    /// To be admitted.
+    Joining,
+}
+
+/// Makes an acceptor with a fresh certificate. Where the mesh key is, `mesh` is its identity, which is shown
+/// to those who want to join.
 ///
 /// The certificate does not expire in the lifetime of a process (libp2p makes them valid from 1975 to 4096), and peers
 /// look at the key in it, not at its dates.
-pub fn acceptor(identity: &Identity, deadline: Duration) -> Result<Acceptor, TlsSetupError> {
+pub fn acceptor(
+    identity: &Identity,
+    mesh: Option<&Identity>,
+    deadline: Duration,
+) -> Result<Acceptor, TlsSetupError> {
+    let certificates = OwnCertificates {
+        own: certificate_of(identity)?.0,
+        mesh: mesh
+            .map(certificate_of)
+            .transpose()?
+            .map(|certificate| certificate.0),
+    };
+    let mut protocols = vec![ALPN.to_vec()];
+    if mesh.is_some() {
+        protocols.push(JOINING_ALPN.to_vec());
+    }
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(AnyPeer))
-        .with_cert_resolver(Arc::new(certificate_of(identity)?));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+        .with_cert_resolver(Arc::new(certificates));
+    config.alpn_protocols = protocols;
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
@@ -125,13 +153,13 @@ pub fn acceptor(identity: &Identity, deadline: Duration) -> Result<Acceptor, Tls
 impl Acceptor {
     /// Completes the handshake and returns who is there.
     ///
-    /// `is_admitted` is asked once, right after the handshake; a peer that it refuses is told by a TLS close and hears
-    /// no byte of the application. Sets TCP_NODELAY. Not cancel-safe: dropping it drops the connection.
+    /// `is_admitted` is asked once, right after the handshake, of who wants transfers; a peer that it refuses is told
+    /// by a TLS close and hears no byte of the application. Sets TCP_NODELAY. Not cancel-safe: dropping it drops the connection.
     pub async fn accept(
         &self,
         socket: TcpStream,
         is_admitted: impl Fn(&PeerId) -> bool,
-    ) -> Result<(server::TlsStream<TcpStream>, PeerId), TlsError> {
+    ) -> Result<(server::TlsStream<TcpStream>, PeerId, Purpose), TlsError> {
         let address = socket.peer_addr().map_err(TlsError::Gone)?;
         socket.set_nodelay(true).map_err(TlsError::Gone)?;
         let after = self.deadline;
@@ -140,15 +168,21 @@ impl Acceptor {
             .map_err(|_| TlsError::TimedOut { address, after })?
             .map_err(|source| TlsError::Handshake { address, source })?;
         let session = stream.get_ref().1;
-        let agreed = session.alpn_protocol() == Some(ALPN);
+        let purpose = match session.alpn_protocol() {
+            Some(ALPN) => Some(Purpose::Transfer),
+            // Agreed upon only where the mesh key is.
+            Some(JOINING_ALPN) => Some(Purpose::Joining),
+            _ => None,
+        };
         let peer = session.peer_certificates().and_then(peer_of);
-        match peer {
-            Some(peer) if agreed && is_admitted(&peer) => Ok((stream, peer)),
-            peer => {
+        match (peer, purpose) {
+            (Some(peer), Some(purpose @ Purpose::Joining)) => Ok((stream, peer, purpose)),
+            (Some(peer), Some(purpose)) if is_admitted(&peer) => Ok((stream, peer, purpose)),
+            (peer, purpose) => {
                 // A stranger that does not take the close is dropped; it gets no second deadline.
                 let _ = timeout(after, stream.shutdown()).await;
                 Err(match peer {
-                    Some(peer) if agreed => TlsError::NotAdmitted { peer, address },
+                    Some(peer) if purpose.is_some() => TlsError::NotAdmitted { peer, address },
                     // rustls refuses clients that offer only other protocols, and lets pass those that offer none.
                     _ => TlsError::WrongProtocol { address },
                 })
@@ -157,27 +191,42 @@ impl Acceptor {
     }
 }
 
-/// Connects to members.
+/// Connects to members, or to who admits.
 #[derive(Clone)]
 pub struct Connector {
     tls: tokio_rustls::TlsConnector,
+    protocol: &'static [u8],
     deadline: Duration,
 }
 
 /// Makes a connector with a fresh certificate; see [`acceptor`] on its lifetime.
 pub fn connector(identity: &Identity, deadline: Duration) -> Result<Connector, TlsSetupError> {
+    connector_for(ALPN, identity, deadline)
+}
+
+/// Makes a connector with which to join: to be told the mesh key's peer id as the one to expect.
+pub fn newcomer(identity: &Identity, deadline: Duration) -> Result<Connector, TlsSetupError> {
+    connector_for(JOINING_ALPN, identity, deadline)
+}
+
+fn connector_for(
+    protocol: &'static [u8],
+    identity: &Identity,
+    deadline: Duration,
+) -> Result<Connector, TlsSetupError> {
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(AnyPeer))
         .with_client_cert_resolver(Arc::new(certificate_of(identity)?));
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.alpn_protocols = vec![protocol.to_vec()];
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
     // There is no host name, and the identity of the server would be none of an observer's business.
     config.enable_sni = false;
     Ok(Connector {
         tls: Arc::new(config).into(),
+        protocol,
         deadline,
     })
 }
@@ -213,7 +262,7 @@ impl Connector {
             .await
             .map_err(|source| TlsError::Handshake { address, source })?;
         let session = stream.get_ref().1;
-        let agreed = session.alpn_protocol() == Some(ALPN);
+        let agreed = session.alpn_protocol() == Some(self.protocol);
         let error = match session.peer_certificates().and_then(peer_of) {
             Some(found) if agreed && found == expected => return Ok(stream),
             Some(found) if agreed => TlsError::WrongPeer {
@@ -251,6 +300,23 @@ fn certificate_of(identity: &Identity) -> Result<OwnCertificate, TlsSetupError> 
     Ok(OwnCertificate(Arc::new(certified)))
 }
 
+/// The certificates of a server: its own, and the mesh key's for those who ask to join.
+#[derive(Debug)]
+struct OwnCertificates {
+    own: Arc<CertifiedKey>,
+    mesh: Option<Arc<CertifiedKey>>,
+}
+
+impl rustls::server::ResolvesServerCert for OwnCertificates {
+    fn resolve(&self, hello: rustls::server::ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let mut offered = hello.alpn().into_iter().flatten();
+        match &self.mesh {
+            Some(mesh) if offered.any(|protocol| protocol == JOINING_ALPN) => Some(mesh.clone()),
+            _ => Some(self.own.clone()),
+        }
+    }
+}
+
 impl rustls::client::ResolvesClientCert for OwnCertificate {
     fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
         Some(self.0.clone())
@@ -258,12 +324,6 @@ impl rustls::client::ResolvesClientCert for OwnCertificate {
 
     fn has_certs(&self) -> bool {
         true
-    }
-}
-
-impl rustls::server::ResolvesServerCert for OwnCertificate {
-    fn resolve(&self, _: rustls::server::ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.0.clone())
     }
 }
 
@@ -422,7 +482,7 @@ mod tests {
     ) -> tokio::task::JoinHandle<Result<(PeerId, Vec<u8>), TlsError>> {
         tokio::spawn(async move {
             let (socket, _) = listener.accept().await.unwrap();
-            let (mut stream, peer) = acceptor
+            let (mut stream, peer, _) = acceptor
                 .accept(socket, |peer| admitted.contains(peer))
                 .await?;
             assert!(stream.get_ref().0.nodelay().unwrap());
@@ -437,7 +497,7 @@ mod tests {
     #[tokio::test]
     async fn admitted_peers_talk_with_aes_128() {
         let (listener, address) = listener().await;
-        let acceptor = acceptor(&server(), PATIENCE).unwrap();
+        let acceptor = acceptor(&server(), None, PATIENCE).unwrap();
         let served = serve_one(listener, acceptor, vec![client().peer_id()]);
         let connector = connector(&client(), PATIENCE).unwrap();
         let mut stream = connector
@@ -462,7 +522,7 @@ mod tests {
 
     #[tokio::test]
     async fn second_connection_proves_identity_again() {
-        let acceptor = acceptor(&server(), PATIENCE).unwrap();
+        let acceptor = acceptor(&server(), None, PATIENCE).unwrap();
         let connector = connector(&client(), PATIENCE).unwrap();
         for _ in 0..2 {
             let (listener, address) = listener().await;
@@ -484,7 +544,7 @@ mod tests {
     #[tokio::test]
     async fn stranger_is_closed_without_an_application_byte() {
         let (listener, address) = listener().await;
-        let acceptor = acceptor(&server(), PATIENCE).unwrap();
+        let acceptor = acceptor(&server(), None, PATIENCE).unwrap();
         let served = serve_one(listener, acceptor, vec![server().peer_id()]);
         let connector = connector(&client(), PATIENCE).unwrap();
         let mut stream = connector
@@ -507,10 +567,10 @@ mod tests {
     #[tokio::test]
     async fn server_that_is_somebody_else_is_refused() {
         let (listener, address) = listener().await;
-        let acceptor = acceptor(&server(), PATIENCE).unwrap();
+        let acceptor = acceptor(&server(), None, PATIENCE).unwrap();
         let served = tokio::spawn(async move {
             let (socket, _) = listener.accept().await.unwrap();
-            let (mut stream, _) = acceptor.accept(socket, |_| true).await?;
+            let (mut stream, ..) = acceptor.accept(socket, |_| true).await?;
             let mut said = Vec::new();
             let _ = stream.read_to_end(&mut said).await;
             Ok::<_, TlsError>(said)
@@ -529,9 +589,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_newcomer_meets_the_mesh_key_and_only_where_it_is() {
+        let mesh = Identity::from_seed(&[3; 32]);
+        let newcomer = newcomer(&client(), PATIENCE).unwrap();
+        let (listener, address) = listener().await;
+        let with_key = acceptor(&server(), Some(&mesh), PATIENCE).unwrap();
+        let served = tokio::spawn(async move {
+            let (socket, _) = listener.accept().await.unwrap();
+            let (_, peer, purpose) = with_key.accept(socket, |_| false).await.unwrap();
+            (peer, purpose)
+        });
+        newcomer.connect(address, mesh.peer_id()).await.unwrap();
+        let expected = (client().peer_id(), Purpose::Joining);
+        assert_eq!(served.await.unwrap(), expected);
+
+        let (listener, address) = self::listener().await;
+        let without = acceptor(&server(), None, PATIENCE).unwrap();
+        let served = serve_one(listener, without, vec![client().peer_id()]);
+        assert!(newcomer.connect(address, mesh.peer_id()).await.is_err());
+        assert!(served.await.unwrap().is_err());
+    }
+
+    #[tokio::test]
     async fn plain_http_client_gets_nothing() {
         let (listener, address) = listener().await;
-        let acceptor = acceptor(&server(), PATIENCE).unwrap();
+        let acceptor = acceptor(&server(), None, PATIENCE).unwrap();
         let served = serve_one(listener, acceptor, vec![]);
         let mut socket = TcpStream::connect(address).await.unwrap();
         socket
@@ -565,7 +647,7 @@ mod tests {
     async fn client_without_our_protocol_is_refused() {
         for protocols in [vec![], vec![b"h2".to_vec()], vec![b"libp2p".to_vec()]] {
             let (listener, address) = listener().await;
-            let acceptor = acceptor(&server(), PATIENCE).unwrap();
+            let acceptor = acceptor(&server(), None, PATIENCE).unwrap();
             let served = serve_one(listener, acceptor, vec![client().peer_id()]);
             let connector = client_offering(protocols.clone());
             let socket = TcpStream::connect(address).await.unwrap();
@@ -595,7 +677,10 @@ mod tests {
             .with_protocol_versions(&[&rustls::version::TLS13])
             .unwrap()
             .with_client_cert_verifier(Arc::new(AnyPeer))
-            .with_cert_resolver(Arc::new(certificate_of(&server()).unwrap()));
+            .with_cert_resolver(Arc::new(OwnCertificates {
+                own: certificate_of(&server()).unwrap().0,
+                mesh: None,
+            }));
         config.alpn_protocols = vec![];
         let served = tokio::spawn(async move {
             let (socket, _) = listener.accept().await.unwrap();
@@ -616,7 +701,7 @@ mod tests {
     #[tokio::test]
     async fn client_without_a_certificate_is_refused() {
         let (listener, address) = listener().await;
-        let acceptor = acceptor(&server(), PATIENCE).unwrap();
+        let acceptor = acceptor(&server(), None, PATIENCE).unwrap();
         let served = serve_one(listener, acceptor, vec![client().peer_id()]);
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
@@ -642,7 +727,7 @@ mod tests {
     async fn stalled_handshake_ends_at_its_deadline() {
         let deadline = Duration::from_millis(200);
         let (listener, address) = listener().await;
-        let acceptor = acceptor(&server(), deadline).unwrap();
+        let acceptor = acceptor(&server(), None, deadline).unwrap();
         let served = serve_one(listener, acceptor, vec![]);
         // Connects, sends the beginning of a record, and waits.
         let mut socket = TcpStream::connect(address).await.unwrap();

@@ -103,6 +103,7 @@ impl Lan {
             settings: Settings {
                 mesh_key: Some(self.mesh.public.clone()),
                 certificate: None,
+                ticket_file: None,
                 mdns: true,
                 peers: Vec::new(),
                 trusted_keys: vec![trusted.to_owned()],
@@ -122,6 +123,7 @@ impl Lan {
 pub struct Settings {
     pub mesh_key: Option<String>,
     pub certificate: Option<PathBuf>,
+    pub ticket_file: Option<PathBuf>,
     pub mdns: bool,
     pub peers: Vec<String>,
     pub trusted_keys: Vec<String>,
@@ -394,6 +396,7 @@ impl Machine {
         let Settings {
             mesh_key,
             certificate,
+            ticket_file,
             mdns,
             peers,
             trusted_keys,
@@ -410,11 +413,15 @@ impl Machine {
             .as_ref()
             .map(|file| format!("certificate-file = {file:?}\n"))
             .unwrap_or_default();
+        let ticket_file = ticket_file
+            .as_ref()
+            .map(|file| format!("ticket-file = {file:?}\n"))
+            .unwrap_or_default();
         let text = format!(
             "state-dir = {:?}\n\
              [store]\ndir = \"/nix/store\"\nreal-dir = {:?}\ndatabase = {:?}\n\
              [substituter]\nlisten = \"127.0.0.1:{SUBSTITUTER_PORT}\"\npriority = 10\n\
-             [mesh]\n{mesh_key}{certificate}\
+             [mesh]\n{mesh_key}{certificate}{ticket_file}\
              listen = [\"0.0.0.0:{MESH_PORT}\"]\ntransfer = [\"{transfer}\"]\n\
              mdns = {mdns}\npeers = {peers:?}\ninterfaces = []\n\
              [trust]\nkeys = {trusted_keys:?}\nmembers = {trusts_members}\n\

@@ -29,6 +29,7 @@ mod substitution;
 mod freshness;
 mod strangers;
 mod revocation;
+mod joining;
 mod vouching;
 mod corruption;
 mod garbage;

@@ -107,6 +107,10 @@ pub enum Input {
         peer: PeerId,
         message: Message,
     },
+    /// This node has a new certificate, to be shown from here on.
+    Certificate {
+        certificate: SignedCertificate,
+    },
     /// A person gave this list of revocations, or a process before this one kept it.
     Revocations {
         list: SignedRevocations,

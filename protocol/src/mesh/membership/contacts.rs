@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::time::Instant;
 
 use super::{ADDRESSES_MAX, Event, Membership, Peer, Proved, State};
-use crate::certificate::{Certificate, UnixTime};
+use crate::certificate::{Certificate, SignedCertificate, UnixTime};
 use crate::contact::{CONTACT_ADDRESSES_MAX, NotAContact, SignedContact};
 use crate::peer::PeerId;
 
@@ -28,6 +28,16 @@ impl Membership {
             self.sign_own(now);
         }
         self.own_signed != before
+    }
+
+    /// Takes a new certificate of this node; returns whether what was said of it is to be said anew.
+    pub(crate) fn own_certificate(&mut self, certificate: SignedCertificate, now: Instant) -> bool {
+        self.own.certificate = certificate;
+        let was_said = self.own_signed.is_some();
+        if was_said {
+            self.sign_own(now);
+        }
+        was_said
     }
 
     /// What this node says of itself; `None` before the first member or address.

@@ -3,6 +3,27 @@
 use super::*;
 
 #[test]
+fn a_renewed_certificate_keeps_the_link_beyond_the_end_of_the_old_one() {
+    let until = |number: usize, seconds: u64| {
+        let mut claims = certificate(id(number), &mesh_key("home")).claims().unwrap();
+        claims.not_after = UnixTime(START.0 + seconds);
+        claims.sign(&mesh_key("home")).unwrap()
+    };
+    let mut lan = Lan::with(3, |number| until(number, [1000, 10_000, 1000][number]));
+    lan.introduce_everyone();
+    lan.run(Duration::from_secs(900));
+    let certificate = until(0, 10_000);
+    lan.input(0, Input::Certificate { certificate });
+    lan.run(Duration::from_secs(200));
+    // The third had its renewed by nobody.
+    assert_eq!(lan.nodes[1].admitted, BTreeSet::from([id(0)]));
+    // Nor is it the old one that is shown to who comes later.
+    lan.unlink(0, 1);
+    lan.run(Duration::from_secs(60));
+    assert_eq!(lan.nodes[1].admitted, BTreeSet::from([id(0)]));
+}
+
+#[test]
 fn members_that_discover_each_other_link_once_and_learn_what_the_other_holds() {
     let mut lan = Lan::new(3);
     lan.share(0, &[1, 2]);

@@ -1,0 +1,452 @@
+//! Admission: how a machine becomes a member and stays one, from both ends.
+//!
+//! A machine that has the mesh key in its state folder admits ([`Admission`]): on the data plane's
+//! port, under a protocol name and a TLS identity of their own, which is the mesh key's. So whoever
+//! joins knows that the holder of the mesh key hears its ticket's secret and nobody else, and the holder
+//! knows the newcomer's identity, which the certificate is made for. [`ask`] is the other end.
+//!
+//! Two messages ([`granary_protocol::ticket`]), each behind its length in two bytes.
+//!
+//! Invariants: a ticket counts as used before its certificate leaves; who was revoked gets none by ticket
+//! or by renewal, only from a person (`granary mesh admit`).
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use granary_protocol::certificate::{
+    Certificate, CertificateError, MEMBER_NAME_BYTES_MAX, NotAMember, Permissions,
+    SignedCertificate, UnixTime,
+};
+use granary_protocol::peer::PeerId;
+use granary_protocol::revocation::SignedRevocations;
+use granary_protocol::signature::{PublicKey, SecretKey};
+use granary_protocol::ticket::{
+    JOINING_BYTES_MAX, Refused, Reply, Request, Secret, Ticket, TicketError,
+};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+use tracing::{debug, info, warn};
+use zeroize::Zeroizing;
+
+use crate::clock::unix_time;
+use crate::identity::{self, Identity};
+use crate::mesh::revocations::{self, RevocationsFileError};
+use crate::serve::tls::{self, TlsError, TlsSetupError};
+use crate::state_folder;
+
+pub mod tickets;
+
+use tickets::{Tickets, TicketsError};
+
+/// How long one exchange may take, TLS aside: a few small files are read and written.
+const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// For how long a certificate that has ended is renewed: a laptop that was in a drawer, a clock that was
+/// wrong. Who must not come back is revoked.
+const RENEWAL_GRACE_SECONDS: u64 = 30 * 86_400;
+
+/// Machines that are attended to at once; further ones are dropped, and try again. Anybody may come, and
+/// shall take no room from transfers.
+const ATTENDED_MAX: usize = 16;
+
+/// Largest secret key file read; a key has some 130 bytes.
+const KEY_FILE_BYTES_MAX: u64 = 4096;
+
+/// Linux has 64.
+const HOST_NAME_BYTES_MAX: u64 = 256;
+
+/// Permission bits that nobody but the owner may have.
+const FOREIGN_PERMISSIONS: u32 = 0o077;
+
+/// Why the mesh key cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum MeshKeyError {
+    #[error("cannot read the mesh key {path} (made by granary mesh create): {source}", path = .path.display())]
+    Io { path: PathBuf, source: io::Error },
+    #[error(
+        "the mesh key {path} has mode {mode:04o}, others may read it, refusing to use it; run chmod 0600 {path}",
+        path = .path.display()
+    )]
+    Exposed { path: PathBuf, mode: u32 },
+    #[error("{path} is no mesh key: {source}", path = .path.display())]
+    Malformed {
+        path: PathBuf,
+        source: granary_protocol::signature::SignatureError,
+    },
+}
+
+/// Why no certificate was made.
+#[derive(Debug, thiserror::Error)]
+pub enum CertifyError {
+    #[error("the system gave no random bytes for a serial number: {0}")]
+    NoRandomness(getrandom::Error),
+    #[error("a certificate of {0} seconds would never end")]
+    TooLong(u64),
+    #[error(transparent)]
+    Certificate(#[from] CertificateError),
+}
+
+/// Why we were not admitted.
+#[derive(Debug, thiserror::Error)]
+pub enum AskError {
+    #[error("cannot set up TLS: {0}")]
+    Tls(#[from] TlsSetupError),
+    #[error("the mesh key is no point of the curve")]
+    MeshKey,
+    #[error("nobody is known who admits to this mesh")]
+    Nobody,
+    #[error("cannot reach who admits at {address}: {source}")]
+    Resolve { address: String, source: io::Error },
+    #[error("{0}")]
+    Connect(#[source] Box<TlsError>),
+    #[error("the talk with {address} broke off: {source}")]
+    Talk { address: String, source: io::Error },
+    #[error("{address} did not answer within {EXCHANGE_TIMEOUT:?}")]
+    TimedOut { address: String },
+    #[error("{address} answered nonsense: {source}")]
+    Nonsense {
+        address: String,
+        source: TicketError,
+    },
+    #[error("{address} made a certificate that does not make us a member: {source}")]
+    NotAMember {
+        address: String,
+        source: Box<NotAMember>,
+    },
+    #[error("{address} refused: {refused}")]
+    Refused { address: String, refused: Refused },
+}
+
+/// Reads the secret half of a mesh key.
+pub fn read_mesh_key(path: &Path) -> Result<SecretKey, MeshKeyError> {
+    let failed = |source| MeshKeyError::Io {
+        path: path.to_owned(),
+        source,
+    };
+    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
+    if mode & FOREIGN_PERMISSIONS != 0 {
+        return Err(MeshKeyError::Exposed {
+            path: path.to_owned(),
+            mode: mode & 0o7777,
+        });
+    }
+    let text = state_folder::read(path, KEY_FILE_BYTES_MAX).map_err(failed)?;
+    let text = Zeroizing::new(text.unwrap_or_default());
+    text.trim()
+        .parse()
+        .map_err(|source| MeshKeyError::Malformed {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+/// Makes a certificate that begins at `now`.
+pub fn certify(
+    key: &SecretKey,
+    peer: PeerId,
+    name: Option<String>,
+    permissions: Permissions,
+    seconds: u64,
+    now: UnixTime,
+) -> Result<SignedCertificate, CertifyError> {
+    let mut serial = [0u8; 8];
+    getrandom::fill(&mut serial).map_err(CertifyError::NoRandomness)?;
+    let not_after = now.0.checked_add(seconds);
+    let certificate = Certificate {
+        peer,
+        // All peer ids begin alike; the end tells them apart.
+        name: name.unwrap_or_else(|| {
+            let text = peer.to_string();
+            format!("node-{}", &text[text.len() - 8..])
+        }),
+        permissions,
+        not_before: now,
+        not_after: UnixTime(not_after.ok_or(CertifyError::TooLong(seconds))?),
+        serial: u64::from_ne_bytes(serial),
+    };
+    Ok(certificate.sign(key)?)
+}
+
+/// Admits machines, where the mesh key is.
+pub struct Admission {
+    key: SecretKey,
+    state_dir: PathBuf,
+    tickets: PathBuf,
+    revocations: PathBuf,
+    attended: Semaphore,
+}
+
+/// What stood in the way of an answer.
+#[derive(Debug, thiserror::Error)]
+enum Trouble {
+    #[error(transparent)]
+    Tickets(#[from] TicketsError),
+    #[error(transparent)]
+    Revocations(#[from] RevocationsFileError),
+    #[error(transparent)]
+    Certify(#[from] CertifyError),
+    #[error("cannot lock the state folder: {0}")]
+    Lock(#[source] io::Error),
+}
+
+impl Admission {
+    pub fn new(
+        key: SecretKey,
+        state_dir: PathBuf,
+        tickets: PathBuf,
+        revocations: PathBuf,
+    ) -> Admission {
+        Admission {
+            key,
+            state_dir,
+            tickets,
+            revocations,
+            attended: Semaphore::new(ATTENDED_MAX),
+        }
+    }
+
+    /// The identity under which newcomers meet this machine.
+    pub fn identity(&self) -> Identity {
+        Identity::from_seed(&self.key.seed())
+    }
+
+    /// Talks to one machine that proved to be `peer`.
+    pub async fn attend(
+        self: Arc<Admission>,
+        mut stream: impl AsyncRead + AsyncWrite + Unpin,
+        peer: PeerId,
+    ) {
+        let Ok(_permit) = self.attended.try_acquire() else {
+            debug!(%peer, "dropped a machine that wanted to join, there are too many");
+            return;
+        };
+        let talk = async {
+            let request = Request::from_bytes(&read_frame(&mut stream).await?);
+            let request =
+                request.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+            let admission = self.clone();
+            let reply =
+                tokio::task::spawn_blocking(move || admission.reply(peer, request, unix_time()));
+            let reply = reply.await.map_err(io::Error::other)?;
+            match &reply {
+                Reply::Refused(refused @ Refused::UnknownTicket) => {
+                    debug!(%peer, reason = refused.word(), "refused to admit a machine");
+                }
+                Reply::Refused(refused) => {
+                    warn!(%peer, reason = refused.word(), "refused to admit a machine")
+                }
+                Reply::Certificate(_) => info!(%peer, "admitted a machine"),
+            }
+            write_frame(&mut stream, &reply.to_bytes()).await?;
+            stream.shutdown().await
+        };
+        match timeout(EXCHANGE_TIMEOUT, talk).await {
+            Ok(Ok(())) => {}
+            // Anybody may do that as often as it likes.
+            Ok(Err(error)) => debug!(%peer, %error, "a machine that wanted to join broke off"),
+            Err(_) => debug!(%peer, "a machine that wanted to join said nothing in time"),
+        }
+    }
+
+    /// Decides about one request. Reads and writes files.
+    pub fn reply(&self, peer: PeerId, request: Request, now: UnixTime) -> Reply {
+        match self.certificate(peer, request, now) {
+            Ok(Ok(certificate)) => Reply::Certificate(certificate),
+            Ok(Err(refused)) => Reply::Refused(refused),
+            Err(trouble) => {
+                warn!(%peer, error = %trouble, "could not admit a machine");
+                Reply::Refused(Refused::Trouble)
+            }
+        }
+    }
+
+    fn certificate(
+        &self,
+        peer: PeerId,
+        request: Request,
+        now: UnixTime,
+    ) -> Result<Result<SignedCertificate, Refused>, Trouble> {
+        let revoked = revocations::read(&self.revocations)?;
+        let revoked = revoked.as_ref().map(SignedRevocations::claims);
+        let certificate = match request {
+            Request::Join { secret, name } => {
+                // A person lets in again whom a person put out.
+                if revoked.is_some_and(|list| list.revoked.contains_key(&peer)) {
+                    return Ok(Err(Refused::Revoked));
+                }
+                let _lock = state_folder::lock(&self.state_dir).map_err(Trouble::Lock)?;
+                let mut tickets = Tickets::load(&self.tickets)?;
+                let issued = match tickets.redeem(&secret, peer, now) {
+                    Ok(issued) => issued.clone(),
+                    Err(refused) => return Ok(Err(refused)),
+                };
+                tickets.save(&self.tickets)?;
+                let name = Certificate::is_name(&name).then_some(name);
+                let (permissions, seconds) = (issued.permissions, issued.certificate_seconds);
+                certify(&self.key, peer, name, permissions, seconds, now)?
+            }
+            Request::Renew { certificate } => {
+                let mesh = self.key.public_key();
+                let held = match certificate.verify(&mesh, &peer, now) {
+                    Ok(held) => Some(held),
+                    // Signature and peer are right, or something else would have been said.
+                    Err(NotAMember::Expired { until, .. })
+                        if now.0 < until.saturating_add(RENEWAL_GRACE_SECONDS) =>
+                    {
+                        certificate.claims().ok()
+                    }
+                    Err(_) => None,
+                };
+                let Some(held) = held else {
+                    return Ok(Err(Refused::NoMember));
+                };
+                if revoked.is_some_and(|list| list.is_revoked(&held)) {
+                    return Ok(Err(Refused::Revoked));
+                }
+                let seconds = held.not_after.0.saturating_sub(held.not_before.0);
+                certify(
+                    &self.key,
+                    peer,
+                    Some(held.name),
+                    held.permissions,
+                    seconds,
+                    now,
+                )?
+            }
+        };
+        Ok(Ok(certificate))
+    }
+}
+
+/// Asks those who admit, one after another, until one answers.
+///
+/// # Errors
+/// What the last one said, or a refusal, which the others would only repeat.
+pub async fn ask(
+    own: &Identity,
+    mesh: &PublicKey,
+    admits: &[String],
+    request: &Request,
+) -> Result<SignedCertificate, AskError> {
+    let expected = identity::peer_id_of(mesh.as_bytes()).ok_or(AskError::MeshKey)?;
+    let connector = tls::newcomer(own, tls::HANDSHAKE_DEADLINE)?;
+    let me = PeerId::from_public_key(own.public_key());
+    let mut last = AskError::Nobody;
+    for address in admits {
+        match ask_one(&connector, expected, address, request).await {
+            Ok(Reply::Certificate(certificate)) => {
+                let verified = certificate.verify(mesh, &me, unix_time());
+                match verified {
+                    // Our clock is behind theirs: it will be right one day, and they will judge by theirs.
+                    Ok(_) | Err(NotAMember::NotYetValid { .. } | NotAMember::Expired { .. }) => {
+                        return Ok(certificate);
+                    }
+                    Err(source) => {
+                        let (address, source) = (address.clone(), Box::new(source));
+                        last = AskError::NotAMember { address, source };
+                    }
+                }
+            }
+            Ok(Reply::Refused(refused)) => {
+                return Err(AskError::Refused {
+                    address: address.clone(),
+                    refused,
+                });
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+async fn ask_one(
+    connector: &tls::Connector,
+    expected: libp2p::PeerId,
+    address: &str,
+    request: &Request,
+) -> Result<Reply, AskError> {
+    let resolve = |source| AskError::Resolve {
+        address: address.to_owned(),
+        source,
+    };
+    let mut resolved = tokio::net::lookup_host(address).await.map_err(resolve)?;
+    let first = resolved
+        .next()
+        .ok_or(resolve(io::ErrorKind::NotFound.into()))?;
+    let connected = connector.connect(first, expected).await;
+    let mut stream = connected.map_err(|source| AskError::Connect(Box::new(source)))?;
+    let talk = async {
+        write_frame(&mut stream, &request.to_bytes()).await?;
+        read_frame(&mut stream).await
+    };
+    let answer = timeout(EXCHANGE_TIMEOUT, talk).await;
+    let answer = answer.map_err(|_| AskError::TimedOut {
+        address: address.to_owned(),
+    })?;
+    let answer = answer.map_err(|source| AskError::Talk {
+        address: address.to_owned(),
+        source,
+    })?;
+    Reply::from_bytes(&answer).map_err(|source| AskError::Nonsense {
+        address: address.to_owned(),
+        source,
+    })
+}
+
+async fn write_frame(stream: &mut (impl AsyncWrite + Unpin), bytes: &[u8]) -> io::Result<()> {
+    let length = u16::try_from(bytes.len()).map_err(io::Error::other)?;
+    stream.write_u16(length).await?;
+    stream.write_all(bytes).await?;
+    stream.flush().await
+}
+
+async fn read_frame(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Zeroizing<Vec<u8>>> {
+    let length = usize::from(stream.read_u16().await?);
+    if length > JOINING_BYTES_MAX {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!(
+                "a message of {length} bytes was announced, at most {JOINING_BYTES_MAX} are read"
+            ),
+        ));
+    }
+    let mut bytes = Zeroizing::new(vec![0; length]);
+    stream.read_exact(&mut bytes).await?;
+    Ok(bytes)
+}
+
+/// Draws the secret of a new ticket.
+pub fn new_secret() -> Result<Secret, getrandom::Error> {
+    let mut bytes = Zeroizing::new([0; granary_protocol::ticket::SECRET_BYTES]);
+    getrandom::fill(bytes.as_mut())?;
+    Ok(Secret::from_bytes(*bytes))
+}
+
+/// Keeps what a ticket says of its mesh, without the secret.
+pub fn remember(file: &Path, ticket: &Ticket) -> io::Result<()> {
+    let used = Ticket {
+        secret: None,
+        ..ticket.clone()
+    };
+    let text = used.to_text().map_err(io::Error::other)?;
+    state_folder::write(file, format!("{}\n", text.as_str()).as_bytes())
+}
+
+/// What this machine calls itself; `None` when that is no name for a member.
+pub fn host_name() -> Option<String> {
+    let name = state_folder::read(Path::new("/proc/sys/kernel/hostname"), HOST_NAME_BYTES_MAX);
+    let name = name.ok()??;
+    let is_allowed = |c: &char| c.is_ascii_alphanumeric() || matches!(c, '.' | '_' | '-');
+    // As a certificate has names, so that no host name keeps a machine from starting.
+    let name: String = name
+        .chars()
+        .filter(is_allowed)
+        .take(MEMBER_NAME_BYTES_MAX)
+        .collect();
+    Some(name).filter(|name| !name.is_empty())
+}
