@@ -3,6 +3,8 @@
 //! The order survives a crash: a key is written before the settings that name it, settings go into
 //! the bucket before the catalog, and a cache that is deleted disappears from the catalog first.
 
+use std::collections::BTreeSet;
+
 use futures::TryStreamExt;
 use granary_protocol::narinfo::NarInfo;
 use granary_protocol::signature::SecretKey;
@@ -10,7 +12,7 @@ use granary_protocol::store_path::{StoreDir, StorePathHash};
 
 use super::Anchor;
 use super::cache::{CacheName, KEYS_MAX, Keys, KeysError, Settings, SettingsError, next_key_name};
-use super::catalog::{CacheRow, CatalogError, PathRow};
+use super::catalog::{CacheRow, Catalog, CatalogError, PathRow};
 use super::ingest::finish;
 use super::object_store::StorageError;
 
@@ -179,19 +181,52 @@ impl Anchor {
                 .into());
             }
         }
+        self.catalog.begin_rotation(cache.id).await?;
         {
             // A push that signs with the old keys is listed, or done, before paths are signed again.
             let _alone = self.signing.write().await;
             self.store_keys(name, keys.clone()).await?;
         }
+        self.end_rotation(cache, &keys).await
+    }
+
+    /// Has the settings name the keys that there are, and everything signed by them.
+    async fn end_rotation(
+        &self,
+        cache: CacheRow,
+        keys: &[SecretKey],
+    ) -> Result<CacheRow, AdminError> {
         let mut settings = cache.settings;
         settings.public_keys = keys
             .iter()
             .map(|key| key.public_key().to_string())
             .collect();
-        let cache = self.store_settings(name, settings).await?;
-        self.sign_again(&cache, &keys).await?;
+        let cache = self.store_settings(&cache.name, settings).await?;
+        self.sign_again(&cache, keys).await?;
+        self.catalog.end_rotation(cache.id).await?;
         Ok(cache)
+    }
+
+    /// Finishes rotations that the last run left. Safe beside pushes.
+    pub async fn resume_rotations(&self) -> Result<(), AdminError> {
+        let rotating = self.catalog.rotations().await?;
+        for cache in self.catalog.caches().await? {
+            if !rotating.contains(&cache.id) {
+                continue;
+            }
+            let _held = self.administration.lock().await;
+            // It may have been deleted, or rotated again, since.
+            let cache = match self.catalog.cache(&cache.name).await? {
+                Some(found) if found.id == cache.id => found,
+                _ => continue,
+            };
+            let name = cache.name.clone();
+            let keys = self.signing_keys(&name).await?;
+            let cache = self.end_rotation(cache, &keys).await?;
+            let keys = cache.settings.public_keys.len();
+            tracing::info!(cache = %name, keys, "finished a rotation of keys that was interrupted");
+        }
+        Ok(())
     }
 
     async fn sign_again(&self, cache: &CacheRow, keys: &[SecretKey]) -> Result<(), AdminError> {
@@ -296,5 +331,33 @@ impl Anchor {
             name: name.clone(),
             settings,
         })
+    }
+}
+
+impl Catalog {
+    async fn begin_rotation(&self, cache: i64) -> Result<(), CatalogError> {
+        self.write(move |transaction| {
+            let insert = "INSERT OR IGNORE INTO rotations (cache) VALUES (?1)";
+            transaction.execute(insert, [cache]).map(drop)
+        })
+        .await
+    }
+
+    async fn end_rotation(&self, cache: i64) -> Result<(), CatalogError> {
+        self.write(move |transaction| {
+            let delete = "DELETE FROM rotations WHERE cache = ?1";
+            transaction.execute(delete, [cache]).map(drop)
+        })
+        .await
+    }
+
+    async fn rotations(&self) -> Result<BTreeSet<i64>, CatalogError> {
+        self.read(|connection| {
+            connection
+                .prepare_cached("SELECT cache FROM rotations")?
+                .query_map([], |row| row.get(0))?
+                .collect()
+        })
+        .await
     }
 }

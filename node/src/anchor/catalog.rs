@@ -30,6 +30,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("catalog/1.sql"),
     include_str!("catalog/2.sql"),
     include_str!("catalog/3.sql"),
+    include_str!("catalog/4.sql"),
 ];
 
 /// Threads that read.
@@ -274,7 +275,7 @@ impl Catalog {
     /// Forgets a cache and all its paths; their NARs wait for the collector.
     pub async fn forget_cache(&self, cache: i64) -> Result<(), CatalogError> {
         self.write(move |transaction| {
-            for table in ["edges", "rewrites", "paths", "received"] {
+            for table in ["edges", "rewrites", "rotations", "paths", "received"] {
                 transaction.execute(&format!("DELETE FROM {table} WHERE cache = ?1"), [cache])?;
             }
             transaction.execute("DELETE FROM caches WHERE id = ?1", [cache])?;

@@ -149,6 +149,13 @@ impl Server {
         }
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
+        let resuming = anchor.clone();
+        tasks.spawn(async move {
+            // Interrupted anywhere, the next start goes on.
+            if let Err(error) = resuming.resume_rotations().await {
+                error!(%error, "could not finish a rotation of keys");
+            }
+        });
         if let Some(after) = scrub_after {
             let scrubbing = scrub::keep_scrubbing(anchor.clone(), after, shutdown.clone());
             tasks.spawn(scrubbing);

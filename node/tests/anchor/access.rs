@@ -281,3 +281,31 @@ async fn each_permission_opens_its_own_door() {
         );
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fifth_signing_key_is_refused_and_changes_nothing() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let configure = bearer(&rig.token(&[("main", &[Configure])]).await);
+    let push = rig.token(&[("main", &[Push])]).await;
+    let rotate = |body: &[u8]| {
+        let headers = [("Authorization", configure.as_str())];
+        rig.ask("POST", "/api/v1/caches/main/keys", &headers, body)
+    };
+    let keys = |answer: &crate::rig::Answer| answer.json()["public_keys"].as_array().unwrap().len();
+    for count in 2..=4 {
+        assert_eq!(keys(&rotate(b"{}")), count);
+    }
+    let refused = rotate(b"{}");
+    assert_eq!(refused.status, 400);
+    assert!(
+        refused.text().contains("end a rotation first"),
+        "{refused:?}"
+    );
+    let sample = Sample::new(1, 100);
+    assert_eq!(rig.upload(&push, "main", &sample).status, 200);
+    let narinfo = rig.get(&format!("/main/{}.narinfo", sample.hash()));
+    assert_eq!(narinfo.text().matches("Sig: main-").count(), 4);
+    assert_eq!(keys(&rotate(br#"{"retire": true}"#)), 1);
+    assert_eq!(keys(&rotate(b"{}")), 2);
+}

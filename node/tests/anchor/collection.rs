@@ -291,3 +291,57 @@ async fn what_was_reported_present_can_be_pulled_while_garbage_is_collected() {
         );
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_nar_that_a_push_asked_for_is_kept_as_if_it_had_come_just_then() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = bearer(&rig.token(&[("main", &[Pull, Push])]).await);
+    let (asked, forgotten) = (Sample::new(1, 1000), Sample::new(2, 1000));
+    let ask = |method: &str, sample: &Sample, body: &[u8]| {
+        let target = format!("/main/nar/{}.nar", sample.nar_hash().nix32());
+        let headers = [("Authorization", token.as_str())];
+        rig.ask(method, &target, &headers, body).status
+    };
+    for sample in [&asked, &forgotten] {
+        assert_eq!(ask("PUT", sample, &sample.nar), 201);
+    }
+    rig.clock.advance(GRACE * 3 / 4);
+    assert_eq!(ask("HEAD", &asked, b""), 200);
+    rig.clock.advance(GRACE / 2);
+    collect(&rig).await;
+    assert_eq!(ask("HEAD", &asked, b""), 200);
+    // The other is due to be sent again, and its NAR goes a day later.
+    assert_eq!(ask("HEAD", &forgotten, b""), 404);
+    rig.clock.advance(GRACE * 3 / 4);
+    collect(&rig).await;
+    assert_eq!(ask("HEAD", &asked, b""), 200);
+    rig.clock.advance(GRACE / 2);
+    collect(&rig).await;
+    assert_eq!(nars(&rig), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pin_of_what_a_cache_does_not_hold_is_refused() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let (held, absent) = (sample(1, &[]), sample(2, &[]));
+    assert_eq!(rig.upload(&token, "main", &held).status, 200);
+    let pin = |samples: &[&Sample]| Changes {
+        pinned: samples
+            .iter()
+            .map(|sample| sample.hash().parse().unwrap())
+            .collect(),
+        ..Changes::default()
+    };
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    let name = "main".parse().unwrap();
+    let refused = anchor.configure_cache(&name, &pin(&[&held, &absent])).await;
+    let refused = refused.unwrap_err().to_string();
+    assert!(
+        refused.contains("does not hold 1 of the paths"),
+        "{refused}"
+    );
+    anchor.configure_cache(&name, &pin(&[&held])).await.unwrap();
+}
