@@ -244,6 +244,29 @@ fn the_table_of_conformance_names_tests_that_exist() {
     assert_empty(conformance_violations(&table, &sources));
 }
 
+#[test]
+fn security_names_tests_that_exist() {
+    let text = fs::read_to_string(workspace().join("SECURITY.md")).expect("read SECURITY.md");
+    let mut sources = Vec::new();
+    for folder in ["node/tests", "node/src", "protocol/tests", "protocol/src"] {
+        read_into(&workspace().join(folder), &mut sources);
+    }
+    let named = |text: &str| named_tests(text).len();
+    assert!(named(&text) > 30, "the file names its tests");
+    // Each row of a table is a claim.
+    let rows = text.lines().filter(|line| line.starts_with("| "));
+    let bare = rows.filter(|row| !row.contains("| tests |") && named(row) == 0);
+    assert_empty(bare.map(|row| format!("no test: {row}")).collect());
+    let missing = named_tests(&text)
+        .into_iter()
+        .filter(|name| !exists(name, &sources));
+    assert_empty(
+        missing
+            .map(|(file, name)| format!("there is no {file}::{name}"))
+            .collect(),
+    );
+}
+
 // The rules, each from sources to complaints, so that the tests below can break them.
 
 struct Source {
@@ -388,26 +411,29 @@ fn conformance_violations(table: &str, sources: &[Source]) -> Vec<String> {
         }
     }
     for (number, row) in rows {
-        let names: Vec<_> = row
-            .split('`')
-            .skip(1)
-            .step_by(2)
-            .filter_map(|name| name.split_once("::"))
-            .collect();
+        let names = named_tests(row);
         if names.is_empty() {
             violations.push(format!("check {number} names no test"));
         }
         for (file, function) in names {
-            let exists = sources.iter().any(|source| {
-                source.path.ends_with(&format!("/{file}.rs"))
-                    && source.text.contains(&format!("fn {function}("))
-            });
-            if !exists {
+            if !exists(&(file, function), sources) {
                 violations.push(format!("check {number}: there is no {file}::{function}"));
             }
         }
     }
     violations
+}
+
+/// The names in backticks that are a file and a function.
+fn named_tests(text: &str) -> Vec<(&str, &str)> {
+    let quoted = text.split('`').skip(1).step_by(2);
+    quoted.filter_map(|name| name.split_once("::")).collect()
+}
+
+fn exists((file, function): &(&str, &str), sources: &[Source]) -> bool {
+    let (end, function) = (format!("/{file}.rs"), format!("fn {function}("));
+    let is_it = |source: &Source| source.path.ends_with(&end) && source.text.contains(&function);
+    sources.iter().any(is_it)
 }
 
 // Reading the workspace.

@@ -1,12 +1,16 @@
 //! A machine that joins: by one line from another one, and stays a member by itself.
 
 use std::fs;
+use std::io::Write;
+use std::net::{SocketAddr, TcpStream};
 use std::time::Duration;
 
 use granary::admission;
 use granary::identity::Identity;
 use granary_protocol::certificate::{Certificate, SignedCertificate, UnixTime};
 use granary_protocol::ticket::{Refused, Request, Ticket};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConnection, StreamOwned};
 
 use crate::machine::{Lan, Machine};
 use crate::nix;
@@ -15,6 +19,8 @@ use crate::process::{Finished, wait_for};
 const OFFERED: Duration = Duration::from_secs(10);
 const JOINED: Duration = Duration::from_secs(30);
 const DAY: u64 = 86_400;
+/// Several times those that are attended to at once.
+const CROWD: usize = 100;
 
 /// A member with the mesh key in its state folder.
 fn admitting(lan: &Lan, name: &str) -> Machine {
@@ -216,4 +222,54 @@ fn a_node_joins_by_itself_with_a_ticket_from_a_file() {
     laptop.settings.ticket_file = Some(file);
     laptop.start();
     laptop.wait_linked(&[&desktop]);
+}
+
+#[test]
+fn a_crowd_at_the_door_keeps_nobody_from_transfers() {
+    let lan = Lan::new();
+    let mut desktop = admitting(&lan, "desktop");
+    let path = desktop.build(&nix::folder_of("wanted", 100_000));
+    desktop.start();
+    let mut laptop = newcomer(&lan, "laptop");
+    join(&laptop, &ticket(&desktop, &[])).expect_success();
+    laptop.start();
+    laptop.wait_offered(&path, OFFERED);
+    // Each proves a key of its own, asks to join, and then says nothing, or nonsense.
+    let address = desktop.at(crate::machine::TRANSFER_PORT);
+    let stranger = lan.plug("stranger");
+    let crowd: Vec<_> = (0..CROWD)
+        .map(|number| stranger.inside(|| knock(address, number)))
+        .collect();
+    let url = laptop.narinfo(&path).line("URL").expect("a URL").to_owned();
+    assert_eq!(laptop.get(&format!("/{url}")).status, 200);
+    drop(crowd);
+    // The door is open again when the crowd is gone.
+    let other = newcomer(&lan, "other");
+    let ticket = ticket(&desktop, &[]);
+    wait_for("a machine joins", JOINED, || {
+        let finished = join(&other, &ticket);
+        match finished.status.success() {
+            true => Ok(()),
+            false => Err(finished.to_string()),
+        }
+    });
+}
+
+/// Connects as somebody who wants to join; half of them then send a frame that is none.
+fn knock(address: SocketAddr, number: usize) -> StreamOwned<ClientConnection, TcpStream> {
+    let identity = libp2p::identity::Keypair::generate_ed25519();
+    let mut config = libp2p_tls::make_client_config(&identity, None).expect("a configuration");
+    config.alpn_protocols = vec![b"granary-join/1".to_vec()];
+    let name = ServerName::try_from("node.invalid").expect("a name");
+    let connection = ClientConnection::new(config.into(), name).expect("a connection");
+    let stream = TcpStream::connect_timeout(&address, OFFERED).expect("the port is open");
+    let mut stream = StreamOwned::new(connection, stream);
+    let words: &[u8] = match number % 2 {
+        0 => b"",
+        _ => &[0xff; 64],
+    };
+    // The other side may have closed already.
+    let _ = stream.write_all(words);
+    let _ = stream.flush();
+    stream
 }
