@@ -4,7 +4,9 @@
 # aws-lc, SQLite and zstd are compiled from the crates' own sources; a C compiler is all they need.
 {
   lib,
+  stdenv,
   rustPlatform,
+  installShellFiles,
 }:
 
 let
@@ -37,6 +39,18 @@ rustPlatform.buildRustPackage {
     "--lib"
     "--bins"
   ];
+
+  nativeBuildInputs = [ installShellFiles ];
+
+  # The binary writes them itself, where it can run.
+  postInstall = lib.optionalString (stdenv.buildPlatform.canExecute stdenv.hostPlatform) ''
+    "$out/bin/granary" man man-pages
+    installManPage man-pages/*.1
+    installShellCompletion --cmd granary \
+      --bash <("$out/bin/granary" completions bash) \
+      --fish <("$out/bin/granary" completions fish) \
+      --zsh <("$out/bin/granary" completions zsh)
+  '';
 
   meta = {
     inherit (manifest.workspace.package) description;

@@ -5,6 +5,7 @@ mod hide;
 mod doctor;
 mod mesh;
 mod nix_conf;
+mod pages;
 mod push;
 mod up;
 
@@ -32,9 +33,16 @@ use crate::supervisor;
 
 const SECONDS_PER_DAY: u64 = 86_400;
 
+/// What stands below the long help, and in the man page.
+const AFTER_HELP: &str = "\
+Exit status: 0 for success, 1 for failure, 2 for misuse of the command line.
+
+Files: /etc/granary/granary.toml is the configuration unless --config or GRANARY_CONFIG names another; every key
+has a default. RUST_LOG sets what is logged (RUST_LOG=granary=debug).";
+
 /// Share Nix builds between the machines of a local network.
 #[derive(Parser)]
-#[command(name = "granary", version, max_term_width = 100)]
+#[command(name = "granary", version, max_term_width = 100, after_long_help = AFTER_HELP)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -110,6 +118,11 @@ enum Command {
     },
     /// Show the main job on this machine: two nodes, one closure, real transfers.
     Demo,
+    /// Print what a shell sources to complete this command: `granary completions bash`.
+    Completions(pages::CompletionsArguments),
+    /// Write the man pages into a folder, as packages do.
+    #[command(hide = true)]
+    Man(pages::ManArguments),
 }
 
 #[derive(Args)]
@@ -203,6 +216,8 @@ async fn execute(command: Command) -> Result<()> {
             check_config(&config, offline).await
         }
         Command::Demo => demo::run().await,
+        Command::Completions(arguments) => pages::completions(&arguments),
+        Command::Man(arguments) => pages::man(&arguments),
     }
 }
 
