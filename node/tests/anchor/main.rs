@@ -7,6 +7,9 @@ mod attic;
 mod ci;
 mod collection;
 mod command;
+mod documented;
+#[path = "../shared/exposition.rs"]
+mod exposition;
 mod killed;
 mod hostile;
 mod nix;

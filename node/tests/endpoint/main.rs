@@ -8,6 +8,9 @@ mod answers;
 mod bounds;
 mod client;
 mod conformance;
+#[path = "../shared/exposition.rs"]
+#[allow(dead_code, reason = "tests of documentation look at families")]
+mod exposition;
 mod faults;
 mod page;
 mod machine;

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::exposition::parse;
 use crate::machine::{Machine, SMALL_BYTES, Sample, until};
 
 /// A derivation with a folder that has some of everything.
@@ -458,58 +459,6 @@ async fn a_store_path_is_browsed_without_scripts_and_without_leaving_it() {
     machine.stop().await;
 }
 
-/// Reads Prometheus' text format strictly: every sample has a family, a type and one value.
-fn parse_metrics(text: &str) -> std::collections::BTreeMap<String, f64> {
-    let mut samples = std::collections::BTreeMap::new();
-    let mut family = None::<(String, String)>;
-    let mut helped = String::new();
-    assert!(text.ends_with('\n'));
-    let is_name = |name: &str| {
-        name.starts_with("granary_")
-            && name
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
-    };
-    for line in text.lines() {
-        if let Some(help) = line.strip_prefix("# HELP ") {
-            helped = help.split_once(' ').unwrap().0.to_owned();
-        } else if let Some(kind) = line.strip_prefix("# TYPE ") {
-            let (name, kind) = kind.split_once(' ').unwrap();
-            assert_eq!(name, helped);
-            assert!(["counter", "gauge", "histogram"].contains(&kind), "{line}");
-            assert_eq!(kind == "counter", name.ends_with("_total"), "{line}");
-            family = Some((name.to_owned(), kind.to_owned()));
-        } else {
-            let (key, value) = line.rsplit_once(' ').unwrap();
-            let name = key.split('{').next().unwrap();
-            let (family, kind) = family.as_ref().unwrap();
-            let suffixes = ["_bucket", "_sum", "_count"];
-            let base = suffixes.iter().find_map(|suffix| name.strip_suffix(suffix));
-            match kind.as_str() {
-                "histogram" => assert_eq!(base, Some(family.as_str()), "{line}"),
-                _ => assert_eq!(name, family, "{line}"),
-            }
-            assert!(is_name(name), "{line}");
-            if let Some((_, labels)) = key.split_once('{') {
-                for label in labels.strip_suffix('}').unwrap().split(',') {
-                    let (label, value) = label.split_once('=').unwrap();
-                    assert!(
-                        label.bytes().all(|byte| byte.is_ascii_lowercase()),
-                        "{line}"
-                    );
-                    assert!(value.starts_with('"') && value.ends_with('"'), "{line}");
-                }
-            }
-            let value: f64 = value.parse().unwrap();
-            assert!(
-                samples.insert(key.to_owned(), value).is_none(),
-                "twice: {line}"
-            );
-        }
-    }
-    samples
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn health_and_metrics_tell_how_it_stands() {
     let mut machine = Machine::new();
@@ -533,7 +482,7 @@ async fn health_and_metrics_tell_how_it_stands() {
         answer.header("content-type"),
         Some("text/plain; version=0.0.4; charset=utf-8")
     );
-    let before = parse_metrics(str::from_utf8(&answer.body).unwrap());
+    let before = parse(str::from_utf8(&answer.body).unwrap()).samples;
     assert_eq!(before["granary_narinfos_total{source=\"local\"}"], 0.0);
     assert_eq!(before["granary_nars_mismatched_total"], 0.0);
     assert_eq!(before["granary_ready"], 0.0);
@@ -551,13 +500,13 @@ async fn health_and_metrics_tell_how_it_stands() {
     // The store is looked through while it is announced.
     until("announcements", || {
         let answer = machine.get("/metrics");
-        parse_metrics(str::from_utf8(&answer.body).unwrap())["granary_paths_held"] == 1.0
+        parse(str::from_utf8(&answer.body).unwrap()).samples["granary_paths_held"] == 1.0
     });
     machine.get(&path.narinfo());
     machine.get(&path.short());
     machine.get("/00bgd045z0d4icpbc2yyz4gx48ak44la.narinfo");
     let answer = machine.get("/metrics");
-    let after = parse_metrics(str::from_utf8(&answer.body).unwrap());
+    let after = parse(str::from_utf8(&answer.body).unwrap()).samples;
     assert_eq!(
         before.keys().collect::<Vec<_>>(),
         after.keys().collect::<Vec<_>>(),
