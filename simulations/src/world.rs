@@ -490,6 +490,7 @@ impl World {
         }
         if self.violation.is_none() {
             checker::quarantine::check(&mut self, true);
+            checker::bounds::sizes(&mut self);
             self.report
                 .check_bounds()
                 .into_iter()
@@ -937,6 +938,7 @@ impl World {
         self.report.sample(self.now, pairs, exact);
         if self.now.as_secs().is_multiple_of(5) {
             checker::quarantine::check(self, false);
+            checker::bounds::sizes(self);
         }
         let interval = if honest > SAMPLED_READERS_MAX { 10 } else { 1 } * SAMPLE_INTERVAL;
         self.post(interval, Event::Sample);

@@ -1,8 +1,9 @@
-//! Frames, and what one input makes a mind want, stay within their limits.
+//! Frames, what one input makes a mind want, and what a mind keeps, stay within their limits.
 
 use granary_protocol::message::Message;
 use granary_protocol::wire;
 
+use crate::machine::Brain;
 use crate::world::World;
 
 /// Outputs of one input beyond a few for each machine: the answers to a full batch of lookups and
@@ -32,5 +33,22 @@ const DECODED_UP_TO: usize = 64;
 pub fn outputs(world: &mut World, machine: usize, count: usize) {
     if count > OUTPUTS_BASE + OUTPUTS_PER_MACHINE * world.machines.len() {
         world.violated(machine, "bounds", format!("{count} outputs of one input"));
+    }
+}
+
+/// Looks at what every mind keeps, now and then and when the run ends.
+pub fn sizes(world: &mut World) {
+    for number in 0..world.machines.len() {
+        let Brain::Honest(mind) = &world.machines[number].brain else {
+            continue;
+        };
+        let excess = mind
+            .sizes()
+            .into_iter()
+            .find(|size| size.count > size.limit);
+        if let Some(size) = excess {
+            let seen = format!("{} {}, of {} at most", size.count, size.what, size.limit);
+            world.violated(number, "bounds", seen);
+        }
     }
 }
