@@ -7,7 +7,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use reqwest::{Certificate, ClientBuilder};
+use reqwest::{Certificate, Client, ClientBuilder};
+use tracing::warn;
 
 /// Largest file read: the bundle of a whole system has some 250 KiB.
 const FILE_BYTES_MAX: u64 = 4 * 1024 * 1024;
@@ -67,12 +68,19 @@ impl Authorities {
         self.0.is_empty()
     }
 
-    /// Has a client trust them.
-    pub fn known_to(&self, client: ClientBuilder) -> ClientBuilder {
-        match self.is_empty() {
-            true => client,
-            false => client.tls_certs_merge(self.0.iter().cloned()),
+    /// Makes a client out of what `begin` begins, which trusts them beside the system's.
+    ///
+    /// Where the system has none either, as a bare container, nobody is trusted: https fails when it is used,
+    /// and what speaks HTTP goes on. A node that does not start would be worse.
+    pub fn client(&self, begin: impl Fn() -> ClientBuilder) -> Result<Client, reqwest::Error> {
+        if !self.is_empty() {
+            return begin().tls_certs_merge(self.0.iter().cloned()).build();
         }
+        begin().build().or_else(|error| {
+            let client = begin().tls_certs_only([]).build()?;
+            warn!(%error, "found no certificate authorities on this system; https will be refused");
+            Ok(client)
+        })
     }
 }
 

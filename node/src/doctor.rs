@@ -539,8 +539,7 @@ async fn anchor(config: &Config, anchor: &Anchor) -> Vec<Finding> {
             return vec![Finding::failed("ca-file", error.to_string(), advice)];
         }
     };
-    let client = reqwest::Client::builder().timeout(ANSWER_TIMEOUT);
-    let client = authorities.known_to(client).build();
+    let client = authorities.client(|| reqwest::Client::builder().timeout(ANSWER_TIMEOUT));
     let request = client.map(|client| {
         // What a push asks first, of which an empty question is one.
         match (pushes, url.rsplit_once('/')) {

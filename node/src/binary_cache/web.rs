@@ -94,14 +94,15 @@ pub enum NarInfoRequestError {
 }
 
 fn client(authorities: &Authorities) -> Result<Client, WebSetupError> {
-    let client = Client::builder()
-        .user_agent(concat!("granary/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(CONNECT_TIMEOUT)
-        .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
-        .pool_idle_timeout(IDLE_TIMEOUT)
-        .tcp_nodelay(true)
-        .redirect(reqwest::redirect::Policy::limited(REDIRECTS_MAX));
-    Ok(authorities.known_to(client).build()?)
+    Ok(authorities.client(|| {
+        Client::builder()
+            .user_agent(concat!("granary/", env!("CARGO_PKG_VERSION")))
+            .connect_timeout(CONNECT_TIMEOUT)
+            .pool_max_idle_per_host(IDLE_CONNECTIONS_MAX)
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .tcp_nodelay(true)
+            .redirect(reqwest::redirect::Policy::limited(REDIRECTS_MAX))
+    })?)
 }
 
 impl WebCaches {

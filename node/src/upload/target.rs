@@ -258,16 +258,15 @@ impl Target {
             url.set_path(&path);
             url
         };
-        let client = reqwest::Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(ANSWER_TIMEOUT)
-            .user_agent(concat!("granary/", env!("CARGO_PKG_VERSION")))
-            // A redirect would send the token elsewhere, and a body cannot be sent twice.
-            .redirect(reqwest::redirect::Policy::none());
-        let client = authorities
-            .known_to(client)
-            .build()
-            .map_err(|source| PushError::Client { source })?;
+        let client = authorities.client(|| {
+            reqwest::Client::builder()
+                .connect_timeout(CONNECT_TIMEOUT)
+                .read_timeout(ANSWER_TIMEOUT)
+                .user_agent(concat!("granary/", env!("CARGO_PKG_VERSION")))
+                // A redirect would send the token elsewhere, and a body cannot be sent twice.
+                .redirect(reqwest::redirect::Policy::none())
+        });
+        let client = client.map_err(|source| PushError::Client { source })?;
         Ok(Target {
             client,
             base: below(format!("{root}/api/v1/caches/{cache}/")),

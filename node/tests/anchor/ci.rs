@@ -84,6 +84,12 @@ async fn a_job_pushes_with_a_token_of_its_environment_and_fails_when_it_did_not(
             "127.0.0.1:1",
         );
 
+        // A bare container has no certificate authorities, and needs none for HTTP.
+        let none = [("SSL_CERT_FILE", "/none"), ("SSL_CERT_DIR", "/none"), ours];
+        let warned = push(&builder, pushed, &none);
+        expect(&warned, 0, "found no certificate authorities");
+        expect(&warned, 0, "3 were there");
+
         // A file that is named for this push counts more than the variable, and that more than the configuration.
         let file = builder.folder().join("other.token");
         fs::write(&file, &reader).unwrap();
