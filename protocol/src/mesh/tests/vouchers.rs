@@ -61,10 +61,8 @@ fn who_does_not_trust_members_believes_keys_alone() {
 #[test]
 fn a_voucher_ends_with_its_member_whoever_passes_it_on() {
     let mut lan = lan(3, &[0]);
-    // The third has it from the first, and its own word would not count.
-    for holder in [0, 1] {
-        share(&mut lan, holder, 7, &vouched(0, 7));
-    }
+    // The second has it from the first, and its own word would not count.
+    share(&mut lan, 1, 7, &vouched(0, 7));
     lan.introduce_everyone();
     assert!(lan.is_found(2, 7));
     let mut list = Revocations {
