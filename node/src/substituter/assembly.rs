@@ -168,6 +168,8 @@ impl Assembly {
         let started = Instant::now();
         let mut order = fetch.order().await;
         let mut is_busy = false;
+        // Nobody can tell which of them lied.
+        let mut contributors = Vec::new();
         let last = loop {
             let (attempt, from) = match order {
                 Order::Open { attempt, source } => (attempt, source),
@@ -191,6 +193,10 @@ impl Assembly {
             };
             let outcome = match opened {
                 Ok(Ok(transfer)) => {
+                    let origin = self.origin(&from).to_string();
+                    if !contributors.contains(&origin) {
+                        contributors.push(origin);
+                    }
                     self.pump(&mut fetch, attempt, transfer, held, &mut held_up)
                         .await
                 }
@@ -219,14 +225,14 @@ impl Assembly {
                 Attempt::Unwanted => return Ok(()),
                 Attempt::Wrong(wrong) => {
                     fetch.progress(attempt, held.at(), held_up).await;
-                    return Err(self.blame(fetch, wrong).await);
+                    return Err(self.blame(fetch, wrong, &contributors).await);
                 }
             }
         };
         let (mut position, mut held_up) = (held.released(), Duration::ZERO);
         let rest = match held.finish() {
             Ok(rest) => rest,
-            Err(wrong) => return Err(self.blame(fetch, wrong).await),
+            Err(wrong) => return Err(self.blame(fetch, wrong, &contributors).await),
         };
         for bytes in rest {
             let length = bytes.len() as u64;
@@ -370,9 +376,10 @@ impl Assembly {
         }
     }
 
-    async fn blame(&self, fetch: Fetch, wrong: WrongBytes) -> Cut {
+    async fn blame(&self, fetch: Fetch, wrong: WrongBytes, contributors: &[String]) -> Cut {
         self.sources.metrics.nars_mismatched.add(1);
-        warn!(error = %wrong, "received a nar with wrong bytes");
+        let from = contributors.join(", ");
+        warn!(%from, error = %wrong, "received a nar with wrong bytes");
         fetch.mismatch().await;
         Cut::Wrong(wrong)
     }

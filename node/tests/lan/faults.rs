@@ -320,6 +320,9 @@ impl Rig {
         if kind == Kind::Corrupt {
             let status = self.laptop.status();
             assert!(status.is_quarantined(peer), "{status}");
+            let log = self.laptop.log();
+            let is_blame = |line: &str| line.contains("wrong bytes") && line.contains(peer);
+            assert!(log[logged..].lines().any(is_blame), "{log}");
             return;
         }
         // Slow is not wrong, and this one is not slow for long.
