@@ -54,6 +54,9 @@ const RENEWAL_GRACE_SECONDS: u64 = 30 * 86_400;
 /// shall take no room from transfers.
 const ATTENDED_MAX: usize = 16;
 
+/// Addresses of one name that are tried, each until TLS gives up.
+const RESOLVED_MAX: usize = 4;
+
 /// Largest secret key file read; a key has some 130 bytes.
 const KEY_FILE_BYTES_MAX: u64 = 4096;
 
@@ -374,12 +377,17 @@ async fn ask_one(
         address: address.to_owned(),
         source,
     };
-    let mut resolved = tokio::net::lookup_host(address).await.map_err(resolve)?;
-    let first = resolved
-        .next()
-        .ok_or(resolve(io::ErrorKind::NotFound.into()))?;
-    let connected = connector.connect(first, expected).await;
-    let mut stream = connected.map_err(|source| AskError::Connect(Box::new(source)))?;
+    let resolved = tokio::net::lookup_host(address).await.map_err(resolve)?;
+    let mut connected = Err(resolve(io::ErrorKind::NotFound.into()));
+    // A name may stand for an IPv6 address as well, from where nobody is reached.
+    for address in resolved.take(RESOLVED_MAX) {
+        let attempt = connector.connect(address, expected).await;
+        connected = attempt.map_err(|source| AskError::Connect(Box::new(source)));
+        if connected.is_ok() {
+            break;
+        }
+    }
+    let mut stream = connected?;
     let talk = async {
         write_frame(&mut stream, &request.to_bytes()).await?;
         read_frame(&mut stream).await

@@ -43,7 +43,9 @@ pub async fn get(address: &Address, target: &str) -> Result<Option<Vec<u8>>> {
         let request = http::Request::get(target)
             .header(http::header::HOST, host)
             .body(Empty::<Bytes>::new())?;
-        let response = sender.send_request(request).await?;
+        let response = sender.send_request(request).await;
+        let response =
+            response.with_context(|| format!("{address} gave no answer; is it a granary node?"))?;
         let status = response.status();
         let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX)
             .collect()

@@ -272,7 +272,34 @@ pub fn is_own_host(host: &str, listen: SocketAddr) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
+
+    #[tokio::test]
+    async fn a_first_request_that_comes_as_everything_ends_is_answered() {
+        let shutdown = CancellationToken::new();
+        shutdown.cancel();
+        let (mut client, server) = tokio::io::duplex(4096);
+        let serving = tokio::spawn(connection(
+            server,
+            FIRST_REQUEST * 40,
+            shutdown,
+            |_| async { respond::not_found(false) },
+        ));
+        // Until it waits for something to read.
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        client
+            .write_all(b"GET /x HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            .await
+            .unwrap();
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert!(answer.starts_with(b"HTTP/1.1 404"), "{answer:?}");
+        serving.await.unwrap();
+    }
 
     fn route(target: &str) -> Route {
         Route::of(&target.parse().unwrap())

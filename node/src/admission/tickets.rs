@@ -20,8 +20,8 @@ pub const TICKETS_MAX: usize = 256;
 /// Machines that may join by one ticket.
 pub const USES_MAX: u32 = 1000;
 
-/// Largest file read: so many tickets, a tenth of them with a list of a thousand peers.
-const FILE_BYTES_MAX: u64 = 4 << 20;
+/// Largest file read: so many tickets, each with a list of so many peers of 53 bytes.
+const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// What holders of one ticket get, and who did.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -42,6 +42,8 @@ enum RenewalError {
     Ask(#[from] AskError),
     #[error("this machine, which has the mesh key, refused: {0}")]
     Refused(granary_protocol::ticket::Refused),
+    #[error("the task that renews it ended: {0}")]
+    Ended(#[source] tokio::task::JoinError),
     #[error("mesh.key is not set")]
     NoMesh,
     #[error("cannot write the certificate to {path}: {source}", path = .path.display())]
@@ -152,9 +154,12 @@ impl Keeper {
             None => admission::ask(&self.identity, mesh, &self.config.mesh.admits, request).await?,
             Some(admission) => {
                 let me = PeerId::from_public_key(self.identity.public_key());
-                match admission.reply(me, request.clone(), unix_time()) {
-                    Reply::Certificate(certificate) => certificate,
-                    Reply::Refused(refused) => return Err(RenewalError::Refused(refused)),
+                let (admission, request) = (admission.clone(), request.clone());
+                let reply = move || admission.reply(me, request, unix_time());
+                match tokio::task::spawn_blocking(reply).await {
+                    Ok(Reply::Certificate(certificate)) => certificate,
+                    Ok(Reply::Refused(refused)) => return Err(RenewalError::Refused(refused)),
+                    Err(ended) => return Err(RenewalError::Ended(ended)),
                 }
             }
         };

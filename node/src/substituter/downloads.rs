@@ -95,12 +95,12 @@ enum Taken {
 pub struct Reader {
     sources: Sources,
     narinfo: Arc<VerifiedNarInfo>,
-    from: From,
+    feed: Feed,
     at: u64,
     to: u64,
 }
 
-enum From {
+enum Feed {
     Shared {
         download: Arc<Download>,
         reader: u64,
@@ -135,8 +135,8 @@ impl Downloads {
             let reader = download.window().join(range.start)?;
             Some((download.clone(), reader))
         });
-        let from = match joined {
-            Some((download, reader)) => From::Shared { download, reader },
+        let feed = match joined {
+            Some((download, reader)) => Feed::Shared { download, reader },
             None => {
                 let wide = u64::from(WINDOW_BYTES).min(size) as u32;
                 let room = self.room.clone().try_acquire_many_owned(wide).ok();
@@ -152,13 +152,13 @@ impl Downloads {
                     running.wait_for_readers().await;
                     downloads.forget(&key, &running);
                 });
-                From::Shared { download, reader }
+                Feed::Shared { download, reader }
             }
         };
         Reader {
             sources,
             narinfo,
-            from,
+            feed,
             at: range.start,
             to: range.end,
         }
@@ -371,9 +371,9 @@ impl Reader {
     /// The next bytes; `None` after the last. After an error nothing follows. Cancel-safe.
     pub async fn next(&mut self) -> Option<Result<Bytes, Cut>> {
         loop {
-            let (download, reader) = match &mut self.from {
-                From::Alone(chunks) => return chunks.recv().await,
-                From::Shared { download, reader } => (download.clone(), *reader),
+            let (download, reader) = match &mut self.feed {
+                Feed::Alone(chunks) => return chunks.recv().await,
+                Feed::Shared { download, reader } => (download.clone(), *reader),
             };
             let mut arrived = pin!(download.arrived.notified());
             // Before looking, or what arrives in between is missed.
@@ -389,7 +389,7 @@ impl Reader {
                 Taken::LetGo => {
                     let range = self.at..self.to;
                     let chunks = assemble(&self.sources, self.narinfo.clone(), range);
-                    self.from = From::Alone(chunks);
+                    self.feed = Feed::Alone(chunks);
                 }
             }
         }
@@ -398,7 +398,7 @@ impl Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        if let From::Shared { download, reader } = &self.from {
+        if let Feed::Shared { download, reader } = &self.feed {
             download.leave(*reader);
         }
     }
