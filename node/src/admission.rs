@@ -12,7 +12,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +35,7 @@ use zeroize::Zeroizing;
 use crate::clock::unix_time;
 use crate::identity::{self, Identity};
 use crate::mesh::revocations::{self, RevocationsFileError};
+use crate::secret;
 use crate::serve::tls::{self, TlsError, TlsSetupError};
 use crate::state_folder;
 
@@ -62,9 +62,6 @@ const KEY_FILE_BYTES_MAX: u64 = 4096;
 
 /// Linux has 64.
 const HOST_NAME_BYTES_MAX: u64 = 256;
-
-/// Permission bits that nobody but the owner may have.
-const FOREIGN_PERMISSIONS: u32 = 0o077;
 
 /// Why the mesh key cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -131,11 +128,11 @@ pub fn read_mesh_key(path: &Path) -> Result<SecretKey, MeshKeyError> {
         path: path.to_owned(),
         source,
     };
-    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
-    if mode & FOREIGN_PERMISSIONS != 0 {
+    let metadata = fs::metadata(path).map_err(failed)?;
+    if let Some(mode) = secret::exposed(path, &metadata) {
         return Err(MeshKeyError::Exposed {
             path: path.to_owned(),
-            mode: mode & 0o7777,
+            mode,
         });
     }
     let text = state_folder::read(path, KEY_FILE_BYTES_MAX).map_err(failed)?;

@@ -10,7 +10,7 @@
 use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use granary_protocol::peer::PeerKey;
@@ -18,11 +18,10 @@ use libp2p::PeerId;
 use libp2p::identity::{Keypair, PublicKey, ed25519};
 use zeroize::Zeroizing;
 
+use crate::secret;
+
 /// Bytes of the seed, and so of the file.
 const SEED_BYTES: usize = 32;
-
-/// Permission bits that nobody but the owner may have.
-const FOREIGN_PERMISSIONS: u32 = 0o077;
 
 /// Returns the raw ed25519 public key inside a peer id; `None` for an id of any other kind of key.
 pub fn ed25519_of(peer: &PeerId) -> Option<[u8; 32]> {
@@ -144,10 +143,10 @@ impl Identity {
                 path: path.to_owned(),
             });
         }
-        if metadata.mode() & FOREIGN_PERMISSIONS != 0 {
+        if let Some(mode) = secret::exposed(path, &metadata) {
             return Err(IdentityError::Exposed {
                 path: path.to_owned(),
-                mode: metadata.mode() & 0o7777,
+                mode,
             });
         }
         if metadata.len() != SEED_BYTES as u64 {

@@ -12,13 +12,13 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use granary_protocol::nix32;
 use granary_protocol::signature::{KeyName, SecretKey, SignatureError};
 use zeroize::Zeroizing;
 
+use crate::secret;
 use crate::state_folder;
 
 /// How the names of all loopback keys begin; what follows is random, so that no two have one name.
@@ -29,9 +29,6 @@ const NAME_BYTES: usize = 5;
 
 /// Largest file read; a key has some 130 bytes.
 const FILE_BYTES_MAX: u64 = 4096;
-
-/// Permission bits that nobody but the owner may have.
-const FOREIGN_PERMISSIONS: u32 = 0o077;
 
 /// Why there is no loopback key.
 #[derive(Debug, thiserror::Error)]
@@ -67,11 +64,11 @@ pub fn load(path: &Path) -> Result<Option<SecretKey>, LoopbackKeyError> {
         return Ok(None);
     };
     let text = Zeroizing::new(text);
-    let mode = fs::metadata(path).map_err(failed)?.permissions().mode();
-    if mode & FOREIGN_PERMISSIONS != 0 {
+    let metadata = fs::metadata(path).map_err(failed)?;
+    if let Some(mode) = secret::exposed(path, &metadata) {
         return Err(LoopbackKeyError::Exposed {
             path: path.to_owned(),
-            mode: mode & 0o7777,
+            mode,
         });
     }
     let key = text.trim().parse();
@@ -110,6 +107,8 @@ pub fn load_or_create(path: &Path) -> Result<SecretKey, LoopbackKeyError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]

@@ -108,6 +108,14 @@ pub struct PathInfo {
 }
 
 impl PathInfo {
+    /// Drops the signatures that are meant for this machine alone; whatever leaves it goes without them.
+    pub fn drop_own_signatures(&mut self) {
+        self.signatures.retain(|signature| {
+            let name = signature.key_name().as_str();
+            !name.starts_with(crate::loopback_key::NAME_PREFIX)
+        });
+    }
+
     /// Returns the narinfo under which this node serves the path: uncompressed, at its own URL.
     pub fn to_narinfo(&self) -> NarInfo {
         NarInfo {

@@ -14,7 +14,7 @@ use std::process::Command;
 /// folder (`store/*`, `mesh/*`) count as the module they belong to.
 const EDGES: &[(&str, &[&str])] = &[
     ("clock", &[]),
-    ("identity", &[]),
+    ("identity", &["secret"]),
     ("metrics", &[]),
     ("activity", &[]),
     ("listener", &[]),
@@ -22,7 +22,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("state_folder", &[]),
     ("secret", &[]),
     ("authority", &[]),
-    ("loopback_key", &["state_folder"]),
+    ("loopback_key", &["secret", "state_folder"]),
     // What a person hides is a file of the state folder. Signatures by the loopback key are shown to nobody.
     ("store", &["state_folder", "loopback_key"]),
     // Where a machine joined is a file of the state folder.
@@ -46,7 +46,14 @@ const EDGES: &[(&str, &[&str])] = &[
     // It knows newcomers by TLS, and who was put out by the file of revocations.
     (
         "admission",
-        &["clock", "identity", "mesh", "serve", "state_folder"],
+        &[
+            "clock",
+            "identity",
+            "mesh",
+            "secret",
+            "serve",
+            "state_folder",
+        ],
     ),
     // It sends what the store has, to whatever anchor; it shares no code with that.
     ("upload", &["store", "clock", "secret", "authority"]),

@@ -179,7 +179,8 @@ impl Ticket {
             expires: self.expires.0,
         };
         let bytes = Zeroizing::new(body.encode_to_vec());
-        let text = format!("{TEXT_PREFIX}{}", BASE64URL_NOPAD.encode(&bytes));
+        let encoded = Zeroizing::new(BASE64URL_NOPAD.encode(&bytes));
+        let text = format!("{TEXT_PREFIX}{}", encoded.as_str());
         Ok(Zeroizing::new(text))
     }
 

@@ -9,7 +9,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -17,6 +17,8 @@ use granary_protocol::signature::{KeyName, PublicKey, SecretKey, SignatureError}
 use granary_protocol::store_path::{StoreDir, StorePathHash};
 use serde::{Deserialize, Serialize};
 use zeroize::Zeroizing;
+
+use crate::secret;
 
 /// Longest name of a cache, as in Attic.
 pub const NAME_BYTES_MAX: usize = 50;
@@ -38,9 +40,6 @@ const UPSTREAM_KEYS_MAX: usize = 64;
 
 /// Pins of one cache: releases and machines, not builds. They lie in its settings.
 const PINS_MAX: usize = 10_000;
-
-/// Permission bits that nobody but the owner may have.
-const FOREIGN_PERMISSIONS: u32 = 0o077;
 
 /// The name of a cache: a letter or digit, then up to 49 of these, `-`, `_` and `+`, as in Attic.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -321,13 +320,8 @@ impl Keys {
             }
             metadata => metadata.map_err(failed("examine"))?,
         };
-        let mode = metadata.permissions().mode();
-        // systemd's credentials are 0440 in a folder of their own that only the service may enter.
-        if !is_credential && mode & FOREIGN_PERMISSIONS != 0 {
-            return Err(KeysError::Exposed {
-                path,
-                mode: mode & 0o7777,
-            });
+        if !is_credential && let Some(mode) = secret::exposed(&path, &metadata) {
+            return Err(KeysError::Exposed { path, mode });
         }
         if metadata.len() > KEYS_BYTES_MAX {
             return Err(KeysError::TooMany { path });
@@ -430,6 +424,8 @@ pub fn write_secret(path: &Path, bytes: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     fn name(text: &str) -> CacheName {

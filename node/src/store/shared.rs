@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use granary_protocol::narinfo::SIGNATURES_MAX;
 use granary_protocol::sharing::{Facts, Sharing};
-use granary_protocol::signature::{Signature, TrustedKeys};
+use granary_protocol::signature::TrustedKeys;
 use granary_protocol::store_path::{StoreDir, StorePathHash};
 use granary_protocol::voucher::Voucher;
 use regex::Regex;
@@ -18,7 +18,6 @@ use tracing::warn;
 
 use super::hidden::Hidden;
 use super::{BATCH_MAX, LocalStore, Nar, PathInfo, StoreError, StoreEvent};
-use crate::loopback_key;
 
 /// Changes waiting for a slow reader; beyond it the watcher waits.
 const EVENTS_MAX: usize = 16;
@@ -66,11 +65,7 @@ impl SharingRules {
         if !self.decide(&info, dir).is_shared() {
             return None;
         }
-        let is_for_others = |signature: &Signature| {
-            let name = signature.key_name().as_str();
-            !name.starts_with(loopback_key::NAME_PREFIX)
-        };
-        info.signatures.retain(is_for_others);
+        info.drop_own_signatures();
         if info.ultimate && info.signatures.len() < SIGNATURES_MAX {
             let fingerprint = info.to_narinfo().fingerprint(dir);
             info.signatures.push(voucher.sign(&fingerprint));

@@ -475,6 +475,8 @@ impl Target {
                 id.clone()
             }
             None => {
+                let mut info = info.clone();
+                info.drop_own_signatures();
                 let narinfo: NarInfo = info.to_narinfo();
                 let text = narinfo.to_text(store.dir());
                 let request = self.client.post(self.url("uploads")?);

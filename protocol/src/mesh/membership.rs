@@ -350,6 +350,7 @@ impl Membership {
             });
         }
         self.linked.remove(&id);
+        self.forget_wishes(&id);
         self.busy.insert(id);
         let peer = self.peers.get_mut(&id)?;
         // Who dialled speaks first. After a simultaneous dial both did.

@@ -2,7 +2,7 @@
 //!
 //! Whoever is linked is told its number; the side that knows less asks, the other gives. A list that
 //! is news is passed on at once to everybody linked, so that it crosses the mesh in as many steps as
-//! the mesh has, and holds before anything else that the same peer says.
+//! the mesh has; who is linked anew gets it one question later.
 
 use std::collections::BTreeSet;
 use std::time::Instant;

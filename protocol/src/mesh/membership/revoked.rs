@@ -77,7 +77,7 @@ impl Membership {
         let Some(peer) = self.peers.get(id) else {
             return false;
         };
-        // The one that was shown last.
+        // While linked, what its Hello showed; else what its contact carries. Either holds.
         match (&peer.state, &peer.contact) {
             (State::Linked { certificate, .. }, _) => certificate.permissions.vouch,
             (_, Some(known)) => known.certificate.permissions.vouch,
