@@ -203,12 +203,12 @@ impl Anchor {
         let (anchor, cache) = (self.clone(), cache.clone());
         to_its_end(async move {
             let _held = anchor.nar_locks.lock(narinfo.nar_hash).await;
-            // It may have been collected while we waited.
-            if anchor.catalog.nar(stored.nar_hash).await?.is_none() {
+            // It may have been collected while we waited, or packed anew.
+            let Some(stored) = anchor.catalog.nar(stored.nar_hash).await? else {
                 return Err(IngestError::NoNar {
                     path: narinfo.store_path,
                 });
-            }
+            };
             anchor.describe_held(&cache, narinfo, stored).await
         })
         .await

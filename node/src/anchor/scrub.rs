@@ -137,7 +137,11 @@ impl Anchor {
     ) -> Result<(), ScrubError> {
         scrubbed.nars += 1;
         scrubbed.file_bytes += nar.file_size;
-        let problem = match self.verdict(&nar).await {
+        let read = {
+            let _slot = self.intakes.acquire().await;
+            self.verdict(&nar).await
+        };
+        let problem = match read {
             Ok(Verdict::Whole) => {
                 self.catalog.scrubbed(nar, None, self.now()).await?;
                 self.counts.scrubbed_nars.add(1);
@@ -163,6 +167,8 @@ impl Anchor {
         nar: StoredNar,
         problem: String,
     ) -> Result<Option<Damaged>, ScrubError> {
+        // A slot before the lock, as pushes take them.
+        let _slot = self.intakes.acquire().await;
         let _held = self.nar_locks.lock(nar.nar_hash).await;
         // It may have been pushed, or collected, while it was read.
         if self.catalog.nar_row(nar.nar_hash).await? != Some(nar) {
@@ -200,7 +206,6 @@ impl Anchor {
             }
             Some(_) => {}
         }
-        let _slot = self.intakes.acquire().await;
         let Some(file) = self.storage.read(&key, 0..nar.file_size).await? else {
             return damaged("it is not in storage".to_owned());
         };

@@ -128,7 +128,9 @@ impl Uploads {
         let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let now = Instant::now();
         uploads.retain(|id, upload| {
-            let is_young = now.duration_since(upload.touched) < WAITING_TIMEOUT;
+            // One without an intake is being received, however long that takes.
+            let is_young =
+                upload.intake.is_none() || now.duration_since(upload.touched) < WAITING_TIMEOUT;
             if !is_young {
                 self.delete(id);
             }
