@@ -14,13 +14,13 @@ use std::process::Command;
 /// folder (`store/*`, `mesh/*`) count as the module they belong to.
 const EDGES: &[(&str, &[&str])] = &[
     ("clock", &[]),
+    ("secret", &[]),
     ("identity", &["secret"]),
     ("metrics", &[]),
     ("activity", &[]),
     ("listener", &[]),
     ("supervisor", &[]),
     ("state_folder", &[]),
-    ("secret", &[]),
     ("authority", &[]),
     ("loopback_key", &["secret", "state_folder"]),
     // What a person hides is a file of the state folder. Signatures by the loopback key are shown to nobody.
