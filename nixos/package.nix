@@ -45,7 +45,7 @@ rustPlatform.buildRustPackage {
   # The binary writes them itself, where it can run.
   postInstall = lib.optionalString (stdenv.buildPlatform.canExecute stdenv.hostPlatform) ''
     "$out/bin/granary" man man-pages
-    installManPage man-pages/*.1
+    installManPage man-pages/*
     installShellCompletion --cmd granary \
       --bash <("$out/bin/granary" completions bash) \
       --fish <("$out/bin/granary" completions fish) \

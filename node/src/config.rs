@@ -2,7 +2,9 @@
 //!
 //! Unknown keys are errors that name the key and the nearest valid one, because a misspelt
 //! `trust.key` that is silently ignored costs an evening. Secrets are never values here, only
-//! names of files.
+//! names of files. What the keys are for stands in [`keys`], of which the manual is made.
+
+pub mod keys;
 
 use std::env;
 use std::fs;

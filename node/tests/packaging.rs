@@ -184,6 +184,7 @@ fn the_debian_package_has_all_of_it_and_nothing_of_the_builder() {
         "/lib/systemd/system/granary-anchor.service",
         "/usr/lib/sysusers.d/granary.conf",
         "/usr/share/man/man1/granary-push.1.gz",
+        "/usr/share/man/man5/granary.toml.5.gz",
         "/usr/share/bash-completion/completions/granary",
         "/usr/share/doc/granary/copyright",
     ] {

@@ -1,0 +1,3 @@
+//! The manual (README.md, docs/), held against what it speaks of.
+
+mod configuration;
