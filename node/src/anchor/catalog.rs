@@ -37,6 +37,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("catalog/2.sql"),
     include_str!("catalog/3.sql"),
     include_str!("catalog/4.sql"),
+    include_str!("catalog/5.sql"),
 ];
 
 /// Threads that read.
@@ -133,6 +134,17 @@ pub struct NewPath {
     pub is_complete: bool,
     /// Seconds since 1970.
     pub now: u64,
+}
+
+/// What came of writing a path down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Begun {
+    /// Its narinfo is to be put.
+    Written,
+    /// A reference that must be here is not.
+    NoReference,
+    /// The path is complete with another NAR, which stays: its narinfo must not be replaced.
+    AnotherBuild,
 }
 
 /// How much a cache, or all of them, hold.
@@ -376,8 +388,8 @@ impl Catalog {
     /// Writes a path down before its narinfo is put, so that a crash in between is found.
     ///
     /// A path that is complete stays complete: only its narinfo changes, with
-    /// [`Catalog::finish_path`]. `false` when a reference that must be here is not.
-    pub async fn begin_path(&self, new: NewPath) -> Result<bool, CatalogError> {
+    /// [`Catalog::finish_path`].
+    pub async fn begin_path(&self, new: NewPath) -> Result<Begun, CatalogError> {
         self.write(move |transaction| {
             let NewPath {
                 cache,
@@ -393,7 +405,7 @@ impl Catalog {
                 )?;
                 for reference in &references {
                     if !present.exists(params![cache, reference.as_bytes()])? {
-                        return Ok(false);
+                        return Ok(Begun::NoReference);
                     }
                 }
             }
@@ -415,13 +427,26 @@ impl Catalog {
                     path.narinfo,
                     signed(now),
                 ])?;
-            match written {
-                0 => insert_rewrite(transaction, cache, &path.hash)?,
+            if written == 0 {
+                // It may have been damaged when it was looked for, and put right since.
+                let is_same = transaction
+                    .prepare_cached(
+                        "SELECT 1 FROM paths WHERE cache = ?1 AND hash = ?2 AND nar_hash = ?3",
+                    )?
+                    .exists(params![
+                        cache,
+                        path.hash.as_bytes(),
+                        path.nar_hash.as_bytes()
+                    ])?;
+                if !is_same {
+                    return Ok(Begun::AnotherBuild);
+                }
+                insert_rewrite(transaction, cache, &path.hash)?;
+            } else {
                 // What another build of it referenced.
-                _ => transaction
+                transaction
                     .prepare_cached("DELETE FROM edges WHERE cache = ?1 AND hash = ?2")?
-                    .execute(params![cache, path.hash.as_bytes()])
-                    .map(drop)?,
+                    .execute(params![cache, path.hash.as_bytes()])?;
             }
             let mut edge = transaction.prepare_cached(
                 "INSERT OR IGNORE INTO edges (cache, hash, reference) VALUES (?1, ?2, ?3)",
@@ -429,7 +454,7 @@ impl Catalog {
             for reference in references {
                 edge.execute(params![cache, path.hash.as_bytes(), reference.as_bytes()])?;
             }
-            Ok(true)
+            Ok(Begun::Written)
         })
         .await
     }

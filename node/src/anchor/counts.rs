@@ -14,7 +14,7 @@
 //! | `requests_denied_total` | | requests without the right to what they named |
 //! | `paths`, `nar_bytes`, `stored_bytes` | `cache` | what it holds; a NAR of several caches counts in each |
 //! | `storage_nars`, `storage_bytes`, `damaged_nars` | | all of storage, and what of it is not served |
-//! | `scrubbed_nars_total`, `scrub_damaged_total`, `healed_nars_total` | | NARs that were read again, those that were damaged, those that a push put right |
+//! | `scrubbed_nars_total`, `scrub_damaged_total`, `scrub_unread_total`, `healed_nars_total` | | NARs that were read again, those that were damaged, readings that failed, NARs that a push put right |
 //! | `collections_total`, `collected_paths_total`, `collected_nars_total`, `collected_bytes_total` | | collections of garbage; the first with `outcome`: `done`, `failed` |
 
 use std::collections::BTreeMap;
@@ -64,6 +64,7 @@ pub struct Counts {
     collected_bytes: Counter,
     pub scrubbed_nars: Counter,
     pub scrub_damaged: Counter,
+    pub scrub_unread: Counter,
     pub healed_nars: Counter,
     sizes: tokio::sync::Mutex<Option<(Instant, Sizes)>>,
 }
@@ -248,6 +249,12 @@ impl Counts {
                 "counter",
                 "Those that were found damaged.",
                 self.scrub_damaged.get(),
+            ),
+            (
+                "scrub_unread_total",
+                "counter",
+                "Readings that failed, so that nothing is known.",
+                self.scrub_unread.get(),
             ),
             (
                 "healed_nars_total",

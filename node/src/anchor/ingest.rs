@@ -21,7 +21,7 @@ use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
 use tracing::{info, warn};
 
 use super::cache::{CacheName, KeysError, SettingsError};
-use super::catalog::{CacheRow, CatalogError, NewPath, PathRow, PathState, StoredNar};
+use super::catalog::{Begun, CacheRow, CatalogError, NewPath, PathRow, PathState, StoredNar};
 use super::intake::Taken;
 use super::object_store::StorageError;
 use super::{Anchor, NARINFO_BYTES_MAX, nar_key, nar_url, to_its_end};
@@ -288,12 +288,17 @@ impl Anchor {
             is_complete: !cache.settings.is_incomplete(),
             now: self.now(),
         };
-        if !self.catalog.begin_path(new).await? {
-            // A reference was collected since it was looked for.
-            self.check_references(cache, &narinfo).await?;
-            return Err(IngestError::NoNar {
-                path: narinfo.store_path,
-            });
+        match self.catalog.begin_path(new).await? {
+            Begun::Written => {}
+            // As above, where it was damaged a moment ago.
+            Begun::AnotherBuild => return Ok(()),
+            Begun::NoReference => {
+                // It was collected since it was looked for.
+                self.check_references(cache, &narinfo).await?;
+                return Err(IngestError::NoNar {
+                    path: narinfo.store_path,
+                });
+            }
         }
         let key = cache.name.narinfo_key(&hash);
         self.storage.put(&key, text.clone().into()).await?;

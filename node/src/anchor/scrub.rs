@@ -46,6 +46,9 @@ const REST: u32 = 4;
 /// How long to wait when nothing is due, or storage fails.
 const IDLE: Duration = Duration::from_secs(600);
 
+/// After how long a NAR that could not be read is due again. The others go first, however many times it fails.
+const UNREAD_PAUSE: Duration = Duration::from_secs(24 * 3600);
+
 /// Paths of a damaged NAR that are named; the others are counted.
 const PATHS_SHOWN: usize = 5;
 
@@ -148,20 +151,36 @@ impl Anchor {
                 return Ok(());
             }
             Ok(Verdict::Damaged(problem)) => problem,
-            Err(error) => {
-                warn!(nar_hash = %nar.nar_hash, %error, "could not read a nar to scrub it");
-                scrubbed.unread += 1;
-                return Ok(());
-            }
+            Err(error) => return self.unread(nar, error, scrubbed).await,
         };
         self.check_storage().await?;
         let anchor = self.clone();
-        let found = to_its_end(async move { anchor.mark(nar, problem).await }).await?;
-        scrubbed.damaged.extend(found);
+        match to_its_end(async move { anchor.mark(nar, problem).await }).await {
+            Ok(found) => scrubbed.damaged.extend(found),
+            Err(ScrubError::Storage(error)) => return self.unread(nar, error, scrubbed).await,
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Counts a NAR of which nothing is known, and lets it be for a while.
+    async fn unread(
+        &self,
+        nar: StoredNar,
+        error: IngestError,
+        scrubbed: &mut Scrubbed,
+    ) -> Result<(), ScrubError> {
+        warn!(nar_hash = %nar.nar_hash, %error, "could not read a nar to scrub it");
+        scrubbed.unread += 1;
+        self.counts.scrub_unread.add(1);
+        self.catalog.unread(nar, self.now()).await?;
         Ok(())
     }
 
     /// Marks a NAR that was found damaged; `None` when it is not any more.
+    ///
+    /// # Errors
+    /// [`ScrubError::Storage`] when it could not be read the second time.
     async fn mark(
         self: &Arc<Self>,
         nar: StoredNar,
@@ -174,11 +193,15 @@ impl Anchor {
         if self.catalog.nar_row(nar.nar_hash).await? != Some(nar) {
             return Ok(None);
         }
-        match self.verdict(&nar).await {
-            Ok(Verdict::Damaged(_)) => {}
-            Ok(Verdict::Whole) | Err(_) => return Ok(None),
-        }
         let now = self.now();
+        match self.verdict(&nar).await? {
+            Verdict::Damaged(_) => {}
+            Verdict::Whole => {
+                self.catalog.scrubbed(nar, None, now).await?;
+                self.counts.scrubbed_nars.add(1);
+                return Ok(None);
+            }
+        }
         self.catalog.scrubbed(nar, Some(now), now).await?;
         self.counts.scrubbed_nars.add(1);
         self.counts.scrub_damaged.add(1);
@@ -303,8 +326,10 @@ pub async fn keep_scrubbing(anchor: Arc<Anchor>, after: Duration, shutdown: Canc
 impl Anchor {
     /// Reads the NAR that was not looked at for longest; `false` when none is due, or it cannot be read.
     pub async fn scrub_due(self: &Arc<Self>, after: Duration) -> Result<bool, ScrubError> {
-        let before = self.now().saturating_sub(after.as_secs());
-        let Some(nar) = self.catalog.due(before).await? else {
+        let now = self.now();
+        let before = now.saturating_sub(after.as_secs());
+        let unread_before = now.saturating_sub(UNREAD_PAUSE.as_secs());
+        let Some(nar) = self.catalog.due(before, unread_before).await? else {
             return Ok(false);
         };
         self.check_storage().await?;
@@ -334,16 +359,33 @@ impl super::catalog::Catalog {
         .await
     }
 
-    /// Returns the NAR that was not looked at for longest, if that is before this time.
-    async fn due(&self, before: u64) -> Result<Option<StoredNar>, CatalogError> {
+    /// Returns the NAR that was not looked at for longest, if that is before this time, without those that
+    /// could not be read since another.
+    async fn due(
+        &self,
+        before: u64,
+        unread_before: u64,
+    ) -> Result<Option<StoredNar>, CatalogError> {
         self.read(move |connection| {
             connection
                 .prepare_cached(
                     "SELECT nar_hash, nar_size, file_hash, file_size FROM nars
-                     WHERE scrubbed < ?1 ORDER BY scrubbed LIMIT 1",
+                     WHERE scrubbed < ?1 AND (unread IS NULL OR unread < ?2)
+                     ORDER BY scrubbed LIMIT 1",
                 )?
-                .query_row([signed(before)], nar_row)
+                .query_row([signed(before), signed(unread_before)], nar_row)
                 .optional()
+        })
+        .await
+    }
+
+    /// Writes down that a NAR could not be read.
+    async fn unread(&self, nar: StoredNar, now: u64) -> Result<(), CatalogError> {
+        self.write(move |transaction| {
+            transaction
+                .prepare_cached("UPDATE nars SET unread = ?2 WHERE nar_hash = ?1")?
+                .execute(params![nar.nar_hash.as_bytes(), signed(now)])
+                .map(drop)
         })
         .await
     }
@@ -358,7 +400,8 @@ impl super::catalog::Catalog {
         self.write(move |transaction| {
             transaction
                 .prepare_cached(
-                    "UPDATE nars SET scrubbed = ?3, damaged = ?4 WHERE nar_hash = ?1 AND file_hash = ?2",
+                    "UPDATE nars SET scrubbed = ?3, damaged = ?4, unread = NULL
+                     WHERE nar_hash = ?1 AND file_hash = ?2",
                 )?
                 .execute(params![
                     nar.nar_hash.as_bytes(),

@@ -27,6 +27,8 @@ pub enum Fault {
     /// 503 with the code by which S3 asks for patience.
     SlowDown,
     InternalError,
+    /// 403, as for one object whose rights somebody changed.
+    Denied,
     /// The connection ends in the middle of the body.
     CutBody,
     /// No answer, for as long as the client cares to wait.
@@ -154,6 +156,7 @@ async fn answer(
         Some(Fault::InternalError) => {
             return Ok(refusal(StatusCode::INTERNAL_SERVER_ERROR, "InternalError"));
         }
+        Some(Fault::Denied) => return Ok(refusal(StatusCode::FORBIDDEN, "AccessDenied")),
         Some(Fault::Silence) => std::future::pending().await,
         Some(Fault::CutBody) | None => {}
     }

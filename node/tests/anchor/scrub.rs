@@ -259,6 +259,94 @@ async fn what_was_not_looked_at_for_longest_is_read_first_and_then_not_again_for
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_nar_that_cannot_be_read_holds_up_no_other() {
+    use std::time::Duration;
+    let s3 = S3::start().await;
+    let rig = Rig::on_s3(&s3).await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let week = Duration::from_secs(7 * 24 * 3600);
+    let (denied, other) = (Sample::new(1, 1000), Sample::new(2, 1000));
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    assert_eq!(rig.upload(&token, "main", &denied).status, 200);
+    rig.clock.advance(Duration::from_secs(60));
+    assert_eq!(rig.upload(&token, "main", &other).status, 200);
+    rig.clock.advance(week + Duration::from_secs(60));
+    let key = granary::anchor::nar_key(&denied.nar_hash());
+    let deny = || {
+        let key = key.clone();
+        s3.fail(Fault::Denied, move |_, target| target.contains(&key));
+    };
+    deny();
+    assert!(!anchor.scrub_due(week).await.unwrap(), "it was read");
+    let before = s3.requests().len();
+    assert!(anchor.scrub_due(week).await.unwrap());
+    let other_key = granary::anchor::nar_key(&other.nar_hash());
+    let read = s3.requests().split_off(before);
+    assert!(read.iter().any(|request| request.contains(&other_key)));
+    assert!(!read.iter().any(|request| request.contains(&key)));
+    assert!(
+        !anchor.scrub_due(week).await.unwrap(),
+        "both were looked at"
+    );
+    // A day later it is tried again.
+    rig.clock.advance(Duration::from_secs(25 * 3600));
+    assert!(anchor.scrub_due(week).await.unwrap());
+
+    // One that is damaged at the first look and cannot be read at the second is not known to be either.
+    let object = s3.folder.path().join("granary-test/anchor").join(&key);
+    std::fs::remove_file(&object).unwrap();
+    let seen = std::sync::atomic::AtomicU32::new(0);
+    let counted = key.clone();
+    s3.fail(Fault::Denied, move |_, target| {
+        let is_it = target.contains(&counted);
+        is_it && seen.fetch_add(1, std::sync::atomic::Ordering::Relaxed) > 0
+    });
+    let found = scrub(&rig).await;
+    assert_eq!((found.unread, found.damaged.len()), (1, 0), "{found:?}");
+    assert_eq!(scrub(&rig).await.damaged.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_build_that_was_put_right_while_another_was_described_stays() {
+    use granary::anchor::catalog::{Begun, NewPath, PathRow};
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let (first, second) = (Sample::new(1, 1000), Sample::new(2, 1000));
+    for sample in [&first, &second] {
+        assert_eq!(rig.upload(&token, "main", sample).status, 200);
+    }
+    // As a push of another build does it that found the first damaged a moment ago.
+    let catalog = &rig.server.as_ref().unwrap().anchor.catalog;
+    let cache = catalog.cache(&"main".parse().unwrap()).await.unwrap();
+    let cache = cache.unwrap().id;
+    let hash = first.hash().parse().unwrap();
+    let nar = catalog.nar(second.nar_hash()).await.unwrap().unwrap();
+    let before = catalog.path(cache, hash).await.unwrap().unwrap();
+    let new = |nar_hash| NewPath {
+        cache,
+        path: PathRow {
+            nar_hash,
+            narinfo: "of another build".to_owned(),
+            ..before.clone()
+        },
+        references: vec![second.hash().parse().unwrap()],
+        nar,
+        is_complete: true,
+        now: 1,
+    };
+    let begun = catalog.begin_path(new(second.nar_hash())).await.unwrap();
+    assert_eq!(begun, Begun::AnotherBuild);
+    assert_eq!(catalog.rewrites().await.unwrap(), []);
+    assert_eq!(catalog.path(cache, hash).await.unwrap().unwrap(), before);
+    // Its own narinfo may be replaced.
+    let begun = catalog.begin_path(new(first.nar_hash())).await.unwrap();
+    assert_eq!(begun, Begun::Written);
+    assert_eq!(catalog.rewrites().await.unwrap().len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nix_puts_right_what_the_command_line_found_damaged() {
     let place = Place::new();
     let mut anchor = place.start();

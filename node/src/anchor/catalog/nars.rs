@@ -147,7 +147,7 @@ pub(super) fn insert_nar(
         .prepare_cached(
             "INSERT INTO nars (nar_hash, nar_size, file_hash, file_size, stored, scrubbed)
              VALUES (?1, ?2, ?3, ?4, ?5, ?5)
-             ON CONFLICT (nar_hash) DO UPDATE SET unused_since = NULL, damaged = NULL,
+             ON CONFLICT (nar_hash) DO UPDATE SET unused_since = NULL, damaged = NULL, unread = NULL,
              file_hash = ?3, file_size = ?4",
         )?
         .execute(params![
