@@ -17,7 +17,7 @@ use granary_protocol::store_path::{StorePath, StorePathHash};
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper::service::service_fn;
+use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_util::sync::CancellationToken;
@@ -236,6 +236,20 @@ pub async fn connection<S, H, F>(
         .header_read_timeout(patience)
         .max_buf_size(HEAD_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), service);
+    until_end(connection, &has_asked, shutdown).await;
+}
+
+/// Runs a connection until it ends, or until `shutdown` lets it finish its last answer, which may be its
+/// first: `has_asked` says whether a request has come.
+pub async fn until_end<I, S>(
+    connection: http1::Connection<I, S>,
+    has_asked: &AtomicBool,
+    shutdown: CancellationToken,
+) where
+    I: hyper::rt::Read + hyper::rt::Write + Unpin,
+    S: HttpService<Incoming, ResBody = Body>,
+    S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
     let mut connection = std::pin::pin!(connection);
     tokio::select! {
         _ = connection.as_mut() => return,
@@ -249,6 +263,7 @@ pub async fn connection<S, H, F>(
         }
     }
     connection.as_mut().graceful_shutdown();
+    // How it ends is the client's affair.
     let _ = connection.await;
 }
 

@@ -157,6 +157,11 @@ impl Anchor {
     ) -> Result<CacheRow, AdminError> {
         let _held = self.administration.lock().await;
         let cache = self.existing(name).await?;
+        // Before anything says that it has begun.
+        let (store, checked) = (self.keys.clone(), name.clone());
+        let check = move || store.check_changeable(&checked);
+        let checked = tokio::task::spawn_blocking(check).await;
+        checked.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
         let mut keys = match self.signing_keys(name).await {
             // After the state folder was lost.
             Err(KeysError::Missing { .. }) => Vec::new(),
@@ -207,26 +212,39 @@ impl Anchor {
         Ok(cache)
     }
 
-    /// Finishes rotations that the last run left. Safe beside pushes.
+    /// Finishes rotations that the last run left; one that cannot be finished waits for the next start. Safe
+    /// beside pushes.
     pub async fn resume_rotations(&self) -> Result<(), AdminError> {
         let rotating = self.catalog.rotations().await?;
         for cache in self.catalog.caches().await? {
             if !rotating.contains(&cache.id) {
                 continue;
             }
-            let _held = self.administration.lock().await;
-            // It may have been deleted, or rotated again, since.
-            let cache = match self.catalog.cache(&cache.name).await? {
-                Some(found) if found.id == cache.id => found,
-                _ => continue,
-            };
             let name = cache.name.clone();
-            let keys = self.signing_keys(&name).await?;
-            let cache = self.end_rotation(cache, &keys).await?;
-            let keys = cache.settings.public_keys.len();
-            tracing::info!(cache = %name, keys, "finished a rotation of keys that was interrupted");
+            match self.resume_rotation(cache).await {
+                Ok(0) => {}
+                Ok(keys) => {
+                    tracing::info!(cache = %name, keys, "finished a rotation of keys that was interrupted");
+                }
+                Err(error) => {
+                    tracing::error!(cache = %name, %error, "could not finish a rotation of keys");
+                }
+            }
         }
         Ok(())
+    }
+
+    /// Returns how many keys sign the cache; 0 when there is nothing to finish.
+    async fn resume_rotation(&self, cache: CacheRow) -> Result<usize, AdminError> {
+        let _held = self.administration.lock().await;
+        // It may have been deleted, or rotated again, since.
+        let cache = match self.catalog.cache(&cache.name).await? {
+            Some(found) if found.id == cache.id => found,
+            _ => return Ok(0),
+        };
+        let keys = self.signing_keys(&cache.name).await?;
+        let cache = self.end_rotation(cache, &keys).await?;
+        Ok(cache.settings.public_keys.len())
     }
 
     async fn sign_again(&self, cache: &CacheRow, keys: &[SecretKey]) -> Result<(), AdminError> {

@@ -473,7 +473,7 @@ async fn upload(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Ans
     let taken = taken
         .map_err(|error| Refusal::ours(&error))?
         .map_err(IngestError::from)?;
-    let answer = match anchor.publish(&cache, narinfo, taken).await? {
+    let answer = match anchor.publish(&cache, narinfo, Arc::new(taken)).await? {
         Outcome::Stored { file_size } => UploadAnswer {
             kind: "Uploaded",
             file_size: Some(file_size),

@@ -340,14 +340,20 @@ impl Keys {
         }
     }
 
+    /// Proves that the keys of a cache are ours to change. Blocks.
+    pub fn check_changeable(&self, cache: &CacheName) -> Result<(), KeysError> {
+        match self.place(cache) {
+            (_, true) => Err(KeysError::Credential {
+                cache: cache.clone(),
+            }),
+            (_, false) => Ok(()),
+        }
+    }
+
     /// Writes the keys of a cache: whole, durable and for the owner alone. Blocks.
     pub fn store(&self, cache: &CacheName, keys: &[SecretKey]) -> Result<(), KeysError> {
-        let (path, is_credential) = self.place(cache);
-        if is_credential {
-            return Err(KeysError::Credential {
-                cache: cache.clone(),
-            });
-        }
+        self.check_changeable(cache)?;
+        let (path, _) = self.place(cache);
         let lines: Vec<_> = keys.iter().map(SecretKey::to_nix_string).collect();
         let mut text = Zeroizing::new(String::new());
         for line in &lines {

@@ -1,12 +1,15 @@
-//! Health: whether storage and catalog answer, asked by whoever watches the anchor.
+//! Health: whether storage and catalog answer, and the spool has room, asked by whoever watches the anchor.
 //!
 //! One probe is under way at a time, whoever asks: storage that hangs holds one thread, not one for each
 //! question, and those who ask are told so within [`PROBE_TIMEOUT`].
 
+use std::io;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use ::http::StatusCode;
+use granary_protocol::seekable::FRAME_RAW_BYTES;
 use tracing::{error, warn};
 
 use super::http::{Answer, Refusal};
@@ -21,6 +24,10 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// For how long a good answer is given again.
 const PROBE_FRESH: Duration = Duration::from_secs(1);
 
+/// Free bytes of the spool below which pushes are about to fail: a frame for each of those that are taken in at
+/// once.
+const SPOOL_FREE_MIN: u64 = super::INTAKES_PARALLEL as u64 * FRAME_RAW_BYTES as u64;
+
 /// When the last probe went well; held by the one that is under way.
 pub type Health = Arc<tokio::sync::Mutex<Option<Instant>>>;
 
@@ -30,6 +37,27 @@ enum ProbeError {
     Asked(#[from] IngestError),
     #[error("storage {location} has no {FORMAT_KEY}, it is not the one that the anchor began with")]
     Another { location: String },
+    #[error("the disk of the spool {path} has {free} bytes left, pushes need {SPOOL_FREE_MIN}", path = .path.display())]
+    Full { path: PathBuf, free: u64 },
+    #[error("cannot examine the spool {path}: {source}", path = .path.display())]
+    Spool { path: PathBuf, source: io::Error },
+}
+
+/// Looks for room in the spool. Blocks.
+fn check_spool(path: PathBuf) -> Result<(), ProbeError> {
+    match rustix::fs::statvfs(&path) {
+        Ok(disk) => {
+            let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+            match free < SPOOL_FREE_MIN {
+                true => Err(ProbeError::Full { path, free }),
+                false => Ok(()),
+            }
+        }
+        Err(errno) => Err(ProbeError::Spool {
+            path,
+            source: errno.into(),
+        }),
+    }
 }
 
 /// Answers `/health`: 200, or 503 and why.
@@ -46,6 +74,10 @@ async fn answer_within(anchor: &Arc<Anchor>, timeout: Duration) -> Answer {
             "text/plain; charset=utf-8",
             "ok\n",
         )),
+        Ok(Err(problem @ ProbeError::Full { .. })) => {
+            error!(%problem, "nothing can be taken in");
+            Err(unwell("the disk of the spool is full".to_owned()))
+        }
         Ok(Err(problem)) => {
             error!(%problem, "storage or catalog is not well");
             Err(unwell("storage or catalog failed, see the log".to_owned()))
@@ -75,6 +107,9 @@ async fn probe(anchor: &Arc<Anchor>) -> Result<(), ProbeError> {
             let location = anchor.storage.location().to_owned();
             return Err(ProbeError::Another { location });
         }
+        let spool = anchor.spool.clone();
+        let checked = tokio::task::spawn_blocking(move || check_spool(spool)).await;
+        checked.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
         *well = Some(Instant::now());
         Ok(())
     })

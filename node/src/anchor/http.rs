@@ -20,11 +20,12 @@ use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ::http::header::{CONTENT_LENGTH, EXPECT, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
 use ::http::{HeaderValue, Method, Request, Response, StatusCode, request::Parts};
+use futures::FutureExt;
 use granary_protocol::signature::SecretKey;
 use granary_protocol::token::Permission;
 use http_body_util::{BodyExt, Limited};
@@ -34,8 +35,8 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use serde::Deserialize;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
@@ -50,7 +51,10 @@ use super::object_store::StorageError;
 use super::tls::{HTTP_2, Tls};
 use super::tokens::{Bearer, Denied};
 use super::{Anchor, attic, counts, health, put, read, scrub, to_its_end, uploads};
-use crate::serve::respond::{self, Body};
+use crate::serve::{
+    self,
+    respond::{self, Body},
+};
 
 /// Connections at once; beyond it new ones wait. Nix opens 25, an office has some dozens of machines.
 const CONNECTIONS_MAX: usize = 2048;
@@ -124,8 +128,12 @@ impl Refusal {
     }
 
     /// Our own trouble: told to the log in full, to the client in general.
-    pub fn ours(error: &dyn std::error::Error) -> Refusal {
+    pub fn ours(error: &(dyn std::error::Error + 'static)) -> Refusal {
         error!(error = %crate::anchor::http::chain(error), "could not answer");
+        if is_about_room(error) {
+            let message = "a disk of the anchor is full, nothing was kept of this, try again later";
+            return Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "StorageFull", message);
+        }
         let message = "the anchor's storage or catalog failed, see its log";
         Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "InternalError", message)
     }
@@ -152,7 +160,10 @@ impl Refusal {
             let basic = HeaderValue::from_static("Basic realm=\"granary\"");
             headers.append(WWW_AUTHENTICATE, basic);
         }
-        if self.status == StatusCode::SERVICE_UNAVAILABLE {
+        if matches!(
+            self.status,
+            StatusCode::SERVICE_UNAVAILABLE | StatusCode::INSUFFICIENT_STORAGE
+        ) {
             headers.insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS));
         }
         response
@@ -257,16 +268,7 @@ pub async fn accept(
     tasks: TaskTracker,
 ) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    loop {
-        let slot = slots.clone().acquire_owned();
-        let accepted = tokio::select! {
-            () = shutdown.cancelled() => return,
-            accepted = async { (slot.await, listener.accept().await) } => accepted,
-        };
-        let (Ok(slot), Ok((stream, peer))) = accepted else {
-            tokio::time::sleep(ACCEPT_PAUSE).await;
-            continue;
-        };
+    let admit = |slot, (stream, peer): (TcpStream, SocketAddr)| {
         // Small answers must not wait for the last one's acknowledgement. A socket that is gone
         // already will say so when it is read.
         let _ = stream.set_nodelay(true);
@@ -276,20 +278,24 @@ pub async fn accept(
             is_secure: tls.is_some(),
             tasks: tasks.clone(),
         };
-        let (tls, shutdown) = (tls.clone(), shutdown.clone());
-        tasks.spawn(async move {
-            match tls {
-                None => client.speak_http_1(stream, shutdown).await,
-                Some(tls) => match tls.accept(stream).await {
-                    Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(HTTP_2) => {
-                        client.speak_http_2(stream, shutdown).await;
-                    }
-                    Ok(stream) => client.speak_http_1(stream, shutdown).await,
-                    Err(error) => debug!(%peer, %error, "a client did not agree on TLS"),
-                },
-            }
-            drop(slot);
-        });
+        tasks.spawn(client.speak(stream, tls.clone(), shutdown.clone(), slot));
+    };
+    loop {
+        let slot = slots.clone().acquire_owned();
+        let accepted = tokio::select! {
+            () = shutdown.cancelled() => break,
+            accepted = async { (slot.await, listener.accept().await) } => accepted,
+        };
+        match accepted {
+            (Ok(slot), Ok(accepted)) => admit(slot, accepted),
+            _ => tokio::time::sleep(ACCEPT_PAUSE).await,
+        }
+    }
+    // Those in the backlog have connected, as far as they know.
+    while let Ok(slot) = slots.clone().try_acquire_owned()
+        && let Some(Ok(accepted)) = listener.accept().now_or_never()
+    {
+        admit(slot, accepted);
     }
 }
 
@@ -307,12 +313,34 @@ struct Client {
 }
 
 impl Client {
+    async fn speak(
+        self,
+        stream: TcpStream,
+        tls: Option<Arc<Tls>>,
+        shutdown: CancellationToken,
+        _slot: OwnedSemaphorePermit,
+    ) {
+        let Some(tls) = tls else {
+            return self.speak_http_1(stream, shutdown).await;
+        };
+        let peer = self.peer;
+        match tls.accept(stream).await {
+            Ok(stream) if stream.get_ref().1.alpn_protocol() == Some(HTTP_2) => {
+                self.speak_http_2(stream, shutdown).await;
+            }
+            Ok(stream) => self.speak_http_1(stream, shutdown).await,
+            Err(error) => debug!(%peer, %error, "a client did not agree on TLS"),
+        }
+    }
+
     async fn speak_http_1(
         self,
         stream: impl AsyncRead + AsyncWrite + Unpin,
         shutdown: CancellationToken,
     ) {
-        let service = service_fn(move |request| {
+        let has_asked = AtomicBool::new(false);
+        let service = service_fn(|request| {
+            has_asked.store(true, Ordering::Relaxed);
             let client = self.clone();
             async move { Ok::<_, Infallible>(client.answer(request).await) }
         });
@@ -321,13 +349,7 @@ impl Client {
             .header_read_timeout(IDLE_TIMEOUT)
             .max_buf_size(HEAD_BYTES_MAX)
             .serve_connection(TokioIo::new(stream), service);
-        let mut connection = std::pin::pin!(connection);
-        tokio::select! {
-            _ = connection.as_mut() => return,
-            () = shutdown.cancelled() => connection.as_mut().graceful_shutdown(),
-        }
-        // How it ends is the client's affair.
-        let _ = connection.await;
+        serve::until_end(connection, &has_asked, shutdown).await;
     }
 
     async fn speak_http_2(
@@ -692,6 +714,20 @@ pub(super) fn empty(status: StatusCode) -> Response<Body> {
         .headers_mut()
         .insert(CONTENT_LENGTH, HeaderValue::from(0));
     response
+}
+
+/// Whether a disk that is full is the cause.
+fn is_about_room(error: &(dyn std::error::Error + 'static)) -> bool {
+    let mut causes = std::iter::successors(Some(error), |error| error.source());
+    causes.any(|cause| {
+        let io = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        let sqlite = cause.downcast_ref::<Arc<rusqlite::Error>>();
+        let sqlite = sqlite.and_then(|error| error.sqlite_error_code());
+        matches!(
+            io,
+            Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+        ) || sqlite == Some(rusqlite::ErrorCode::DiskFull)
+    })
 }
 
 /// An error and those of its causes that it does not name itself.

@@ -91,6 +91,25 @@ pub enum IngestError {
     Catalog(#[from] CatalogError),
 }
 
+impl IngestError {
+    /// Whether the same push may succeed another time.
+    pub fn is_ours(&self) -> bool {
+        match self {
+            IngestError::Intake(error) => error.is_ours(),
+            IngestError::Keys(_)
+            | IngestError::Settings(_)
+            | IngestError::Storage(_)
+            | IngestError::Catalog(_) => true,
+            IngestError::NarHash { .. }
+            | IngestError::NarSize { .. }
+            | IngestError::ContentAddress { .. }
+            | IngestError::MissingReferences { .. }
+            | IngestError::Quota { .. }
+            | IngestError::NoNar { .. } => false,
+        }
+    }
+}
+
 fn list(paths: &[StorePath]) -> String {
     let names: Vec<_> = paths.iter().map(StorePath::base_name).collect();
     names.join(", ")
@@ -103,17 +122,17 @@ impl Anchor {
     async fn store_nar(
         &self,
         cache: &CacheRow,
-        taken: Taken,
+        taken: &Taken,
     ) -> Result<(StoredNar, Outcome), IngestError> {
         if let Some(stored) = self.catalog.nar(taken.nar_hash).await? {
             return Ok((stored, Outcome::Known));
         }
-        let Some((packed, path)) = taken.packed else {
+        let Some((packed, path)) = &taken.packed else {
             // It was stored when the intake began, and has been collected since.
             return Err(IngestError::Intake(IntakeError::Stopped));
         };
         let key = nar_key(&taken.nar_hash);
-        self.storage.put_file(&key, &path).await?;
+        self.storage.put_file(&key, path).await?;
         let stored = StoredNar {
             nar_hash: taken.nar_hash,
             nar_size: taken.nar_size,
@@ -133,7 +152,7 @@ impl Anchor {
     async fn take_nar(
         &self,
         cache: &CacheRow,
-        taken: Taken,
+        taken: &Taken,
         name: Option<String>,
     ) -> Result<(StoredNar, Outcome), IngestError> {
         let row = self.catalog.nar_row(taken.nar_hash).await?;
@@ -163,18 +182,18 @@ impl Anchor {
         let (anchor, cache) = (self.clone(), cache.clone());
         to_its_end(async move {
             let _held = anchor.nar_locks.lock(taken.nar_hash).await;
-            let (_, outcome) = anchor.take_nar(&cache, taken, Some(name)).await?;
+            let (_, outcome) = anchor.take_nar(&cache, &taken, Some(name)).await?;
             Ok(outcome)
         })
         .await
     }
 
-    /// Publishes a path whose NAR has come in with it.
+    /// Publishes a path whose NAR has come in with it, and whose file is there for as long as this runs.
     pub async fn publish(
         self: &Arc<Self>,
         cache: &CacheRow,
         narinfo: NarInfo,
-        taken: Taken,
+        taken: Arc<Taken>,
     ) -> Result<Outcome, IngestError> {
         if taken.nar_hash != narinfo.nar_hash {
             return Err(IngestError::NarHash {
@@ -186,7 +205,7 @@ impl Anchor {
         let (anchor, cache) = (self.clone(), cache.clone());
         to_its_end(async move {
             let _held = anchor.nar_locks.lock(narinfo.nar_hash).await;
-            let (stored, outcome) = anchor.take_nar(&cache, taken, None).await?;
+            let (stored, outcome) = anchor.take_nar(&cache, &taken, None).await?;
             anchor.describe_held(&cache, narinfo, stored).await?;
             Ok(outcome)
         })

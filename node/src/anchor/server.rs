@@ -176,6 +176,7 @@ impl Server {
         }
         tasks.spawn(write_used(anchor.clone(), shutdown.clone()));
         tasks.spawn(collect(anchor.clone(), shutdown.clone()));
+        tasks.spawn(uploads::keep_expiring(anchor.clone(), shutdown.clone()));
         info!(%address, tls = is_tls, storage = anchor.storage.location(), "anchor is answering");
         Ok(Server {
             anchor,

@@ -14,7 +14,7 @@
 //! that raw offset on, as zstd (`application/zstd`) or as it is (anything else), and may end anywhere:
 //! what came in counts, also when the connection broke, and the next body begins at the offset that
 //! GET tells. So nothing depends on two compressors agreeing, and a break costs what was under way.
-//! With the last byte the path is published.
+//! With the last byte the path is published; should storage fail then, an empty body at the end publishes it.
 //!
 //! 404 for an id means that the upload is not known any more (an hour of silence, too many others): begin
 //! again. A restart of the anchor takes at most the last frame of what came in ([`kept`]). 409 says that another request is filling it, or that the offset is another.
@@ -32,24 +32,32 @@ use granary_protocol::token::Permission;
 use http_body_util::BodyDataStream;
 use hyper::body::Incoming;
 use serde::{Deserialize, Serialize};
+use tokio_util::sync::CancellationToken;
+use tracing::error;
 
-use super::Anchor;
 use super::cache::CacheName;
 use super::catalog::CacheRow;
-use super::http::{Answer, Refusal, json_body};
+use super::http::{Answer, Refusal, json_body, small_body};
 use super::ingest::{IngestError, Outcome};
 use super::intake::{Encoding, Intake, IntakeError, Taken};
 use super::read::parse_hashes;
+use super::{Anchor, to_its_end};
 use crate::serve::respond::{self, Body};
 
 mod kept;
 
-/// Uploads that wait for their next body. Each holds a frame and its compressor, some 12 MiB; the one
+/// Uploads that wait for their next body, or to be published. Each holds a frame and its compressor, some 12 MiB; the one
 /// that has waited longest makes room.
 const WAITING_MAX: usize = 16;
 
 /// How long an upload waits: a laptop's lid may be closed for lunch.
 const WAITING_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// How often those that waited for too long are removed: they hold memory, and room in the spool.
+const EXPIRE_INTERVAL: Duration = Duration::from_secs(300);
+
+/// What the body of an upload that is complete may have: the end of an empty stream of zstd.
+const EMPTY_BYTES_MAX: usize = 1024;
 
 /// Hashes in one question for what is missing, and bytes of it: 36 for each hash.
 const MISSING_MAX: usize = 10_000;
@@ -67,16 +75,36 @@ pub struct Uploads {
     spool: PathBuf,
     /// The anchor is ending: what is dropped is kept for the next one.
     is_closing: AtomicBool,
-    /// Those of another run are taken up one at a time.
-    reviving: tokio::sync::Mutex<()>,
+    /// Those of another run are taken up one at a time, and not while files are removed.
+    reviving: Arc<tokio::sync::Mutex<()>>,
 }
 
 struct Upload {
     cache: i64,
     narinfo: NarInfo,
-    /// `None` while a request fills it.
-    intake: Option<Intake>,
+    stage: Stage,
     touched: Instant,
+}
+
+/// How far an upload has come.
+enum Stage {
+    /// It waits for its next body.
+    Waiting(Box<Intake>),
+    /// A request fills it.
+    Busy,
+    /// All of it is here, and it is being published, or could not be: asking again is enough.
+    Complete(Arc<Taken>),
+}
+
+impl Stage {
+    /// Where the next body begins, of `nar_size` bytes in all; `None` while one comes in.
+    fn offset(&self, nar_size: u64) -> Option<u64> {
+        match self {
+            Stage::Waiting(intake) => Some(intake.offset()),
+            Stage::Complete(_) => Some(nar_size),
+            Stage::Busy => None,
+        }
+    }
 }
 
 #[derive(Deserialize)]
@@ -110,7 +138,7 @@ impl Uploads {
             known: Mutex::default(),
             spool: spool.to_owned(),
             is_closing: AtomicBool::new(false),
-            reviving: tokio::sync::Mutex::new(()),
+            reviving: Arc::default(),
         }
     }
 
@@ -125,18 +153,9 @@ impl Uploads {
     }
 
     fn insert(&self, id: String, upload: Upload) {
+        self.expire();
         let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let now = Instant::now();
-        uploads.retain(|id, upload| {
-            // One without an intake is being received, however long that takes.
-            let is_young =
-                upload.intake.is_none() || now.duration_since(upload.touched) < WAITING_TIMEOUT;
-            if !is_young {
-                self.delete(id);
-            }
-            is_young
-        });
-        let waiting = |upload: &Upload| upload.intake.is_some();
+        let waiting = |upload: &Upload| !matches!(upload.stage, Stage::Busy);
         if uploads.values().filter(|upload| waiting(upload)).count() >= WAITING_MAX {
             let oldest = uploads.iter().filter(|(_, upload)| waiting(upload));
             let oldest = oldest.min_by_key(|(_, upload)| upload.touched);
@@ -148,47 +167,59 @@ impl Uploads {
         uploads.insert(id, upload);
     }
 
+    /// Forgets uploads that have waited for too long.
+    fn expire(&self) {
+        let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        uploads.retain(|id, upload| {
+            // A body may take however long it takes.
+            let is_busy = matches!(upload.stage, Stage::Busy);
+            let is_kept = is_busy || now.duration_since(upload.touched) < WAITING_TIMEOUT;
+            if !is_kept {
+                self.delete(id);
+            }
+            is_kept
+        });
+    }
+
     /// Where an upload stands.
     fn offset(&self, id: &str, cache: i64) -> Result<u64, Refusal> {
         let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let upload = uploads.get_mut(id).filter(|upload| upload.cache == cache);
         let upload = upload.ok_or_else(unknown)?;
         upload.touched = Instant::now();
-        upload
-            .intake
-            .as_ref()
-            .map(Intake::offset)
-            .ok_or_else(being_filled)
+        let offset = upload.stage.offset(upload.narinfo.nar_size);
+        offset.ok_or_else(being_filled)
     }
 
-    /// Takes an upload out to be filled from an offset.
-    fn take(&self, id: &str, cache: i64, offset: u64) -> Result<(Intake, NarInfo), Refusal> {
+    /// Takes an upload out to be filled from an offset; one that is complete stays.
+    fn take(&self, id: &str, cache: i64, offset: u64) -> Result<(Stage, NarInfo), Refusal> {
         let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         let upload = uploads.get_mut(id).filter(|upload| upload.cache == cache);
         let upload = upload.ok_or_else(unknown)?;
         upload.touched = Instant::now();
-        match upload.intake.take_if(|intake| intake.offset() == offset) {
-            Some(intake) => Ok((intake, upload.narinfo.clone())),
-            None => match &upload.intake {
-                None => Err(being_filled()),
-                Some(intake) => Err(Refusal::new(
-                    StatusCode::CONFLICT,
-                    "OtherOffset",
-                    format!(
-                        "the upload stands at byte {}, not at {offset}",
-                        intake.offset()
-                    ),
-                )),
-            },
+        let stands = upload.stage.offset(upload.narinfo.nar_size);
+        let stands = stands.ok_or_else(being_filled)?;
+        if stands != offset {
+            return Err(Refusal::new(
+                StatusCode::CONFLICT,
+                "OtherOffset",
+                format!("the upload stands at byte {stands}, not at {offset}"),
+            ));
         }
+        let stage = match &upload.stage {
+            Stage::Complete(taken) => Stage::Complete(taken.clone()),
+            Stage::Waiting(_) | Stage::Busy => std::mem::replace(&mut upload.stage, Stage::Busy),
+        };
+        Ok((stage, upload.narinfo.clone()))
     }
 
-    /// Puts an upload back, to be continued.
-    fn put_back(&self, id: &str, intake: Intake) {
+    /// Puts an upload back, to be continued or published.
+    fn put_back(&self, id: &str, stage: Stage) {
         let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(upload) = uploads.get_mut(id) {
             upload.touched = Instant::now();
-            upload.intake = Some(intake);
+            upload.stage = stage;
         }
     }
 
@@ -327,7 +358,7 @@ async fn begin(anchor: &Arc<Anchor>, cache: &CacheRow, body: &mut Incoming) -> A
     let upload = Upload {
         cache: cache.id,
         narinfo,
-        intake: Some(intake),
+        stage: Stage::Waiting(Box::new(intake)),
         touched: Instant::now(),
     };
     anchor.uploads.insert(id.clone(), upload);
@@ -362,7 +393,16 @@ async fn fill(
     };
     anchor.revive(cache, id).await?;
     let _slot = anchor.intakes.acquire().await;
-    let (intake, narinfo) = anchor.uploads.take(id, cache.id, offset)?;
+    let (stage, narinfo) = anchor.uploads.take(id, cache.id, offset)?;
+    let intake = match stage {
+        Stage::Waiting(intake) => *intake,
+        Stage::Busy => return Err(being_filled()),
+        Stage::Complete(taken) => {
+            // Its bytes are here, so nothing but the end of an empty body can come.
+            small_body(body, EMPTY_BYTES_MAX).await?;
+            return publish(anchor, cache, id, narinfo, taken).await;
+        }
+    };
     // Should this request be given up by hyper, the upload goes with it.
     let mut forget = Forget {
         uploads: &anchor.uploads,
@@ -377,7 +417,8 @@ async fn fill(
     };
     if intake.offset() < narinfo.nar_size {
         let offset = intake.offset();
-        anchor.uploads.put_back(id, intake);
+        let waiting = Stage::Waiting(Box::new(intake));
+        anchor.uploads.put_back(id, waiting);
         forget.how = |_, _| {};
         outcome.map_err(IngestError::from)?;
         return told(
@@ -393,7 +434,37 @@ async fn fill(
     let taken: Taken = taken
         .map_err(|error| Refusal::ours(&error))?
         .map_err(IngestError::from)?;
-    let published = match anchor.publish(cache, narinfo, taken).await? {
+    let taken = Arc::new(taken);
+    let complete = Stage::Complete(taken.clone());
+    anchor.uploads.put_back(id, complete);
+    forget.how = |_, _| {};
+    publish(anchor, cache, id, narinfo, taken).await
+}
+
+/// Publishes an upload that is complete. When that fails through no fault of its sender, it is kept, so that
+/// asking again does not mean sending again.
+async fn publish(
+    anchor: &Arc<Anchor>,
+    cache: &CacheRow,
+    id: &str,
+    narinfo: NarInfo,
+    taken: Arc<Taken>,
+) -> Answer {
+    let (publishing, cache, id) = (anchor.clone(), cache.clone(), id.to_owned());
+    // Its file stays until this is over, whether or not the request does.
+    let published = to_its_end(async move {
+        let published = publishing.publish(&cache, narinfo, taken).await;
+        let may_succeed = match &published {
+            // What was only hashed is not here any more, and has to be sent after all.
+            Err(IngestError::Intake(_)) | Ok(_) => false,
+            Err(error) => error.is_ours(),
+        };
+        if !may_succeed {
+            publishing.uploads.end(&id);
+        }
+        published
+    });
+    let published = match published.await? {
         Outcome::Stored { .. } => "Stored",
         Outcome::Known => "Known",
     };
@@ -408,12 +479,29 @@ async fn fill(
 }
 
 impl Anchor {
+    /// Removes uploads that have waited for too long.
+    pub async fn expire_uploads(self: &Arc<Self>) {
+        self.uploads.expire();
+        // None is taken up meanwhile.
+        let alone = self.uploads.reviving.clone().lock_owned().await;
+        let anchor = self.clone();
+        let expire = move || {
+            let is_known = |id: &str| anchor.uploads.is_known(id);
+            kept::expire(&anchor.spool, WAITING_TIMEOUT, is_known);
+            drop(alone);
+        };
+        if let Err(error) = tokio::task::spawn_blocking(expire).await {
+            error!(%error, "could not look for uploads that were given up");
+        }
+    }
+
     /// Takes up an upload that another run of the anchor began, if there is one of this id.
     async fn revive(&self, cache: &CacheRow, id: &str) -> Result<(), Refusal> {
         if self.uploads.is_known(id) {
             return Ok(());
         }
-        let _alone = self.uploads.reviving.lock().await;
+        // Given up here or not, nothing else happens to its files until what follows is over.
+        let alone = self.uploads.reviving.clone().lock_owned().await;
         if self.uploads.is_known(id) {
             return Ok(());
         }
@@ -423,14 +511,14 @@ impl Anchor {
             .map_err(|error| Refusal::ours(&error))?;
         let (spool, name) = (self.spool.clone(), cache.name.clone());
         let asked = id.to_owned();
-        let revive = move || kept::revive(&spool, &asked, &name, &dir);
+        let revive = move || (kept::revive(&spool, &asked, &name, &dir), alone);
         let revived = tokio::task::spawn_blocking(revive).await;
-        let revived = revived.map_err(|error| Refusal::ours(&error))?;
+        let (revived, _alone) = revived.map_err(|error| Refusal::ours(&error))?;
         if let Some((narinfo, intake)) = revived {
             let upload = Upload {
                 cache: cache.id,
                 narinfo,
-                intake: Some(intake),
+                stage: Stage::Waiting(Box::new(intake)),
                 touched: Instant::now(),
             };
             self.uploads.insert(id.to_owned(), upload);
@@ -442,6 +530,17 @@ impl Anchor {
 /// Removes from the spool what the last run of the anchor left and nobody will go on with. Blocks.
 pub fn sweep(spool: &Path) {
     kept::sweep(spool, WAITING_TIMEOUT);
+}
+
+/// Removes uploads that have waited for too long, of this run and of others, every few minutes.
+pub async fn keep_expiring(anchor: Arc<Anchor>, shutdown: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = tokio::time::sleep(EXPIRE_INTERVAL) => {}
+        }
+        anchor.expire_uploads().await;
+    }
 }
 
 /// What becomes of an upload at the end of a request, however that ends.
@@ -456,3 +555,6 @@ impl Drop for Forget<'_> {
         (self.how)(self.uploads, self.id);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -309,3 +309,63 @@ async fn a_fifth_signing_key_is_refused_and_changes_nothing() {
     assert_eq!(keys(&rotate(br#"{"retire": true}"#)), 1);
     assert_eq!(keys(&rotate(b"{}")), 2);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn keys_that_cannot_be_read_keep_no_other_rotation_from_being_finished() {
+    use std::os::unix::fs::PermissionsExt;
+    let mut rig = Rig::new().await;
+    for cache in ["a", "b", "c"] {
+        rig.cache(cache, true).await;
+    }
+    rig.stop().await;
+    let file = rig.state().join("catalog.sqlite");
+    let catalog = || rusqlite::Connection::open(&file).unwrap();
+    let mark = "INSERT INTO rotations (cache) SELECT id FROM caches";
+    catalog().execute(mark, []).unwrap();
+    let keys = rig.state().join("keys/a");
+    let mode = |mode| {
+        std::fs::set_permissions(&keys, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    mode(0o644);
+    rig.start().await;
+    let rotating = || {
+        let question = "SELECT name FROM rotations JOIN caches ON caches.id = rotations.cache";
+        let catalog = catalog();
+        let mut rows = catalog.prepare(question).unwrap();
+        let names = rows.query_map([], |row| row.get(0)).unwrap();
+        names.collect::<Result<Vec<String>, _>>().unwrap()
+    };
+    let until = async |expected: &[&str]| {
+        let started = std::time::Instant::now();
+        while rotating() != expected {
+            assert!(started.elapsed() < crate::rig::GENEROUS, "{:?}", rotating());
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    };
+    until(&["a"]).await;
+    rig.stop().await;
+    mode(0o600);
+    rig.start().await;
+    until(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_that_has_not_asked_yet_is_answered_as_the_anchor_ends() {
+    use std::io::{Read, Write};
+    let mut rig = Rig::new().await;
+    let address = rig.address();
+    let mut silent = std::net::TcpStream::connect(address).unwrap();
+    // Connections are let in one after the other.
+    assert_eq!(rig.get("/health").status, 200);
+    let stopping = tokio::spawn(rig.server.take().unwrap().stop());
+    while std::net::TcpStream::connect(address).is_ok() {
+        tokio::task::yield_now().await;
+    }
+    silent
+        .write_all(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        .unwrap();
+    let mut answer = String::new();
+    silent.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
+    stopping.await.unwrap();
+}

@@ -82,9 +82,31 @@ impl Place {
         String::from_utf8(output.stderr).unwrap()
     }
 
+    /// An anchor that is given this folder of credentials, as systemd does.
+    fn start_with_credentials(&self, folder: &Path) -> Anchor {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_granary"));
+        self.start_as(command.arg("anchor").env("CREDENTIALS_DIRECTORY", folder))
+    }
+
     pub fn start(&self) -> Anchor {
-        let mut process = Command::new(env!("CARGO_BIN_EXE_granary"))
-            .arg("anchor")
+        let mut command = Command::new(env!("CARGO_BIN_EXE_granary"));
+        self.start_as(command.arg("anchor"))
+    }
+
+    /// The same with a file system of so many bytes on a folder, which only it sees.
+    pub fn start_with_small_disk(&self, folder: &Path, size: &str) -> Anchor {
+        let script = format!(
+            "mount -t tmpfs -o size={size} tmpfs '{}' && exec '{}' anchor",
+            folder.display(),
+            env!("CARGO_BIN_EXE_granary")
+        );
+        let mut command = Command::new("unshare");
+        let own = ["--user", "--map-root-user", "--mount"];
+        self.start_as(command.args(own).args(["sh", "-c", &script]))
+    }
+
+    fn start_as(&self, command: &mut Command) -> Anchor {
+        let mut process = command
             .env("GRANARY_CONFIG", self.config())
             .env("RUST_LOG", "granary=info")
             .stderr(Stdio::piped())
@@ -120,6 +142,12 @@ impl Place {
 }
 
 impl Anchor {
+    /// Where a path lies that only the anchor's process sees.
+    pub fn sees(&self, path: &Path) -> PathBuf {
+        let root = PathBuf::from(format!("/proc/{}/root", self.process.id()));
+        root.join(path.strip_prefix("/").unwrap())
+    }
+
     /// kill -9.
     pub fn kill(&mut self) {
         // It may have been killed before.
@@ -313,4 +341,22 @@ fn secrets_are_for_the_owner_alone() {
         !settings.contains(&secret[..40]) && settings.contains("main-1:"),
         "{settings}"
     );
+}
+
+#[test]
+fn a_rotation_of_keys_that_are_a_credential_is_refused_and_leaves_nothing() {
+    let place = Place::new();
+    place.run(&["cache", "create", "main"]);
+    let credentials = place.path().join("credentials");
+    std::fs::create_dir(&credentials).unwrap();
+    let key = place.path().join("state/anchor/keys/main");
+    std::fs::copy(&key, credentials.join("cache-main")).unwrap();
+    let _anchor = place.start_with_credentials(&credentials);
+    for retire in [&[][..], &["--retire"]] {
+        let refused = place.fail(&[&["cache", "rotate-key", "main"], retire].concat());
+        assert!(refused.contains("come from a credential"), "{refused}");
+    }
+    let catalog = rusqlite::Connection::open(place.catalog()).unwrap();
+    let count = catalog.query_row("SELECT count(*) FROM rotations", [], |row| row.get(0));
+    assert_eq!(count, Ok(0));
 }

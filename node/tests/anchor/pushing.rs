@@ -315,6 +315,154 @@ impl RawUpload {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_storage_did_not_take_is_stored_without_being_sent_again() {
+    use crate::s3::{Fault, S3};
+    let s3 = S3::start().await;
+    let rig = Rig::on_s3(&s3).await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    // The NAR, then the narinfo.
+    for (number, object) in [(1, "/nar/"), (2, "/narinfo/")] {
+        let sample = Sample::new(number, 100_000);
+        let mut upload = RawUpload::of(&sample, &token);
+        upload.begin(rig.address());
+        let deny = move |method: &str, target: &str| method == "PUT" && target.contains(object);
+        s3.fail(Fault::Denied, deny);
+        let failed = upload.ask(rig.address(), "PUT", "?offset=0", &sample.nar);
+        assert_eq!(failed["error"], "InternalError", "{failed}");
+        let stands = upload.ask(rig.address(), "GET", "", b"");
+        assert_eq!(stands["offset"], sample.nar.len(), "{stands}");
+        let end = format!("?offset={}", sample.nar.len());
+        let published = upload.ask(rig.address(), "PUT", &end, b"");
+        assert!(published["published"].is_string(), "{published}");
+        let nar = rig.get(&format!("/main/nar/{}.nar.zst", sample.nar_hash().nix32()));
+        assert!(zstd::decode_all(&nar.body[..]).unwrap() == sample.nar);
+    }
+
+    // As the client does it.
+    const BYTES: u64 = 3_000_000;
+    let machine = Machine::new(&[]);
+    let file = machine.folder().join("large");
+    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(BYTES);
+    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
+    let path = machine.nix("nix-store", &["--add", file.to_str().unwrap()]);
+    let (line, carried) = brittle(rig.address(), u64::MAX);
+    s3.fail(Fault::Denied, |method, target| {
+        method == "PUT" && target.contains("/nar/")
+    });
+    tokio::task::block_in_place(|| {
+        let pushed = push(&machine, &format!("http://{line}/main"), &token, &[&path]);
+        assert_eq!(pushed["pushed"], 1, "{pushed}");
+    });
+    assert_eq!(s3.faults_left(), 0);
+    let carried = carried.load(Ordering::Relaxed);
+    assert!(carried < BYTES * 5 / 4, "{carried} bytes for {BYTES}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn uploads_that_nobody_goes_on_with_leave_a_running_anchor() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let begin = |rig: &Rig, number| {
+        let mut upload = RawUpload::of(&Sample::new(number, 1000), &token);
+        upload.begin(rig.address());
+        upload.target.rsplit_once('/').unwrap().1.to_owned()
+    };
+    let (abandoned, young) = (begin(&rig, 1), begin(&rig, 2));
+    rig.stop().await;
+    rig.start().await;
+    let known = begin(&rig, 3);
+    let spool = rig.state().join("spool");
+    let file = |id: &str, suffix: &str| spool.join(format!("upload-{id}.{suffix}"));
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(2 * 3600);
+    for id in [&abandoned, &known] {
+        for suffix in ["json", "nar"] {
+            let opened = std::fs::File::options()
+                .write(true)
+                .open(file(id, suffix))
+                .unwrap();
+            opened.set_modified(long_ago).unwrap();
+        }
+    }
+    std::fs::write(spool.join("nar-on-its-way"), "x").unwrap();
+    rig.server.as_ref().unwrap().anchor.expire_uploads().await;
+    for suffix in ["json", "nar"] {
+        assert!(!file(&abandoned, suffix).exists());
+        assert!(file(&young, suffix).exists() && file(&known, suffix).exists());
+    }
+    assert!(spool.join("nar-on-its-way").exists());
+}
+
+#[test]
+fn a_full_spool_refuses_cleanly_leaves_nothing_and_is_told_by_health() {
+    let place = crate::command::Place::new();
+    let spool = place.path().join("state/anchor/spool");
+    std::fs::create_dir_all(&spool).unwrap();
+    let anchor = place.start_with_small_disk(&spool, "80m");
+    let arguments = ["token", "create", "--subject", "ci", "--cache", "main"];
+    let token = place.run(&[&arguments[..], &["--allow", "pull,push"]].concat());
+    let spool = anchor.sees(&spool);
+    assert_eq!(anchor.get("/health", "").status, 200);
+    // All but a frame.
+    let ballast = spool.join("ballast");
+    std::fs::write(&ballast, vec![1; 77 << 20]).unwrap();
+    let authorization = bearer(&token);
+    let sample = Sample::new(1, 12 << 20);
+    let attic = |anchor: &crate::command::Anchor| {
+        let metadata = sample.metadata("main").to_string();
+        let headers = [
+            ("Authorization", authorization.as_str()),
+            ("X-Attic-Nar-Info", &metadata),
+        ];
+        let target = "/_api/v1/upload-path";
+        crate::rig::ask(anchor.address, "PUT", target, &headers, &sample.nar)
+    };
+    let refused = attic(&anchor);
+    assert_eq!(
+        (refused.status, refused.error().as_str()),
+        (507, "StorageFull")
+    );
+    assert!(refused.header("retry-after").is_some(), "{refused:?}");
+    let mut upload = RawUpload::of(&sample, &token);
+    upload.begin(anchor.address);
+    let refused = upload.ask(anchor.address, "PUT", "?offset=0", &sample.nar);
+    assert_eq!(refused["error"], "StorageFull", "{refused}");
+    // Nix hangs upon 5xx.
+    let packed = zstd::encode_all(&sample.nar[..], 1).unwrap();
+    let name =
+        granary_protocol::hash::FileHash::from_bytes(granary_protocol::hash::sha256(&packed));
+    let put = crate::rig::ask(
+        anchor.address,
+        "PUT",
+        &format!("/main/nar/{}.nar.zst", name.nix32()),
+        &[("Authorization", &authorization)],
+        &packed,
+    );
+    assert_eq!((put.status, put.error().as_str()), (424, "StorageFull"));
+    let deadline = std::time::Instant::now() + crate::rig::GENEROUS;
+    // A good answer is given again for a second.
+    let health = |status| loop {
+        let answer = anchor.get("/health", "");
+        if answer.status == status {
+            return answer;
+        }
+        assert!(std::time::Instant::now() < deadline, "{answer:?}");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    };
+    let unwell = health(503);
+    assert!(unwell.text().contains("full"), "{}", unwell.text());
+    while std::fs::read_dir(&spool).unwrap().count() > 1 {
+        assert!(std::time::Instant::now() < deadline, "something is left");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    assert!(!place.path().join("state/storage/nar").exists());
+    std::fs::remove_file(&ballast).unwrap();
+    assert_eq!(attic(&anchor).json()["kind"], "Uploaded");
+    health(200);
+}
+
 /// Raw bytes of a frame: what a restart may cost.
 const FRAME: usize = granary_protocol::seekable::FRAME_RAW_BYTES as usize;
 

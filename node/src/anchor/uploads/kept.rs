@@ -60,8 +60,13 @@ pub fn begin(
     let path = note_file(spool, id);
     let text = serde_json::to_vec(&note).map_err(io::Error::other);
     let written = text.and_then(|text| fs::write(&path, text));
-    written.map_err(|source| IntakeError::Spool { path, source })?;
-    Intake::kept(frames_file(spool, id), narinfo.nar_size)
+    let written = written.map_err(|source| IntakeError::Spool { path, source });
+    let begun = written.and_then(|()| Intake::kept(frames_file(spool, id), narinfo.nar_size));
+    if begun.is_err() {
+        // The disk may be full, and need every byte.
+        remove(spool, id);
+    }
+    begun
 }
 
 /// Takes up an upload to this cache that another run of the anchor began; `None` when there is none that is of
@@ -103,25 +108,46 @@ pub fn remove(spool: &Path, id: &str) {
 
 /// Removes from the spool what the last run left, but for uploads that were touched within `young`. Blocks.
 pub fn sweep(spool: &Path, young: Duration) {
-    let Ok(entries) = fs::read_dir(spool) else {
-        return;
-    };
-    for entry in entries.flatten() {
+    for (path, id) in files(spool) {
+        match id {
+            Some(id) if is_young(spool, &id, young) => continue,
+            // Both at once, or its note would look like one that has just begun.
+            Some(id) => remove(spool, &id),
+            None => {}
+        }
+        delete(&path);
+    }
+}
+
+/// Removes uploads that were not touched within `young`, unless they are known. Blocks.
+pub fn expire(spool: &Path, young: Duration, is_known: impl Fn(&str) -> bool) {
+    for (_, id) in files(spool) {
+        if let Some(id) = id.filter(|id| !is_known(id) && !is_young(spool, id, young)) {
+            debug!(id, "removed an upload that nobody went on with");
+            remove(spool, &id);
+        }
+    }
+}
+
+/// Every file of the spool, with the id of its upload if it has one.
+fn files(spool: &Path) -> impl Iterator<Item = (PathBuf, Option<String>)> {
+    let entries = fs::read_dir(spool).into_iter().flatten().flatten();
+    entries.map(|entry| {
         let name = entry.file_name();
         let id = name.to_str().and_then(|name| name.strip_prefix(PREFIX));
         let id = id.and_then(|name| name.split_once('.')).map(|(id, _)| id);
-        let is_kept = id.is_some_and(|id| {
-            // The NAR is the last that was touched.
-            let frames = frames_file(spool, id);
-            let touched = fs::metadata(frames).and_then(|about| about.modified());
-            let age = touched.map(|touched| SystemTime::now().duration_since(touched));
-            // A time to come is one of a moment ago, by another clock.
-            age.is_ok_and(|age| age.unwrap_or_default() < young)
-        });
-        if !is_kept {
-            delete(&entry.path());
-        }
-    }
+        (entry.path(), id.map(str::to_owned))
+    })
+}
+
+fn is_young(spool: &Path, id: &str, young: Duration) -> bool {
+    // The frames are the last that is touched; one that has just begun has none.
+    let about = fs::metadata(frames_file(spool, id));
+    let about = about.or_else(|_| fs::metadata(note_file(spool, id)));
+    let touched = about.and_then(|about| about.modified());
+    let age = touched.map(|touched| SystemTime::now().duration_since(touched));
+    // A time to come is one of a moment ago, by another clock.
+    age.is_ok_and(|age| age.unwrap_or_default() < young)
 }
 
 fn delete(path: &Path) {
