@@ -9,16 +9,15 @@ mod pages;
 mod push;
 mod up;
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use granary_protocol::peer::PeerId;
 use rustix::process::{Resource, Rlimit};
-use tracing_subscriber::EnvFilter;
 
 use crate::clock::unix_time;
 use crate::config::Config;
@@ -26,6 +25,7 @@ use crate::daemon::{self, Daemon};
 use crate::demo;
 use crate::identity::Identity;
 use crate::listener::Listener;
+use crate::log::{self, Format};
 use crate::loopback;
 use crate::status::{self, Report, Why};
 use crate::store::NixStore;
@@ -38,7 +38,7 @@ const AFTER_HELP: &str = "\
 Exit status: 0 for success, 1 for failure, 2 for misuse of the command line.
 
 Files: /etc/granary/granary.toml is the configuration unless --config or GRANARY_CONFIG names another; every key
-has a default. RUST_LOG sets what is logged (RUST_LOG=granary=debug).";
+has a default. RUST_LOG sets what is logged (RUST_LOG=granary=debug), --log-format in which form.";
 
 /// Share Nix builds between the machines of a local network.
 #[derive(Parser)]
@@ -46,6 +46,9 @@ has a default. RUST_LOG sets what is logged (RUST_LOG=granary=debug).";
 struct Arguments {
     #[command(subcommand)]
     command: Command,
+    /// Form of the log. Default: log.format of a daemon's configuration, else the journal where stderr is that, else text.
+    #[arg(long, global = true, env = "GRANARY_LOG_FORMAT", value_enum)]
+    log_format: Option<Format>,
 }
 
 #[derive(Subcommand)]
@@ -134,39 +137,56 @@ struct ConfigFile {
 
 /// Runs the command line of this process.
 pub fn run() -> ExitCode {
-    let arguments = Arguments::parse();
-    log_to_stderr();
+    let matches = Arguments::command().get_matches();
+    let name = matches.subcommand_name().unwrap_or_default().to_owned();
+    let Arguments {
+        command,
+        log_format,
+    } = Arguments::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let configured = || command.daemon()?.load().ok()?.log.format;
+    let format = log::start(log_format.or_else(configured));
+    let fail = |error| fail(&name, &error, format);
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
     {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&anyhow::Error::new(error).context("cannot start the runtime")),
+        Err(error) => return fail(anyhow::Error::new(error).context("cannot start the runtime")),
     };
-    let outcome = runtime.block_on(execute(arguments.command));
+    let outcome = runtime.block_on(execute(command));
     // A blocking read of a hung disk must not hold up the end.
     runtime.shutdown_timeout(Duration::from_secs(1));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error),
+        Err(error) => fail(error),
     }
 }
 
-fn fail(error: &anyhow::Error) -> ExitCode {
-    // A closed stderr leaves nobody to tell.
-    let _ = writeln!(io::stderr(), "granary: {}", daemon::chain(error.as_ref()));
+fn fail(command: &str, error: &anyhow::Error, format: Format) -> ExitCode {
+    let said = daemon::chain(error.as_ref());
+    if format != Format::Text {
+        tracing::error!(command, error = said, "gave up");
+    }
+    // The journal has it; whoever asked for JSON gets nothing else.
+    let is_told = format == Format::Json || format == Format::Journald && log::is_journal();
+    if !is_told {
+        // A closed stderr leaves nobody to tell.
+        let _ = writeln!(io::stderr(), "granary: {said}");
+    }
     ExitCode::FAILURE
 }
 
-fn log_to_stderr() {
-    let filter =
-        EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("warn,granary=info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(io::stderr)
-        .with_ansi(io::stderr().is_terminal())
-        .with_target(false)
-        .init();
+impl Command {
+    /// The configuration of a command that runs until it is stopped. What is wrong with the file is said by
+    /// the command itself.
+    fn daemon(&self) -> Option<&ConfigFile> {
+        match self {
+            Command::Up(arguments) => Some(&arguments.config),
+            Command::Node(config) => Some(config),
+            Command::Anchor(arguments) => Some(&arguments.config),
+            _ => None,
+        }
+    }
 }
 
 async fn execute(command: Command) -> Result<()> {

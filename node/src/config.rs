@@ -21,6 +21,7 @@ use serde::{Deserialize, Deserializer, de};
 use zeroize::Zeroizing;
 
 use crate::listener::Address;
+use crate::log::Format;
 use crate::state_folder;
 use crate::store::{StoreConfig, daemon_socket, state_dir};
 
@@ -34,6 +35,7 @@ pub struct Config {
     /// Where the node keeps its identity and index. Default: `$STATE_DIRECTORY` (systemd), else
     /// `$XDG_STATE_HOME/granary`, else `~/.local/state/granary`.
     pub state_dir: PathBuf,
+    pub log: Log,
     pub store: Store,
     pub substituter: Substituter,
     pub mesh: Mesh,
@@ -46,6 +48,14 @@ pub struct Config {
     pub upload: Upload,
     pub limits: Limits,
     pub anchor_server: AnchorServer,
+}
+
+/// `[log]`: what daemons say about their work.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Log {
+    /// Default: the journal where stderr is that, else text.
+    pub format: Option<Format>,
 }
 
 /// `[store]`: the Nix store of this machine.
@@ -274,6 +284,7 @@ impl Default for Config {
     fn default() -> Config {
         Config {
             state_dir: default_state_dir().unwrap_or_default(),
+            log: Log::default(),
             store: Store::default(),
             substituter: Substituter::default(),
             mesh: Mesh::default(),

@@ -334,7 +334,7 @@ impl Start {
         };
         let about = watch::channel(renewal::about_certificate(&certificate));
         let part = Part {
-            mesh_key,
+            mesh_key: mesh_key.clone(),
             certificate: certificate.clone(),
             about: about.1,
             mesh_ports,
@@ -352,7 +352,9 @@ impl Start {
                     }
                 });
             }
-            Err(error) => error!(%error, "could not join the mesh, serving this machine only"),
+            Err(error) => {
+                error!(mesh = %mesh_key, %error, "could not join the mesh, serving this machine only")
+            }
         }
     }
 
@@ -374,7 +376,7 @@ impl Start {
                 None
             }
             Err(error) => {
-                error!(%error, "admitting nobody");
+                error!(file = %file.display(), %error, "admitting nobody");
                 None
             }
         }
@@ -401,7 +403,8 @@ impl Start {
 
     async fn ask_caches_alone(&self, shared: Arc<dyn LocalStore>) {
         if let Err(error) = self.join_nobody(shared).await {
-            error!(%error, "could not set out to ask anchors and upstreams");
+            let caches = self.caches.roles().len();
+            error!(caches, %error, "could not set out to ask anchors and upstreams");
         }
     }
 
@@ -412,7 +415,8 @@ impl Start {
                 Ok(store) => return Arc::new(store),
                 Err(error) => {
                     if std::mem::take(&mut is_first) {
-                        error!(error = %chain(&error), "could not open the store, trying again until it opens");
+                        let database = self.config.store.database.display();
+                        error!(%database, error = %chain(&error), "could not open the store, trying again until it opens");
                     }
                 }
             }
@@ -657,7 +661,7 @@ async fn follow_hidden(
                 });
             }
             Ok(Err(error)) => {
-                error!(error = %chain(&error), "could not read what is hidden, it stays as it was");
+                error!(file = %file.display(), error = %chain(&error), "could not read what is hidden, it stays as it was");
             }
             Err(_) => return,
         }

@@ -1,6 +1,7 @@
 //! A Granary node: the hands around the mind in `granary-protocol`.
 
 pub mod clock;
+pub mod log;
 pub mod identity;
 pub mod metrics;
 pub mod activity;

@@ -14,6 +14,7 @@ use std::process::Command;
 /// folder (`store/*`, `mesh/*`) count as the module they belong to.
 const EDGES: &[(&str, &[&str])] = &[
     ("clock", &[]),
+    ("log", &[]),
     ("secret", &[]),
     ("identity", &["secret"]),
     ("metrics", &[]),
@@ -25,8 +26,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("loopback_key", &["secret", "state_folder"]),
     // What a person hides is a file of the state folder. Signatures by the loopback key are shown to nobody.
     ("store", &["state_folder", "loopback_key"]),
-    // Where a machine joined is a file of the state folder.
-    ("config", &["store", "listener", "state_folder"]),
+    // Where a machine joined is a file of the state folder. A daemon is told in which form to log.
+    ("config", &["log", "store", "listener", "state_folder"]),
     ("index", &[]),
     ("serve", &["store", "identity", "metrics"]),
     ("binary_cache", &["authority", "identity", "serve"]),
@@ -131,6 +132,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "cli",
         &[
             "clock",
+            "log",
             "config",
             "loopback_key",
             "admission",
@@ -237,6 +239,11 @@ fn files_stay_readable_in_one_sitting() {
 }
 
 #[test]
+fn every_error_in_the_log_names_its_subject_in_a_field() {
+    assert_empty(subject_violations(&sources("node/src")));
+}
+
+#[test]
 fn no_test_is_ignored() {
     assert_empty(ignore_violations(&workspace_sources()));
 }
@@ -280,6 +287,35 @@ struct Source {
     /// Relative to the workspace, with `/`.
     path: String,
     text: String,
+}
+
+/// Whoever filters a log looks for the cache, the file, the peer; an error alone has them in its words only.
+fn subject_violations(sources: &[Source]) -> Vec<String> {
+    let mut violations = Vec::new();
+    for source in sources {
+        for (at, _) in source.text.match_indices("error!(") {
+            let arguments = &source.text[at + "error!(".len()..];
+            // Facts in fields come first, then the constant message: after `(` or a comma, but not after `=`.
+            let message = arguments.match_indices('"').find(|(quote, _)| {
+                let before = arguments[..*quote].trim_end();
+                before.is_empty() || before.ends_with(',')
+            });
+            let fields = message.map_or(arguments, |(message, _)| &arguments[..message]);
+            let is_subject = |field: &str| {
+                let name = field.split('=').next().unwrap_or_default();
+                let name = name.trim().trim_start_matches(['%', '?']);
+                !matches!(name, "" | "error" | "problem")
+            };
+            if !fields.split(',').any(is_subject) {
+                let line = source.text[..at].lines().count();
+                violations.push(format!(
+                    "{}:{line}: an error without its subject",
+                    source.path
+                ));
+            }
+        }
+    }
+    violations
 }
 
 fn edge_violations(sources: &[Source]) -> Vec<String> {
@@ -681,6 +717,19 @@ fn paths_are_read_from_uses_groups_and_expressions() {
     );
     check("pub(crate) fn f() { my_crate::x(); core::std::y(); }", &[]);
     check("use crate::{mesh", &["crate::mesh"]);
+}
+
+#[test]
+fn errors_without_a_subject_are_found() {
+    let check = |text: &str, expected: usize| {
+        let violations = subject_violations(&source("node/src/mesh.rs", text));
+        assert_eq!(violations.len(), expected, "{text}: {violations:?}");
+    };
+    check(r#"error!(%hash, %error, "could not, and why");"#, 0);
+    check(r#"error!(state = "open", "could not");"#, 0);
+    check(r#"error!(%error, "could not");"#, 1);
+    check(r#"error!("could not, for {peer}");"#, 1);
+    check("error!(\n    problem = text,\n    \"could not\"\n);", 1);
 }
 
 #[test]

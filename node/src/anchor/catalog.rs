@@ -698,12 +698,13 @@ fn migrate(
 
 /// The writer's thread.
 fn write(mut connection: Connection, mut jobs: mpsc::Receiver<Job>) {
+    let path = connection.path().map(str::to_owned);
     while let Some(first) = jobs.blocking_recv() {
         let transaction =
             match connection.transaction_with_behavior(rusqlite::TransactionBehavior::Immediate) {
                 Ok(transaction) => transaction,
                 Err(source) => {
-                    tracing::error!(error = %source, "could not begin to write the catalog");
+                    tracing::error!(path, error = %source, "could not begin to write the catalog");
                     // Its sender learns of it by the closed channel.
                     drop(first);
                     continue;

@@ -75,11 +75,11 @@ async fn answer_within(anchor: &Arc<Anchor>, timeout: Duration) -> Answer {
             "ok\n",
         )),
         Ok(Err(problem @ ProbeError::Full { .. })) => {
-            error!(%problem, "nothing can be taken in");
+            error!(spool = %anchor.spool.display(), %problem, "nothing can be taken in");
             Err(unwell("the disk of the spool is full".to_owned()))
         }
         Ok(Err(problem)) => {
-            error!(%problem, "storage or catalog is not well");
+            error!(storage = anchor.storage.location(), %problem, "storage or catalog is not well");
             Err(unwell("storage or catalog failed, see the log".to_owned()))
         }
         Err(_) => {

@@ -103,6 +103,8 @@ pub struct Refusal {
     /// One word for programs: `NoSuchCache`, `TokenExpired`.
     pub name: &'static str,
     pub message: String,
+    /// What is for the log alone: our own trouble.
+    pub trouble: Option<String>,
 }
 
 impl Refusal {
@@ -111,6 +113,7 @@ impl Refusal {
             status,
             name,
             message: message.into(),
+            trouble: None,
         }
     }
 
@@ -129,13 +132,21 @@ impl Refusal {
 
     /// Our own trouble: told to the log in full, to the client in general.
     pub fn ours(error: &(dyn std::error::Error + 'static)) -> Refusal {
-        error!(error = %crate::anchor::http::chain(error), "could not answer");
-        if is_about_room(error) {
-            let message = "a disk of the anchor is full, nothing was kept of this, try again later";
-            return Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "StorageFull", message);
+        let refusal = match is_about_room(error) {
+            true => {
+                let message =
+                    "a disk of the anchor is full, nothing was kept of this, try again later";
+                Refusal::new(StatusCode::INSUFFICIENT_STORAGE, "StorageFull", message)
+            }
+            false => {
+                let message = "the anchor's storage or catalog failed, see its log";
+                Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "InternalError", message)
+            }
+        };
+        Refusal {
+            trouble: Some(chain(error)),
+            ..refusal
         }
-        let message = "the anchor's storage or catalog failed, see its log";
-        Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "InternalError", message)
     }
 
     fn respond(self) -> Response<Body> {
@@ -429,6 +440,9 @@ async fn answer(
         Ok(response) => response,
         Err(mut refusal) => {
             count(anchor, &noted, refusal.status);
+            if let Some(error) = &refusal.trouble {
+                error!(method = %parts.method, path = parts.uri.path(), error, "could not answer");
+            }
             if is_nix_put && refusal.status.is_server_error() {
                 refusal.status = StatusCode::FAILED_DEPENDENCY;
             }

@@ -137,7 +137,7 @@ async fn narinfo(
     let path = match found.await {
         Ok(path) => path,
         Err(error) => {
-            error!(%error, "could not look up a narinfo");
+            error!(cache = %cache.name, %hash, %error, "could not look up a narinfo");
             anchor.counts.of(&cache.name).requests_failed.add(1);
             None
         }

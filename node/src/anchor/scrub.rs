@@ -312,7 +312,7 @@ pub async fn keep_scrubbing(anchor: Arc<Anchor>, after: Duration, shutdown: Canc
             Ok(true) => started.elapsed() * REST,
             Ok(false) => IDLE,
             Err(error) => {
-                error!(%error, "could not scrub");
+                error!(storage = anchor.storage.location(), %error, "could not scrub");
                 IDLE
             }
         };

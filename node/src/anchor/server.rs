@@ -153,7 +153,8 @@ impl Server {
         tasks.spawn(async move {
             // Interrupted anywhere, the next start goes on.
             if let Err(error) = resuming.resume_rotations().await {
-                error!(%error, "could not finish a rotation of keys");
+                let storage = resuming.storage.location();
+                error!(storage, %error, "could not look for rotations of keys that were interrupted");
             }
         });
         if let Some(after) = scrub_after {
@@ -219,8 +220,12 @@ async fn renew(tls: Arc<Tls>, shutdown: CancellationToken) {
         match tokio::task::spawn_blocking(move || renewing.renew()).await {
             Ok(Ok(false)) => {}
             Ok(Ok(true)) => info!("took a renewed certificate"),
-            Ok(Err(error)) => warn!(%error, "kept the old certificate"),
-            Err(error) => error!(%error, "could not look at the certificate"),
+            Ok(Err(error)) => {
+                warn!(file = %tls.certificate().display(), %error, "kept the old certificate")
+            }
+            Err(error) => {
+                error!(file = %tls.certificate().display(), %error, "could not look at the certificate")
+            }
         }
     }
 }
@@ -232,7 +237,7 @@ async fn write_used(anchor: Arc<Anchor>, shutdown: CancellationToken) {
             () = tokio::time::sleep(USED_INTERVAL) => false,
         };
         if let Err(error) = anchor.write_used().await {
-            error!(%error, "could not write down which paths were used");
+            error!(storage = anchor.storage.location(), %error, "could not write down which paths were used");
         }
         if is_over {
             return;
@@ -250,7 +255,7 @@ async fn collect(anchor: Arc<Anchor>, shutdown: CancellationToken) {
         tokio::select! {
             () = shutdown.cancelled() => return,
             collected = anchor.collect() => if let Err(error) = collected {
-                error!(%error, "could not collect garbage");
+                error!(storage = anchor.storage.location(), %error, "could not collect garbage");
             },
         }
     }

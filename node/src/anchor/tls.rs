@@ -135,6 +135,11 @@ impl Tls {
         })
     }
 
+    /// The file with the chain, for the log.
+    pub fn certificate(&self) -> &Path {
+        &self.files.certificate
+    }
+
     /// Agrees on keys with a client.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
         tokio::time::timeout(HANDSHAKE_TIMEOUT, self.acceptor.accept(stream)).await?

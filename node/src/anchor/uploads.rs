@@ -491,7 +491,7 @@ impl Anchor {
             drop(alone);
         };
         if let Err(error) = tokio::task::spawn_blocking(expire).await {
-            error!(%error, "could not look for uploads that were given up");
+            error!(spool = %self.spool.display(), %error, "could not look for uploads that were given up");
         }
     }
 

@@ -46,7 +46,7 @@ const SECRET_BYTES_MAX: u64 = 64 * 1024;
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Arguments {
     #[command(flatten)]
-    config: ConfigFile,
+    pub config: ConfigFile,
     #[command(subcommand)]
     command: Option<AnchorCommand>,
 }

@@ -49,7 +49,7 @@ pub struct Arguments {
     #[arg(long)]
     state_dir: Option<PathBuf>,
     #[command(flatten)]
-    config: ConfigFile,
+    pub config: ConfigFile,
 }
 
 pub async fn run(arguments: Arguments) -> Result<()> {

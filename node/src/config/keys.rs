@@ -60,6 +60,18 @@ pub const SECTIONS: &[Section] = &[
         }],
     },
     Section {
+        header: "[log]",
+        about: "What `granary node`, `anchor` and `up` say about their work. `RUST_LOG` chooses what is said.",
+        keys: &[Key {
+            name: "format",
+            kind: "text",
+            default: Words("`journald` where stderr is the journal, else `text`"),
+            unit: "",
+            example: r#""json""#,
+            about: "`text`, `json` (an object a line, on stderr) or `journald` (entries with fields: `journalctl GRANARY_CACHE=team`). `--log-format` and `$GRANARY_LOG_FORMAT` win over it, and hold for every command.",
+        }],
+    },
+    Section {
         header: "[store]",
         about: "The Nix store of this machine.",
         keys: &[

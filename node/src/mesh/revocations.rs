@@ -65,7 +65,11 @@ impl Loop {
 
     pub(super) fn revocations_changed(&mut self) {
         if let Err(error) = self.read_revocations() {
-            error!(%error, "could not read a new list of revocations, the old one holds");
+            let file = self
+                .revocations
+                .as_ref()
+                .map(|file| file.path.display().to_string());
+            error!(file, %error, "could not read a new list of revocations, the old one holds");
         }
     }
 
