@@ -13,6 +13,7 @@ use data_encoding::BASE64;
 use prost::Message as _;
 
 use crate::hash::sha256;
+use crate::line::{Line, LineError};
 use crate::nix32;
 use crate::peer::PeerId;
 use crate::signature::{PublicKey, SecretKey, Signature};
@@ -22,6 +23,13 @@ const SIGNING_CONTEXT: &[u8] = b"granary-certificate-1\n";
 
 /// First word of a certificate file.
 const TEXT_PREFIX: &str = "granary-certificate-1:";
+
+/// A certificate file, with room for white space.
+const LINE: Line = Line {
+    prefix: TEXT_PREFIX,
+    encoding: BASE64,
+    text_bytes_max: 2 * CERTIFICATE_BYTES_MAX,
+};
 
 /// Largest encoded certificate. A full one needs about 300 bytes; the rest is room for push patterns.
 pub const CERTIFICATE_BYTES_MAX: usize = 4096;
@@ -261,22 +269,22 @@ impl SignedCertificate {
 
     /// Returns the one line of a certificate file, without a line break.
     pub fn to_text(&self) -> String {
-        format!("{TEXT_PREFIX}{}", BASE64.encode(&self.to_bytes()))
+        LINE.write(&self.to_bytes())
     }
 
     /// Parses the line of a certificate file; surrounding white space is ignored.
     pub fn from_text(text: &str) -> Result<SignedCertificate, CertificateError> {
-        if text.len() > 2 * CERTIFICATE_BYTES_MAX {
-            return Err(CertificateError::TooLong(text.len()));
+        SignedCertificate::from_bytes(&LINE.read(text)?)
+    }
+}
+
+impl From<LineError> for CertificateError {
+    fn from(error: LineError) -> CertificateError {
+        match error {
+            LineError::TooLong(length) => CertificateError::TooLong(length),
+            LineError::Prefix => CertificateError::NotACertificate,
+            LineError::NotBase64 => CertificateError::NotBase64,
         }
-        let encoded = text
-            .trim()
-            .strip_prefix(TEXT_PREFIX)
-            .ok_or(CertificateError::NotACertificate)?;
-        let bytes = BASE64
-            .decode(encoded.as_bytes())
-            .map_err(|_| CertificateError::NotBase64)?;
-        SignedCertificate::from_bytes(&bytes)
     }
 }
 

@@ -15,6 +15,7 @@ use data_encoding::BASE64;
 use prost::Message as _;
 
 use crate::certificate::{Certificate, UnixTime};
+use crate::line::{Line, LineError};
 use crate::peer::PeerId;
 use crate::signature::{PublicKey, SecretKey, Signature};
 
@@ -35,6 +36,13 @@ pub const REVOCATIONS_BYTES_MAX: usize = REVOKED_MAX * ENTRY_BYTES + 1024;
 
 /// Largest text of a list, with room for white space.
 pub const REVOCATIONS_TEXT_BYTES_MAX: usize = REVOCATIONS_BYTES_MAX / 3 * 4 + 1024;
+
+/// A file with a list.
+const LINE: Line = Line {
+    prefix: TEXT_PREFIX,
+    encoding: BASE64,
+    text_bytes_max: REVOCATIONS_TEXT_BYTES_MAX,
+};
 
 /// Whom the mesh key has put out.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -208,22 +216,22 @@ impl SignedRevocations {
 
     /// Returns the one line of a file with the list, without a line break.
     pub fn to_text(&self) -> String {
-        format!("{TEXT_PREFIX}{}", BASE64.encode(&self.to_bytes()))
+        LINE.write(&self.to_bytes())
     }
 
     /// Parses the line of a file; surrounding white space is ignored.
     pub fn from_text(text: &str) -> Result<SignedRevocations, RevocationsError> {
-        if text.len() > REVOCATIONS_TEXT_BYTES_MAX {
-            return Err(RevocationsError::TooLong(text.len()));
+        SignedRevocations::from_bytes(&LINE.read(text)?)
+    }
+}
+
+impl From<LineError> for RevocationsError {
+    fn from(error: LineError) -> RevocationsError {
+        match error {
+            LineError::TooLong(length) => RevocationsError::TooLong(length),
+            LineError::Prefix => RevocationsError::NotAList,
+            LineError::NotBase64 => RevocationsError::NotBase64,
         }
-        let encoded = text
-            .trim()
-            .strip_prefix(TEXT_PREFIX)
-            .ok_or(RevocationsError::NotAList)?;
-        let bytes = BASE64
-            .decode(encoded.as_bytes())
-            .map_err(|_| RevocationsError::NotBase64)?;
-        SignedRevocations::from_bytes(&bytes)
     }
 }
 

@@ -8,13 +8,16 @@
 //! Invariant: a secret is wiped when dropped and never reaches `Debug`.
 
 use std::fmt;
+use std::mem;
+use std::net::Ipv6Addr;
 
 use data_encoding::BASE64URL_NOPAD;
 use prost::Message as _;
-use zeroize::Zeroizing;
+use zeroize::{Zeroize, Zeroizing};
 
 use crate::certificate::{CERTIFICATE_BYTES_MAX, SignedCertificate, UnixTime};
 use crate::hash::sha256;
+use crate::line::{Line, LineError};
 use crate::signature::PublicKey;
 
 /// First word of a ticket.
@@ -22,6 +25,13 @@ const TEXT_PREFIX: &str = "granary-ticket-1:";
 
 /// Longest text looked at: eight long addresses of each kind and the longest key name fit.
 pub const TICKET_TEXT_BYTES_MAX: usize = 8192;
+
+/// What is handed over: letters that survive every terminal and mail.
+const LINE: Line = Line {
+    prefix: TEXT_PREFIX,
+    encoding: BASE64URL_NOPAD,
+    text_bytes_max: TICKET_TEXT_BYTES_MAX,
+};
 
 /// Most addresses of each kind: interfaces × families of an ordinary machine.
 pub const TICKET_ADDRESSES_MAX: usize = 8;
@@ -179,55 +189,69 @@ impl Ticket {
             expires: self.expires.0,
         };
         let bytes = Zeroizing::new(body.encode_to_vec());
-        let encoded = Zeroizing::new(BASE64URL_NOPAD.encode(&bytes));
-        let text = format!("{TEXT_PREFIX}{}", encoded.as_str());
-        Ok(Zeroizing::new(text))
+        Ok(Zeroizing::new(LINE.write(&bytes)))
     }
 
     /// Parses the line; surrounding white space is ignored.
     pub fn from_text(text: &str) -> Result<Ticket, TicketError> {
-        let text = text.trim();
-        if text.len() > TICKET_TEXT_BYTES_MAX {
-            return Err(TicketError::TooLong(text.len()));
-        }
-        let encoded = text
-            .strip_prefix(TEXT_PREFIX)
-            .ok_or(TicketError::NotATicket)?;
-        let bytes = BASE64URL_NOPAD.decode(encoded.as_bytes());
-        let bytes = Zeroizing::new(bytes.map_err(|_| TicketError::NotBase64)?);
-        let body = TicketBody::decode(bytes.as_slice())?;
+        let mut body = TicketBody::decode(LINE.read(text)?.as_slice())?;
         check_addresses("admits", &body.admits)?;
         check_addresses("peers", &body.peers)?;
         let secret = match body.secret.is_empty() {
             true => None,
             false => {
-                let secret = Secret::from_slice(&Zeroizing::new(body.secret));
+                let secret = Secret::from_slice(&body.secret);
                 Some(secret.ok_or(TicketError::Field("secret"))?)
             }
         };
         Ok(Ticket {
             mesh: body.mesh.parse().map_err(|_| TicketError::Field("mesh"))?,
-            admits: body.admits,
-            peers: body.peers,
+            admits: mem::take(&mut body.admits),
+            peers: mem::take(&mut body.peers),
             secret,
             expires: UnixTime(body.expires),
         })
     }
 }
 
+impl From<LineError> for TicketError {
+    fn from(error: LineError) -> TicketError {
+        match error {
+            LineError::TooLong(length) => TicketError::TooLong(length),
+            LineError::Prefix => TicketError::NotATicket,
+            LineError::NotBase64 => TicketError::NotBase64,
+        }
+    }
+}
+
 fn check_addresses(field: &'static str, addresses: &[String]) -> Result<(), TicketError> {
-    let is_good = |address: &String| {
-        let port = address
-            .rsplit_once(':')
-            .map(|(_, port)| port.parse::<u16>());
-        address.len() <= ADDRESS_BYTES_MAX
-            && address.bytes().all(|byte| byte.is_ascii_graphic())
-            && matches!(port, Some(Ok(port)) if port > 0)
-    };
+    let is_good = |address: &String| is_address(address);
     match addresses.len() <= TICKET_ADDRESSES_MAX && addresses.iter().all(is_good) {
         true => Ok(()),
         false => Err(TicketError::Field(field)),
     }
+}
+
+/// Whether a text is `name:port`, `1.2.3.4:port` or `[1:2::3]:port`.
+fn is_address(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else {
+        return false;
+    };
+    // Digits alone: Rust's own parser takes a sign as well.
+    let is_port = port.bytes().all(|byte| byte.is_ascii_digit())
+        && port.parse::<u16>().is_ok_and(|port| port > 0);
+    let bracketed = host
+        .strip_prefix('[')
+        .and_then(|rest| rest.strip_suffix(']'));
+    let is_host = match bracketed {
+        Some(ip) => ip.parse::<Ipv6Addr>().is_ok(),
+        None => {
+            let is_of_names =
+                |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_');
+            !host.is_empty() && host.bytes().all(is_of_names)
+        }
+    };
+    text.len() <= ADDRESS_BYTES_MAX && is_port && is_host
 }
 
 impl Request {
@@ -252,15 +276,15 @@ impl Request {
         if bytes.len() > JOINING_BYTES_MAX {
             return Err(TicketError::TooLong(bytes.len()));
         }
-        let body = RequestBody::decode(bytes)?;
-        let given = Zeroizing::new(body.secret);
-        match (given.is_empty(), body.certificate.is_empty()) {
+        let mut body = RequestBody::decode(bytes)?;
+        match (body.secret.is_empty(), body.certificate.is_empty()) {
             (false, true) => {
-                let secret = Secret::from_slice(&given).ok_or(TicketError::Field("secret"))?;
+                let secret = Secret::from_slice(&body.secret);
+                let secret = secret.ok_or(TicketError::Field("secret"))?;
                 if body.name.len() > NAME_BYTES_MAX {
                     return Err(TicketError::Field("name"));
                 }
-                let name = body.name;
+                let name = mem::take(&mut body.name);
                 Ok(Request::Join { secret, name })
             }
             (true, false) => {
@@ -321,6 +345,13 @@ struct TicketBody {
     expires: u64,
 }
 
+/// What is encoded and decoded holds the secret once more.
+impl Drop for TicketBody {
+    fn drop(&mut self) {
+        self.secret.zeroize();
+    }
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
 struct RequestBody {
     #[prost(bytes = "vec", tag = "1")]
@@ -329,6 +360,12 @@ struct RequestBody {
     name: String,
     #[prost(bytes = "vec", tag = "3")]
     certificate: Vec<u8>,
+}
+
+impl Drop for RequestBody {
+    fn drop(&mut self) {
+        self.secret.zeroize();
+    }
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -396,7 +433,26 @@ mod tests {
         for length in 0..text.len() {
             assert_ne!(Ticket::from_text(&text[..length]), Ok(ticket()), "{length}");
         }
-        for address in ["", "host", "host:0", "host:70000", "ho st:1", "a\nb:1"] {
+        for address in [
+            "",
+            "host",
+            ":80",
+            "host:",
+            "host:0",
+            "host:+80",
+            "host:70000",
+            "ho st:1",
+            "a\nb:1",
+            "user@host:1",
+            "host/path:1",
+            "fd00::1:4728",
+            "[fd00::1]4728",
+            "[]:1",
+            "[host]:1",
+            "[10.0.0.1]:1",
+            "[fe80::1%eth0]:1",
+        ] {
+            assert!(!is_address(address), "{address}");
             let wrong = Ticket {
                 admits: vec![address.into()],
                 ..ticket()
