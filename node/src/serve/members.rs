@@ -3,7 +3,8 @@
 //! A peer is served while it is a member. Admission happens on the control plane; here the peer id
 //! that TLS proved is looked up in the set of linked members, before the first request and for as
 //! long as the connection stands. Everyone else is closed after the handshake without a byte of
-//! application data. Where the mesh key is, those who ask to join are handed to who admits.
+//! application data, and shares a small room with others ([`Crowd`]) until then. Where the mesh key is,
+//! those who ask to join are handed to who admits.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use super::crowd::Crowd;
 use super::respond::{self, Body};
 use super::tls::{Acceptor, Purpose, TlsError};
 use super::{Route, connection, nar};
@@ -32,8 +34,12 @@ use crate::store::LocalStore;
 /// How long an idle connection of a member is kept; longer than members keep theirs.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Connections of all peers together, strangers in their handshake among them.
+/// Connections of all members together.
 const CONNECTIONS_MAX: usize = 1024;
+
+/// Connections of one member for each stream that it may have: some wait idle for the next request, and
+/// on some is said that there are too many streams. One that opens more takes them from itself alone.
+const CONNECTIONS_PER_STREAM: usize = 2;
 
 /// Said to whoever asks; members choose by measurement.
 const PRIORITY: i32 = 10;
@@ -61,7 +67,16 @@ pub struct MembersPort {
     pub metrics: Arc<Metrics>,
     pub shutdown: CancellationToken,
     pub tasks: TaskTracker,
-    streams: Mutex<BTreeMap<PeerId, Arc<Semaphore>>>,
+    /// Only members get into it, so it has at most as many entries as there were members.
+    rooms: Mutex<BTreeMap<PeerId, Room>>,
+    connections: Arc<Semaphore>,
+    crowd: Arc<Crowd>,
+}
+
+/// What one member may take.
+#[derive(Clone)]
+struct Room {
+    streams: Arc<Semaphore>,
     connections: Arc<Semaphore>,
 }
 
@@ -83,8 +98,9 @@ impl MembersPort {
             metrics,
             shutdown,
             tasks,
-            streams: Mutex::default(),
+            rooms: Mutex::default(),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            crowd: Arc::default(),
         })
     }
 
@@ -97,15 +113,9 @@ impl MembersPort {
             };
             match accepted {
                 Ok((socket, address)) => {
-                    let Ok(permit) = self.connections.clone().try_acquire_owned() else {
-                        debug!(%address, "dropped a connection, there are too many");
-                        continue;
-                    };
                     let port = self.clone();
-                    self.tasks.spawn(async move {
-                        port.serve(socket, address).await;
-                        drop(permit);
-                    });
+                    self.tasks
+                        .spawn(async move { port.serve(socket, address).await });
                 }
                 Err(error) => {
                     warn!(%error, "could not accept a member's connection");
@@ -120,8 +130,17 @@ impl MembersPort {
             identity::ed25519_of(peer)
                 .is_some_and(|key| self.is_member(&PeerId::from_public_key(key)))
         };
-        let (stream, peer, purpose) = match self.entrance.acceptor.accept(socket, is_admitted).await
-        {
+        let stranger = self.crowd.enter(address.ip());
+        let accepted = tokio::select! {
+            accepted = self.entrance.acceptor.accept(socket, is_admitted) => accepted,
+            () = stranger.sent_away() => {
+                self.metrics.transfers_refused.add(1);
+                debug!(%address, "dropped a connection in its handshake, there are too many");
+                return;
+            }
+        };
+        drop(stranger);
+        let (stream, peer, purpose) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 self.metrics.transfers_refused.add(1);
@@ -142,6 +161,13 @@ impl MembersPort {
             }
             return;
         }
+        let room = self.room(peer);
+        let all = self.connections.clone().try_acquire_owned();
+        let (Ok(_own), Ok(_one_of_all)) = (room.connections.try_acquire_owned(), all) else {
+            self.metrics.transfers_refused.add(1);
+            debug!(%peer, %address, "dropped a connection of a member, there are too many");
+            return;
+        };
         let requests = connection(stream, PATIENCE, self.shutdown.clone(), |request| {
             let port = self.clone();
             async move { port.answer(peer, request).await }
@@ -234,12 +260,16 @@ impl MembersPort {
     }
 
     fn stream_permit(&self, peer: PeerId) -> Option<OwnedSemaphorePermit> {
-        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
-        // Only members get here, so the map has at most as many entries as there were members.
-        let limit = self.streams_per_peer;
-        let peer_streams = streams
-            .entry(peer)
-            .or_insert_with(|| Arc::new(Semaphore::new(limit)));
-        peer_streams.clone().try_acquire_owned().ok()
+        self.room(peer).streams.try_acquire_owned().ok()
+    }
+
+    fn room(&self, peer: PeerId) -> Room {
+        let mut rooms = self.rooms.lock().unwrap_or_else(PoisonError::into_inner);
+        let streams = self.streams_per_peer;
+        let room = rooms.entry(peer).or_insert_with(|| Room {
+            streams: Arc::new(Semaphore::new(streams)),
+            connections: Arc::new(Semaphore::new(streams * CONNECTIONS_PER_STREAM)),
+        });
+        room.clone()
     }
 }

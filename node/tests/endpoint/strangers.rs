@@ -147,3 +147,63 @@ async fn a_stranger_hears_no_word_on_the_control_plane() {
     }
     desktop.stop().await;
 }
+
+/// More than the transfer port has room for, members and strangers together.
+const CROWD: usize = 1_200;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_crowd_of_silent_strangers_keeps_no_member_from_its_transfers() {
+    let (mut desktop, path) = desktop().await;
+    let mut laptop = Machine::new();
+    laptop.peers = vec![desktop.address];
+    laptop.start().await;
+    laptop.wait_for(&path);
+    let address = SocketAddr::from((desktop.address, TRANSFER_PORT));
+    let refused = || desktop.status().unwrap().refusals.get("transfer").copied();
+    let mut crowd = Vec::new();
+    for _ in 0..CROWD {
+        crowd.push(tokio::net::TcpStream::connect(address).await.unwrap());
+    }
+    // While they all wait for a handshake that is given up after 5 s.
+    let answer = laptop.get(&path.short());
+    assert_eq!(answer.status, 200);
+    assert!(answer.body == path.nar);
+    until("those without room to be sent away", || {
+        refused().is_some_and(|refused| refused as usize > CROWD / 2)
+    });
+    drop(crowd);
+    laptop.stop().await;
+    desktop.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_member_that_opens_connections_without_end_is_bounded_by_itself() {
+    let (mut desktop, path) = desktop().await;
+    let (mut greedy, mut laptop) = (Machine::new(), Machine::new());
+    for machine in [&mut greedy, &mut laptop] {
+        machine.peers = vec![desktop.address];
+        machine.start().await;
+        machine.wait_for(&path);
+    }
+    let identity =
+        |machine: &Machine| Identity::load_or_create(&machine.state().join("identity")).unwrap();
+    let connector = tls::connector(&identity(&greedy), GENEROUS).unwrap();
+    let address = SocketAddr::from((desktop.address, TRANSFER_PORT));
+    let expected = identity(&desktop).peer_id();
+    let mut streams = Vec::new();
+    // Twice as many as it may have: 32 streams, and two connections for each.
+    for _ in 0..128 {
+        streams.push(connector.connect(address, expected).await.unwrap());
+    }
+    until("the others to be dropped", || {
+        let refusals = desktop.status().unwrap().refusals;
+        refusals.get("transfer").is_some_and(|count| *count >= 64)
+    });
+    let answer = laptop.get(&path.short());
+    assert_eq!(answer.status, 200);
+    assert!(answer.body == path.nar);
+    drop(streams);
+    for machine in [&mut greedy, &mut laptop, &mut desktop] {
+        machine.stop().await;
+    }
+}
