@@ -271,7 +271,7 @@ impl Admission {
         request: Request,
         now: UnixTime,
     ) -> Result<Result<SignedCertificate, Refused>, Trouble> {
-        let revoked = revocations::read(&self.revocations)?;
+        let revoked = revocations::read(&self.revocations, &self.key.public_key())?;
         let revoked = revoked.as_ref().map(SignedRevocations::claims);
         let certificate = match request {
             Request::Join { secret, name } => {

@@ -40,7 +40,7 @@ use crate::store::hidden::{Hidden, HiddenError};
 use crate::store::shared::{SharedStore, SharingRules};
 use crate::store::{LocalStore, NixStore};
 use crate::substituter::{Engine, Joined, Substituter};
-use crate::upload::{Uploader, uploader};
+use crate::upload::{TokenFileError, Uploader, read_token, uploader};
 
 mod renewal;
 
@@ -54,9 +54,6 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// TLS handshakes on the transfer port that take longer are given up.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Largest token file read; a JWT has a few hundred bytes.
-const TOKEN_FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// A running node.
 pub struct Daemon {
@@ -93,12 +90,10 @@ pub enum StartError {
     Tls(#[from] tls::TlsSetupError),
     #[error(transparent)]
     Authority(#[from] AuthorityError),
-    #[error("cannot read the token of anchor {url} from {path}: {source}", path = .path.display())]
-    Token {
-        url: String,
-        path: PathBuf,
-        source: io::Error,
-    },
+    #[error("anchor {url}: {source}")]
+    Token { url: String, source: TokenFileError },
+    #[error("anchor {url}: the token {path} has characters that HTTP does not carry", path = .path.display())]
+    NoToken { url: String, path: PathBuf },
     #[error(transparent)]
     Web(#[from] WebSetupError),
     #[error("the system gave no random bytes: {0}")]
@@ -484,6 +479,11 @@ impl Start {
             true => Vec::new(),
             false => self.config.mesh.peers.clone(),
         };
+        let revocations = (!is_alone).then(|| mesh::revocations::RevocationsFile {
+            path: self.config.revocations_file(),
+            mesh_key: mesh_key.clone(),
+            changes: self.changes.clone(),
+        });
         let options = mesh::Options {
             mind: MindConfig {
                 key: self.identity.key(),
@@ -500,10 +500,7 @@ impl Start {
             seeds,
             caches: self.caches.clone(),
             mdns,
-            revocations: (!is_alone).then(|| mesh::revocations::RevocationsFile {
-                path: self.config.revocations_file(),
-                changes: self.changes.clone(),
-            }),
+            revocations,
             // What one that hears of nobody would keep has nobody to read it.
             index_file: (!is_alone).then(|| self.config.index_file()),
         };
@@ -599,11 +596,7 @@ fn web_caches(config: &Config) -> Result<WebCaches, StartError> {
     for anchor in &config.anchor {
         let token = match &anchor.token_file {
             None => None,
-            Some(path) => Some(read_token(path).map_err(|source| StartError::Token {
-                url: anchor.url.to_string(),
-                path: path.clone(),
-                source,
-            })?),
+            Some(path) => Some(bearer(anchor.url.as_str(), path)?),
         };
         caches.push(WebCache {
             role: CacheRole::Anchor,
@@ -623,15 +616,17 @@ fn web_caches(config: &Config) -> Result<WebCaches, StartError> {
     Ok(WebCaches::new(caches)?)
 }
 
-/// Reads a bearer token as the value of the header that carries it.
-fn read_token(path: &Path) -> Result<http::HeaderValue, io::Error> {
-    if fs::metadata(path)?.len() > TOKEN_FILE_BYTES_MAX {
-        return Err(io::Error::other("too large for a token"));
-    }
-    let text = Zeroizing::new(fs::read_to_string(path)?);
-    let bearer = Zeroizing::new(format!("Bearer {}", text.trim()));
-    let mut value = http::HeaderValue::from_str(&bearer)
-        .map_err(|_| io::Error::other("no token: it has characters that HTTP does not carry"))?;
+/// Reads the token for an anchor as the value of the header that carries it.
+fn bearer(url: &str, path: &PathBuf) -> Result<http::HeaderValue, StartError> {
+    let token = read_token(path).map_err(|source| StartError::Token {
+        url: url.to_owned(),
+        source,
+    })?;
+    let bearer = Zeroizing::new(format!("Bearer {}", token.as_str()));
+    let mut value = http::HeaderValue::from_str(&bearer).map_err(|_| StartError::NoToken {
+        url: url.to_owned(),
+        path: path.clone(),
+    })?;
     value.set_sensitive(true);
     Ok(value)
 }

@@ -333,6 +333,8 @@ struct Loop {
     /// Paths heard of before the first complete set; `None` afterwards.
     first_set: Option<Vec<StorePathHash>>,
     revocations: Option<RevocationsFile>,
+    /// Of the list that was kept last; 0 before the first.
+    revocations_number: u64,
     /// Results of tasks that the loop started.
     results_sender: mpsc::Sender<TaskResult>,
     results: mpsc::Receiver<TaskResult>,
@@ -401,6 +403,7 @@ impl Loop {
             caches: options.caches,
             first_set: Some(Vec::new()),
             revocations: options.revocations,
+            revocations_number: 0,
             results_sender,
             results,
             local_reads: Arc::new(tokio::sync::Semaphore::new(LOCAL_READS_MAX)),

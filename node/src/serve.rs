@@ -31,6 +31,7 @@ pub mod trace;
 pub mod debug;
 pub mod browse;
 pub mod members;
+mod crowd;
 pub mod tls;
 
 use browse::FilePath;

@@ -282,7 +282,11 @@ fn with_port(hosts: &[String], listen: &[SocketAddr]) -> Vec<String> {
         return Vec::new();
     };
     let hosts = hosts.iter().take(TICKET_ADDRESSES_MAX);
-    hosts.map(|host| format!("{host}:{port}")).collect()
+    let with_port = |host: &String| match host.parse() {
+        Ok(ip) => SocketAddr::new(ip, port).to_string(),
+        Err(_) => format!("{host}:{port}"),
+    };
+    hosts.map(with_port).collect()
 }
 
 /// Where others reach what listens here.
@@ -380,7 +384,7 @@ async fn revoke(
     let number = {
         let _lock = state_folder::lock(&folder)
             .with_context(|| format!("cannot lock {}", folder.display()))?;
-        let known = revocations::read(&file)?;
+        let known = revocations::read(&file, &public)?;
         let signed = with(known.as_ref(), &peers, &key, unix_time())
             .with_context(|| format!("cannot add to the list {}", file.display()))?;
         revocations::write(&file, &signed)
@@ -519,6 +523,16 @@ mod tests {
         for text in ["", "7", "d", "-1d", "1w", "99999999999999999999d", "1é"] {
             assert!(span(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn hosts_get_the_port_as_a_ticket_has_it() {
+        let hosts = ["nas.lan", "10.0.0.1", "fd00::1"].map(str::to_owned);
+        let listen = ["0.0.0.0:4728".parse().unwrap()];
+        assert_eq!(
+            with_port(&hosts, &listen),
+            ["nas.lan:4728", "10.0.0.1:4728", "[fd00::1]:4728"]
+        );
     }
 
     #[test]

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use granary_protocol::mesh::Input;
 use granary_protocol::revocation::{
-    REVOCATIONS_TEXT_BYTES_MAX, RevocationsError, SignedRevocations,
+    NotOurRevocations, REVOCATIONS_TEXT_BYTES_MAX, RevocationsError, SignedRevocations,
 };
+use granary_protocol::signature::PublicKey;
 use tokio::sync::watch;
 use tracing::{error, info, warn};
 
@@ -17,6 +18,8 @@ use crate::state_folder;
 /// Where the list is kept.
 pub struct RevocationsFile {
     pub path: PathBuf,
+    /// Whose signature a list must have.
+    pub mesh_key: PublicKey,
     /// Whether it may have changed.
     pub changes: watch::Receiver<()>,
 }
@@ -31,21 +34,41 @@ pub enum RevocationsFileError {
         path: PathBuf,
         source: RevocationsError,
     },
+    #[error(
+        "{path} is no list of this mesh, refusing to go on without knowing who was put out: {source}; remove it if this machine was in another mesh",
+        path = .path.display()
+    )]
+    NotOurs {
+        path: PathBuf,
+        source: NotOurRevocations,
+    },
 }
 
-/// Reads a list; `None` when there is no file.
-pub fn read(path: &Path) -> Result<Option<SignedRevocations>, RevocationsFileError> {
+/// Reads a list that the mesh key signed; `None` when there is no file.
+pub fn read(
+    path: &Path,
+    mesh_key: &PublicKey,
+) -> Result<Option<SignedRevocations>, RevocationsFileError> {
     let text = state_folder::read(path, REVOCATIONS_TEXT_BYTES_MAX as u64);
     let text = text.map_err(|source| RevocationsFileError::Io {
         path: path.to_owned(),
         source,
     })?;
     let list = text.map(|text| SignedRevocations::from_text(&text));
-    list.transpose()
+    let list = list
+        .transpose()
         .map_err(|source| RevocationsFileError::Malformed {
             path: path.to_owned(),
             source,
-        })
+        })?;
+    if let Some(list) = &list {
+        list.verify(mesh_key)
+            .map_err(|source| RevocationsFileError::NotOurs {
+                path: path.to_owned(),
+                source,
+            })?;
+    }
+    Ok(list)
 }
 
 /// Writes a list, whole or not at all.
@@ -56,8 +79,10 @@ pub fn write(path: &Path, list: &SignedRevocations) -> io::Result<()> {
 impl Loop {
     /// Tells the mind what a process before this one kept, or a person put there.
     pub(super) fn read_revocations(&mut self) -> Result<(), RevocationsFileError> {
-        let path = self.revocations.as_ref().map(|file| file.path.clone());
-        if let Some(list) = path.map(|path| read(&path)).transpose()?.flatten() {
+        let Some(file) = &self.revocations else {
+            return Ok(());
+        };
+        if let Some(list) = read(&file.path, &file.mesh_key)? {
             self.think(Input::Revocations { list });
         }
         Ok(())
@@ -73,23 +98,35 @@ impl Loop {
         }
     }
 
-    /// Keeps a newer list, which came from the mesh or is in the file already.
+    /// Keeps a list: one that came from the mesh, is in the file already, or was replaced there by an
+    /// older one.
     pub(super) fn keep_revocations(&mut self, list: &SignedRevocations) {
-        let (number, count) = (list.claims().number, list.claims().revoked.len());
-        info!(
-            number,
-            revoked = count,
-            "learned of a new list of revocations"
-        );
+        let (number, revoked) = (list.claims().number, list.claims().revoked.len());
+        // At most 220 kB, rarely, on the thread that writes the index as well.
+        let kept = self.revocations.as_ref().and_then(|file| {
+            // What cannot be read is written over.
+            read(&file.path, &file.mesh_key).ok().flatten()
+        });
+        if kept.as_ref() == Some(list) {
+            info!(number, revoked, "read the list of revocations");
+        } else if self.revocations_number >= number {
+            warn!(
+                number,
+                "an older list of revocations was put in the place of ours, putting ours back"
+            );
+        } else {
+            info!(number, revoked, "learned of a new list of revocations");
+        }
+        self.revocations_number = number;
         if list.claims().revoked.contains_key(&self.me) {
             warn!("this machine is on the list of revocations: others close their links to it");
         }
         let Some(file) = &self.revocations else {
             return;
         };
-        // Some hundred bytes, on the thread that writes the index as well.
-        let is_there = read(&file.path).is_ok_and(|known| known.as_ref() == Some(list));
-        if !is_there && let Err(error) = write(&file.path, list) {
+        if kept.as_ref() != Some(list)
+            && let Err(error) = write(&file.path, list)
+        {
             warn!(%error, "could not keep the list of revocations, it must be heard of again after a restart");
         }
     }
@@ -102,4 +139,31 @@ pub(super) async fn changed(file: &mut Option<RevocationsFile>) {
         return;
     }
     std::future::pending().await
+}
+
+#[cfg(test)]
+mod tests {
+    use granary_protocol::revocation::Revocations;
+    use granary_protocol::signature::SecretKey;
+
+    use super::*;
+
+    #[test]
+    fn a_list_is_read_only_if_this_mesh_signed_it() {
+        let key = |name: &str, seed| SecretKey::from_seed(name.parse().unwrap(), [seed; 32]);
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("revocations");
+        let ours = key("home", 1).public_key();
+        assert!(matches!(read(&file, &ours), Ok(None)));
+        let list = Revocations::default().sign(&key("home", 1)).unwrap();
+        write(&file, &list).unwrap();
+        assert_eq!(read(&file, &ours).unwrap(), Some(list));
+        for other in [key("office", 1), key("home", 2)] {
+            let error = read(&file, &other.public_key()).unwrap_err();
+            assert!(
+                matches!(error, RevocationsFileError::NotOurs { .. }),
+                "{error}"
+            );
+        }
+    }
 }

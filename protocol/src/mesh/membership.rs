@@ -207,6 +207,8 @@ struct Peer {
     neighbour: neighbours::Wishes,
     /// When something was last asked of it, or by it.
     used_at: Option<Instant>,
+    /// Number of the list of revocations that it was given last over this link; 0 before the first.
+    revocations_given: u64,
 }
 
 struct Proved {
@@ -353,6 +355,7 @@ impl Membership {
         self.forget_wishes(&id);
         self.busy.insert(id);
         let peer = self.peers.get_mut(&id)?;
+        peer.revocations_given = 0;
         // Who dialled speaks first. After a simultaneous dial both did.
         let said_hello = outbound || matches!(peer.state, State::Dialling { .. });
         if outbound {
@@ -900,6 +903,7 @@ impl Membership {
             contact: None,
             neighbour: neighbours::Wishes::default(),
             used_at: None,
+            revocations_given: 0,
         }))
     }
 

@@ -4,6 +4,7 @@
 //! is news is passed on at once to everybody linked, so that it crosses the mesh in as many steps as
 //! the mesh has; who is linked anew gets it one question later.
 
+use std::cmp::Ordering;
 use std::collections::BTreeSet;
 use std::time::Instant;
 
@@ -64,7 +65,7 @@ impl Mesh {
         }
         for peer in self.membership.linked() {
             if Some(peer) != from {
-                self.send(peer, Message::Revocations(list.clone()));
+                self.give_revocations(peer);
             }
         }
     }
@@ -72,10 +73,16 @@ impl Mesh {
     /// Reads which list a peer knows: gives it ours, or asks for its.
     pub(super) fn revocations_number_told(&mut self, peer: PeerId, number: u64) {
         let own = self.membership.revocations_number();
-        match self.membership.revocations().cloned() {
-            Some(list) if own > number => self.send(peer, Message::Revocations(list)),
-            _ if own < number => self.send(peer, Message::RevocationsKnown { number: own }),
-            _ => {}
+        match own.cmp(&number) {
+            Ordering::Greater => self.give_revocations(peer),
+            Ordering::Less => self.send(peer, Message::RevocationsKnown { number: own }),
+            Ordering::Equal => {}
+        }
+    }
+
+    fn give_revocations(&mut self, peer: PeerId) {
+        if let Some(list) = self.membership.give_revocations(&peer) {
+            self.send(peer, Message::Revocations(list));
         }
     }
 

@@ -137,3 +137,35 @@ fn a_transfer_from_a_revoked_member_is_stopped_and_goes_on_elsewhere() {
     let (.., next, _) = *lan.nodes[0].transfers.last().unwrap();
     assert_eq!(next, id(other));
 }
+
+#[test]
+fn a_member_that_asks_for_the_list_again_and_again_is_given_it_once() {
+    let mut lan = Lan::new(2);
+    lan.introduce_everyone();
+    give(&mut lan, 0, list(5, &[7]));
+    lan.nodes[0].sent.clear();
+    let ask = |lan: &mut Lan| {
+        let message = Message::RevocationsKnown { number: 0 };
+        let peer = id(1);
+        lan.input(0, Input::Received { peer, message });
+    };
+    let given = |lan: &Lan| {
+        let sent = lan.nodes[0].sent.iter();
+        sent.filter(|(_, kind)| *kind == "revocations").count()
+    };
+    for _ in 0..100 {
+        ask(&mut lan);
+    }
+    assert_eq!(given(&lan), 0, "it was given when it was news");
+    // Whoever comes back may have forgotten.
+    lan.unlink(0, 1);
+    lan.run(Duration::from_secs(60));
+    assert!(lan.nodes[0].admitted.contains(&id(1)));
+    for _ in 0..100 {
+        ask(&mut lan);
+    }
+    assert_eq!(given(&lan), 1);
+    // And a newer one is another.
+    give(&mut lan, 0, list(6, &[7]));
+    assert_eq!(given(&lan), 2);
+}
