@@ -51,6 +51,7 @@ pub mod put;
 pub mod attic;
 pub mod uploads;
 pub mod rebuild;
+pub mod import;
 pub mod server;
 
 use self::object_store::{ObjectStore, S3Options, SetupError, StorageError};

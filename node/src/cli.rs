@@ -1,6 +1,7 @@
 //! The command line. Parses, calls, prints; exit status 0 for success, 1 for failure, 2 for misuse.
 
 mod anchor;
+mod import;
 mod hide;
 mod doctor;
 mod mesh;

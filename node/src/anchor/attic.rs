@@ -327,17 +327,17 @@ async fn require_somebody(anchor: &Arc<Anchor>, parts: &Parts) -> Result<(), Ref
 
 /// What is claimed about an upload.
 #[derive(Debug, Deserialize)]
-struct Metadata {
-    cache: String,
-    store_path_hash: String,
-    store_path: String,
-    references: Vec<String>,
-    deriver: Option<String>,
+pub(super) struct Metadata {
+    pub(super) cache: String,
+    pub(super) store_path_hash: String,
+    pub(super) store_path: String,
+    pub(super) references: Vec<String>,
+    pub(super) deriver: Option<String>,
     #[serde(default)]
-    sigs: Vec<String>,
-    ca: Option<String>,
-    nar_hash: String,
-    nar_size: u64,
+    pub(super) sigs: Vec<String>,
+    pub(super) ca: Option<String>,
+    pub(super) nar_hash: String,
+    pub(super) nar_size: u64,
 }
 
 impl Metadata {
@@ -348,7 +348,7 @@ impl Metadata {
     }
 
     /// Proves every value; what comes out can be printed line by line.
-    fn narinfo(&self, dir: &StoreDir) -> Result<NarInfo, Refusal> {
+    pub(super) fn narinfo(&self, dir: &StoreDir) -> Result<NarInfo, Refusal> {
         let refuse = |field: &str, problem: String| {
             Refusal::bad_request(format!("{field} of the nar's metadata: {problem}"))
         };

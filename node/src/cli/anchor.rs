@@ -17,7 +17,7 @@ use granary_protocol::signature::SecretKey;
 use granary_protocol::token::{Claims, Grant, Pattern, Permission};
 use zeroize::Zeroizing;
 
-use super::{ConfigFile, SECONDS_PER_DAY, print};
+use super::{ConfigFile, SECONDS_PER_DAY, import, print};
 use crate::anchor::admin::Changes;
 use crate::anchor::cache::CacheName;
 use crate::anchor::catalog::{CacheRow, Totals};
@@ -55,6 +55,9 @@ pub struct Arguments {
 enum AnchorCommand {
     /// Make the catalog anew from what is in storage, while no anchor runs.
     Rebuild(ConfigFile),
+    /// Take over what another server kept, while no anchor runs. Run again, it goes on.
+    #[command(subcommand)]
+    Import(import::Arguments),
     /// Read everything that is stored again, and keep back what is damaged until it is pushed again.
     ///
     /// Ends with status 1 when something is, or could not be read. Beside a running anchor, or without one.
@@ -340,6 +343,9 @@ pub async fn run(arguments: Arguments) -> Result<()> {
             "found {} caches with {} paths; left out {} objects\n",
             found.caches, found.paths, found.left_out
         ));
+    }
+    if let Some(AnchorCommand::Import(arguments)) = arguments.command {
+        return import::run(arguments).await;
     }
     let config = arguments.config.load()?;
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;

@@ -12,6 +12,7 @@ mod documented;
 mod exposition;
 mod killed;
 mod hostile;
+mod import;
 mod nix;
 mod pushing;
 mod queue;
