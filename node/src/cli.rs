@@ -9,6 +9,7 @@ mod nix_conf;
 mod pages;
 mod push;
 mod up;
+mod watch;
 
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -95,6 +96,9 @@ enum Command {
         config: ConfigFile,
         #[arg(long)]
         json: bool,
+        /// Draw it anew each second, until q or Ctrl-C.
+        #[arg(long, conflicts_with = "json")]
+        watch: bool,
     },
     /// Explain what Nix is told about a store path, and why.
     Why {
@@ -206,7 +210,12 @@ async fn execute(command: Command) -> Result<()> {
         Command::Push(arguments) => push::run(arguments).await,
         Command::Doctor(arguments) => doctor::run(arguments).await,
         Command::Use(arguments) => nix_conf::run(arguments),
-        Command::Status { config, json } => {
+        Command::Status {
+            config,
+            watch: true,
+            ..
+        } => watch::run(&config.load()?).await,
+        Command::Status { config, json, .. } => {
             let text = ask(&config.load()?, "/api/v1/status").await?;
             let text = text.context("the node is still opening its store")?;
             let report: Report =

@@ -531,6 +531,21 @@ impl fmt::Display for Report {
         for (reason, count) in &self.refusals {
             writeln!(f, "refused   {count} × {reason}")?;
         }
+        for one in &self.transfers {
+            let percent = one.bytes.saturating_mul(100) / one.nar_size.max(1);
+            write!(
+                f,
+                "fetching  {percent:>3} % of {}  {}",
+                human_bytes(one.nar_size),
+                one.path
+            )?;
+            if let Some(peer_id) = &one.peer_id {
+                let sender = self.peers.iter().find(|peer| peer.peer_id == *peer_id);
+                let name = sender.and_then(|peer| peer.name.as_ref());
+                write!(f, " from {}", name.unwrap_or(peer_id))?;
+            }
+            writeln!(f)?;
+        }
         if self.peers.is_empty() {
             writeln!(f, "peers     none")?;
         }

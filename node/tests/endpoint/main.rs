@@ -23,4 +23,5 @@ mod start;
 mod strangers;
 mod roots;
 mod upstreams;
+mod watch;
 mod web;
