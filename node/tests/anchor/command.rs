@@ -142,6 +142,10 @@ impl Place {
 }
 
 impl Anchor {
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// Where a path lies that only the anchor's process sees.
     pub fn sees(&self, path: &Path) -> PathBuf {
         let root = PathBuf::from(format!("/proc/{}/root", self.process.id()));

@@ -11,6 +11,7 @@ mod documented;
 #[path = "../shared/exposition.rs"]
 mod exposition;
 mod killed;
+mod memory;
 mod hostile;
 mod import;
 mod nix;

@@ -18,6 +18,17 @@ fn try_push(machine: &Machine, cache: &str, token: &str, paths: &[&str]) -> Outp
 
 /// The same with more in the configuration; then the token comes from there.
 pub fn push_as(machine: &Machine, cache: &str, token: &str, paths: &[&str], extra: &str) -> Output {
+    command(machine, cache, token, paths, extra)
+        .output()
+        .unwrap()
+}
+
+/// The same, to be run.
+pub fn push_command(machine: &Machine, cache: &str, token: &str, paths: &[&str]) -> Command {
+    command(machine, cache, token, paths, "")
+}
+
+fn command(machine: &Machine, cache: &str, token: &str, paths: &[&str], extra: &str) -> Command {
     use std::os::unix::fs::PermissionsExt;
     let root = machine.folder().display();
     let config = machine.folder().join("granary.toml");
@@ -37,9 +48,8 @@ pub fn push_as(machine: &Machine, cache: &str, token: &str, paths: &[&str], extr
     }
     command
         .env("GRANARY_CONFIG", config)
-        .env_remove("http_proxy")
-        .output()
-        .unwrap()
+        .env_remove("http_proxy");
+    command
 }
 
 fn push(machine: &Machine, cache: &str, token: &str, paths: &[&str]) -> serde_json::Value {
