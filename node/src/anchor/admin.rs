@@ -31,6 +31,7 @@ pub struct Changes {
     /// `Some(None)`: no limit.
     pub size_cap: Option<Option<u64>>,
     pub quota: Option<Option<u64>>,
+    pub subject_quota: Option<Option<u64>>,
     /// Paths that are kept whatever the retention says.
     pub pinned: Vec<StorePathHash>,
     pub unpinned: Vec<StorePathHash>,
@@ -69,6 +70,7 @@ impl Changes {
         settings.retention = changes.retention.unwrap_or(settings.retention);
         settings.size_cap = changes.size_cap.unwrap_or(settings.size_cap);
         settings.quota = changes.quota.unwrap_or(settings.quota);
+        settings.subject_quota = changes.subject_quota.unwrap_or(settings.subject_quota);
         settings
             .pins
             .extend(changes.pinned.iter().map(ToString::to_string));

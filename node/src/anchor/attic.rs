@@ -437,7 +437,8 @@ async fn upload(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Ans
         }
     };
     let name = CacheName::new(&metadata.cache)?;
-    let (cache, _) = anchor.cache_for(parts, &name, Permission::Push).await?;
+    let (cache, bearer) = anchor.cache_for(parts, &name, Permission::Push).await?;
+    let subject = bearer.subject();
     let dir = cache
         .settings
         .store_dir()
@@ -458,7 +459,7 @@ async fn upload(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Ans
     // A NAR that is here is only hashed, as proof that its sender has it.
     let known = anchor.catalog.hold_nar(narinfo.nar_hash).await?;
     if known.is_none() {
-        anchor.check_full(&cache).await?;
+        anchor.check_full(&cache, subject).await?;
     }
     let spool = known.is_none().then_some(anchor.spool.as_path());
     let intake = Intake::new(spool, narinfo.nar_size).map_err(IngestError::from)?;
@@ -473,7 +474,9 @@ async fn upload(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Ans
     let taken = taken
         .map_err(|error| Refusal::ours(&error))?
         .map_err(IngestError::from)?;
-    let answer = match anchor.publish(&cache, narinfo, Arc::new(taken)).await? {
+    let (taken, subject) = (Arc::new(taken), subject.map(str::to_owned));
+    let published = anchor.publish(&cache, narinfo, taken, subject).await?;
+    let answer = match published {
         Outcome::Stored { file_size } => UploadAnswer {
             kind: "Uploaded",
             file_size: Some(file_size),

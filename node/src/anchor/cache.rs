@@ -136,6 +136,9 @@ pub struct Settings {
     /// Bytes in storage beyond which nothing is taken in.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quota: Option<u64>,
+    /// Bytes in storage that came by one token subject, beyond which nothing more is taken in from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub subject_quota: Option<u64>,
     /// Hashes of store paths that are kept, with what they reference, whatever the retention says.
     #[serde(default)]
     pub pins: BTreeSet<String>,
@@ -177,6 +180,7 @@ impl Settings {
             retention: None,
             size_cap: None,
             quota: None,
+            subject_quota: None,
             pins: BTreeSet::new(),
         }
     }

@@ -38,6 +38,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("catalog/3.sql"),
     include_str!("catalog/4.sql"),
     include_str!("catalog/5.sql"),
+    include_str!("catalog/6.sql"),
 ];
 
 /// Threads that read.
@@ -132,6 +133,8 @@ pub struct NewPath {
     pub nar: StoredNar,
     /// Whether its references must be here.
     pub is_complete: bool,
+    /// The subject of the token by which it came.
+    pub subject: Option<String>,
     /// Seconds since 1970.
     pub now: u64,
 }
@@ -397,6 +400,7 @@ impl Catalog {
                 references,
                 nar,
                 is_complete,
+                subject,
                 now,
             } = new;
             if is_complete {
@@ -412,10 +416,10 @@ impl Catalog {
             insert_nar(transaction, &nar, now)?;
             let written = transaction
                 .prepare_cached(
-                    "INSERT INTO paths (cache, hash, base_name, nar_hash, narinfo, state, registered, last_used)
-                     VALUES (?1, ?2, ?3, ?4, ?5, 0, ?6, ?6)
+                    "INSERT INTO paths (cache, hash, base_name, nar_hash, narinfo, state, registered, last_used, subject)
+                     VALUES (?1, ?2, ?3, ?4, ?5, 0, ?6, ?6, ?7)
                      ON CONFLICT (cache, hash) DO UPDATE SET base_name = ?3, nar_hash = ?4, narinfo = ?5,
-                     state = 0, last_used = ?6
+                     state = 0, last_used = ?6, subject = ?7
                      WHERE state <> 1 OR (nar_hash <> ?4 AND EXISTS (
                          SELECT 1 FROM nars WHERE nars.nar_hash = paths.nar_hash AND damaged IS NOT NULL))",
                 )?
@@ -426,6 +430,7 @@ impl Catalog {
                     path.nar_hash.as_bytes(),
                     path.narinfo,
                     signed(now),
+                    subject,
                 ])?;
             if written == 0 {
                 // It may have been damaged when it was looked for, and put right since.

@@ -213,7 +213,7 @@ impl From<IngestError> for Refusal {
                 return Refusal::new(StatusCode::CONFLICT, "NoSigningKey", message);
             }
             IngestError::Keys(_) => return Refusal::ours(&error),
-            IngestError::Quota { .. } => {
+            IngestError::Quota { .. } | IngestError::SubjectQuota { .. } => {
                 let (status, name) = (StatusCode::PAYLOAD_TOO_LARGE, "QuotaExceeded");
                 return Refusal::new(status, name, error.to_string());
             }

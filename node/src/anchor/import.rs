@@ -308,7 +308,7 @@ impl Import<'_> {
         // Before the work of reading it.
         self.anchor.check_claims(cache, &narinfo).await?;
         if let Some(stored) = self.anchor.catalog.hold_nar(narinfo.nar_hash).await? {
-            self.anchor.describe(cache, narinfo, stored).await?;
+            self.anchor.describe(cache, narinfo, stored, None).await?;
             return Ok(0);
         }
         let chunks = self.attic.chunks(nar).await?;
@@ -345,7 +345,8 @@ impl Import<'_> {
         }
         let taken = tokio::task::spawn_blocking(move || intake.finish()).await;
         let taken = taken.map_err(|_| IntakeError::Stopped)??;
-        self.anchor.publish(cache, narinfo, Arc::new(taken)).await?;
+        let taken = Arc::new(taken);
+        self.anchor.publish(cache, narinfo, taken, None).await?;
         Ok(())
     }
 

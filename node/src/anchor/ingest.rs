@@ -24,6 +24,7 @@ use super::cache::{CacheName, KeysError, SettingsError};
 use super::catalog::{Begun, CacheRow, CatalogError, NewPath, PathRow, PathState, StoredNar};
 use super::intake::Taken;
 use super::object_store::StorageError;
+use super::sizes::Filling;
 use super::{Anchor, NARINFO_BYTES_MAX, nar_key, nar_url, to_its_end};
 use crate::anchor::intake::IntakeError;
 
@@ -79,6 +80,15 @@ pub enum IngestError {
         held: u64,
         quota: u64,
     },
+    #[error(
+        "cache {cache} holds {held} bytes that {subject:?} pushed, of the {quota} that each may: remove paths, or ask who runs the anchor for a larger quota"
+    )]
+    SubjectQuota {
+        cache: CacheName,
+        subject: String,
+        held: u64,
+        quota: u64,
+    },
     #[error("the nar of {path} is not here, send it before its narinfo")]
     NoNar { path: StorePath },
     #[error(transparent)]
@@ -105,6 +115,7 @@ impl IngestError {
             | IngestError::ContentAddress { .. }
             | IngestError::MissingReferences { .. }
             | IngestError::Quota { .. }
+            | IngestError::SubjectQuota { .. }
             | IngestError::NoNar { .. } => false,
         }
     }
@@ -188,12 +199,14 @@ impl Anchor {
         .await
     }
 
-    /// Publishes a path whose NAR has come in with it, and whose file is there for as long as this runs.
+    /// Publishes a path whose NAR has come in with it, by a token of this subject. Its file is there for as long as
+    /// this runs.
     pub async fn publish(
         self: &Arc<Self>,
         cache: &CacheRow,
         narinfo: NarInfo,
         taken: Arc<Taken>,
+        subject: Option<String>,
     ) -> Result<Outcome, IngestError> {
         if taken.nar_hash != narinfo.nar_hash {
             return Err(IngestError::NarHash {
@@ -206,7 +219,9 @@ impl Anchor {
         to_its_end(async move {
             let _held = anchor.nar_locks.lock(narinfo.nar_hash).await;
             let (stored, outcome) = anchor.take_nar(&cache, &taken, None).await?;
-            anchor.describe_held(&cache, narinfo, stored).await?;
+            anchor
+                .describe_held(&cache, narinfo, stored, subject)
+                .await?;
             Ok(outcome)
         })
         .await
@@ -218,6 +233,7 @@ impl Anchor {
         cache: &CacheRow,
         narinfo: NarInfo,
         stored: StoredNar,
+        subject: Option<String>,
     ) -> Result<(), IngestError> {
         let (anchor, cache) = (self.clone(), cache.clone());
         to_its_end(async move {
@@ -228,7 +244,7 @@ impl Anchor {
                     path: narinfo.store_path,
                 });
             };
-            anchor.describe_held(&cache, narinfo, stored).await
+            anchor.describe_held(&cache, narinfo, stored, subject).await
         })
         .await
     }
@@ -239,6 +255,7 @@ impl Anchor {
         cache: &CacheRow,
         mut narinfo: NarInfo,
         stored: StoredNar,
+        subject: Option<String>,
     ) -> Result<(), IngestError> {
         let dir = cache.settings.store_dir()?;
         if stored.nar_size != narinfo.nar_size {
@@ -286,12 +303,13 @@ impl Anchor {
         {
             return Ok(());
         }
-        let more = match is_new {
+        let filling = match is_new {
             true => {
-                let file_size = stored.file_size;
-                self.check_quota(cache, stored.nar_hash, file_size).await?
+                let (nar_hash, file_size) = (stored.nar_hash, stored.file_size);
+                self.check_quota(cache, subject.as_deref(), nar_hash, file_size)
+                    .await?
             }
-            false => 0,
+            false => Filling::default(),
         };
         let references = narinfo.references.iter().map(StorePath::hash);
         let new = NewPath {
@@ -305,6 +323,7 @@ impl Anchor {
             references: references.filter(|reference| *reference != hash).collect(),
             nar: stored,
             is_complete: !cache.settings.is_incomplete(),
+            subject: subject.clone(),
             now: self.now(),
         };
         match self.catalog.begin_path(new).await? {
@@ -324,7 +343,7 @@ impl Anchor {
         self.catalog.finish_path(cache.id, hash, text).await?;
         if is_new {
             counts.pushes_stored.add(1);
-            self.filled(cache, more);
+            self.filled(cache, subject.as_deref(), filling);
         }
         Ok(())
     }

@@ -42,11 +42,14 @@ pub async fn answer(
     rest: &[&str],
     body: &mut Incoming,
 ) -> Answer {
-    let (cache, _) = anchor.cache_for(parts, name, Permission::Push).await?;
+    let (cache, bearer) = anchor.cache_for(parts, name, Permission::Push).await?;
+    let subject = bearer.subject();
     match rest {
         ["nix-cache-info"] => cache_info(&cache, body).await,
-        ["nar", file] => nar(anchor, &cache, file, body).await,
-        [file] if file.ends_with(".narinfo") => narinfo(anchor, parts, &cache, file, body).await,
+        ["nar", file] => nar(anchor, &cache, subject, file, body).await,
+        [file] if file.ends_with(".narinfo") => {
+            narinfo(anchor, parts, &cache, subject, file, body).await
+        }
         _ => match FileName::of(rest) {
             Some(name) => store_file(anchor, parts, &cache, &name, body).await,
             None => Err(Refusal::new(
@@ -77,7 +80,13 @@ async fn cache_info(cache: &CacheRow, body: &mut Incoming) -> Answer {
     }
 }
 
-async fn nar(anchor: &Arc<Anchor>, cache: &CacheRow, file: &str, body: &mut Incoming) -> Answer {
+async fn nar(
+    anchor: &Arc<Anchor>,
+    cache: &CacheRow,
+    subject: Option<&str>,
+    file: &str,
+    body: &mut Incoming,
+) -> Answer {
     let (file_hash, encoding) = name_of_nar(file)?;
     let slot = anchor.intakes.acquire().await;
     // One that came before is only hashed, and kept as if it came for the first time.
@@ -86,7 +95,7 @@ async fn nar(anchor: &Arc<Anchor>, cache: &CacheRow, file: &str, body: &mut Inco
         .hold_received(cache.id, file.to_owned(), anchor.now())
         .await?;
     if known.is_none() {
-        anchor.check_full(cache).await?;
+        anchor.check_full(cache, subject).await?;
     }
     let spool = known.is_none().then_some(anchor.spool.as_path());
     let intake = Intake::new(spool, anchor.nar_bytes_max).map_err(IngestError::from)?;
@@ -140,6 +149,7 @@ async fn narinfo(
     anchor: &Arc<Anchor>,
     parts: &Parts,
     cache: &CacheRow,
+    subject: Option<&str>,
     file: &str,
     body: &mut Incoming,
 ) -> Answer {
@@ -171,7 +181,8 @@ async fn narinfo(
         }
         .into());
     }
-    anchor.describe(cache, narinfo, stored).await?;
+    let subject = subject.map(str::to_owned);
+    anchor.describe(cache, narinfo, stored, subject).await?;
     Ok(empty(StatusCode::CREATED))
 }
 

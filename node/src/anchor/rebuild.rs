@@ -64,6 +64,7 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
                         nar,
                         // In the order of the bucket, references may come later.
                         is_complete: false,
+                        subject: None,
                         now: options.clock.now(),
                     };
                     catalog.begin_path(new).await?;

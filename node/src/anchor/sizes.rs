@@ -3,13 +3,15 @@
 //! A cache is as large as the NARs of its paths are in storage, each counted once, and in every cache that
 //! has it. Its *size cap* is what a collection brings it down to ([`super::gc`]); its *quota* is where pushes
 //! are refused: at once when it is full, and before a path is published that would not fit. Those under way
-//! at one time may go beyond it together.
+//! at one time may go beyond it together. The *subject quota* is the same for what of a cache came by one
+//! token subject; a path is of whoever pushed it first.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use granary_protocol::hash::NarHash;
+use rusqlite::params;
 use serde::Serialize;
 
 use super::Anchor;
@@ -20,26 +22,31 @@ use super::ingest::IngestError;
 /// Adding up a million paths takes it a second.
 const COUNT_INTERVAL: Duration = Duration::from_secs(30);
 
-/// What caches with a quota hold, by number.
+/// A cache by its number, or what of it came by one subject.
+type Share = (i64, Option<String>);
+
+/// What shares with a quota hold.
 #[derive(Default)]
-pub struct Fullness(Mutex<BTreeMap<i64, (Instant, u64)>>);
+pub struct Fullness(Mutex<BTreeMap<Share, (Instant, u64)>>);
 
 impl Fullness {
-    fn known(&self, cache: i64) -> Option<u64> {
+    fn known(&self, share: &Share) -> Option<u64> {
         let counted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let (at, bytes) = counted.get(&cache)?;
+        let (at, bytes) = counted.get(share)?;
         (at.elapsed() < COUNT_INTERVAL).then_some(*bytes)
     }
 
-    fn set(&self, cache: i64, bytes: u64) {
+    fn set(&self, share: Share, bytes: u64) {
         let mut counted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counted.insert(cache, (Instant::now(), bytes));
+        // Subjects come and go.
+        counted.retain(|_, (at, _)| at.elapsed() < COUNT_INTERVAL);
+        counted.insert(share, (Instant::now(), bytes));
     }
 
     /// Something was published.
-    fn add(&self, cache: i64, bytes: u64) {
+    fn add(&self, share: &Share, bytes: u64) {
         let mut counted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, held)) = counted.get_mut(&cache) {
+        if let Some((_, held)) = counted.get_mut(share) {
             *held = held.saturating_add(bytes);
         }
     }
@@ -47,60 +54,107 @@ impl Fullness {
     /// Something was removed: the catalog knows what is left.
     pub fn forget(&self, cache: i64) {
         let mut counted = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        counted.remove(&cache);
+        counted.retain(|(counted, _), _| *counted != cache);
     }
 }
 
+/// By how much a path fills its cache, and the share of who pushed it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Filling {
+    cache: u64,
+    subject: u64,
+}
+
 impl Anchor {
-    /// Refuses when a cache is full, before anything is taken in for it.
-    pub(super) async fn check_full(&self, cache: &CacheRow) -> Result<(), IngestError> {
+    /// Refuses when a cache is full, or has enough of who pushes, before anything is taken in for it.
+    pub(super) async fn check_full(
+        &self,
+        cache: &CacheRow,
+        subject: Option<&str>,
+    ) -> Result<(), IngestError> {
         // One byte more is the least that anything has.
-        self.check_room(cache, 1).await
+        let least = Filling {
+            cache: 1,
+            subject: 1,
+        };
+        self.check_room(cache, subject, least).await
     }
 
     /// Refuses a path whose NAR does not fit; returns by how much it fills the cache.
     pub(super) async fn check_quota(
         &self,
         cache: &CacheRow,
+        subject: Option<&str>,
         nar_hash: NarHash,
         file_size: u64,
-    ) -> Result<u64, IngestError> {
-        if cache.settings.quota.is_none() {
-            return Ok(0);
+    ) -> Result<Filling, IngestError> {
+        let mut filling = Filling::default();
+        if cache.settings.quota.is_some() && !self.catalog.cache_has_nar(cache.id, nar_hash).await?
+        {
+            filling.cache = file_size;
         }
-        let more = match self.catalog.cache_has_nar(cache.id, nar_hash).await? {
-            true => 0,
-            false => file_size,
-        };
-        self.check_room(cache, more).await?;
-        Ok(more)
+        if cache.settings.subject_quota.is_some()
+            && let Some(subject) = subject
+            && !self
+                .catalog
+                .subject_has_nar(cache.id, subject, nar_hash)
+                .await?
+        {
+            filling.subject = file_size;
+        }
+        self.check_room(cache, subject, filling).await?;
+        Ok(filling)
     }
 
-    async fn check_room(&self, cache: &CacheRow, more: u64) -> Result<(), IngestError> {
-        let Some(quota) = cache.settings.quota else {
-            return Ok(());
-        };
-        let held = match self.fullness.known(cache.id) {
-            Some(held) => held,
-            None => {
-                let held = self.catalog.totals(Some(cache.id)).await?.file_bytes;
-                self.fullness.set(cache.id, held);
-                held
+    async fn check_room(
+        &self,
+        cache: &CacheRow,
+        subject: Option<&str>,
+        more: Filling,
+    ) -> Result<(), IngestError> {
+        if let Some(quota) = cache.settings.quota {
+            let held = self.held((cache.id, None)).await?;
+            if held.saturating_add(more.cache) > quota {
+                return Err(IngestError::Quota {
+                    cache: cache.name.clone(),
+                    held,
+                    quota,
+                });
             }
-        };
-        match held.saturating_add(more) > quota {
-            true => Err(IngestError::Quota {
-                cache: cache.name.clone(),
-                held,
-                quota,
-            }),
-            false => Ok(()),
         }
+        if let (Some(quota), Some(subject)) = (cache.settings.subject_quota, subject) {
+            let held = self.held((cache.id, Some(subject.to_owned()))).await?;
+            if held.saturating_add(more.subject) > quota {
+                return Err(IngestError::SubjectQuota {
+                    cache: cache.name.clone(),
+                    subject: subject.to_owned(),
+                    held,
+                    quota,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn held(&self, share: Share) -> Result<u64, CatalogError> {
+        if let Some(held) = self.fullness.known(&share) {
+            return Ok(held);
+        }
+        let held = match share.1.clone() {
+            None => self.catalog.totals(Some(share.0)).await?.file_bytes,
+            Some(subject) => self.catalog.subject_bytes(share.0, subject).await?,
+        };
+        self.fullness.set(share, held);
+        Ok(held)
     }
 
     /// Notes that a path was published.
-    pub(super) fn filled(&self, cache: &CacheRow, more: u64) {
-        self.fullness.add(cache.id, more);
+    pub(super) fn filled(&self, cache: &CacheRow, subject: Option<&str>, filling: Filling) {
+        self.fullness.add(&(cache.id, None), filling.cache);
+        if let Some(subject) = subject {
+            let share = (cache.id, Some(subject.to_owned()));
+            self.fullness.add(&share, filling.subject);
+        }
     }
 }
 
@@ -126,6 +180,37 @@ pub struct Statistics {
 }
 
 impl Catalog {
+    /// Whether a path that came by this subject has the NAR.
+    async fn subject_has_nar(
+        &self,
+        cache: i64,
+        subject: &str,
+        nar_hash: NarHash,
+    ) -> Result<bool, CatalogError> {
+        let subject = subject.to_owned();
+        self.read(move |connection| {
+            connection
+                .prepare_cached(
+                    "SELECT 1 FROM paths WHERE cache = ?1 AND nar_hash = ?2 AND subject = ?3 AND state = 1",
+                )?
+                .exists(params![cache, nar_hash.as_bytes(), subject])
+        })
+        .await
+    }
+
+    /// Returns the bytes in storage of what came by a subject, each NAR counted once.
+    async fn subject_bytes(&self, cache: i64, subject: String) -> Result<u64, CatalogError> {
+        self.read(move |connection| {
+            connection
+                .prepare_cached(
+                    "SELECT coalesce(sum(file_size), 0) FROM nars WHERE nar_hash IN
+                     (SELECT nar_hash FROM paths WHERE cache = ?1 AND subject = ?2 AND state = 1)",
+                )?
+                .query_row(params![cache, subject], |row| unsigned(row, 0))
+        })
+        .await
+    }
+
     /// Returns what can be told of a cache.
     pub async fn statistics(&self, cache: i64) -> Result<Statistics, CatalogError> {
         self.read(move |connection| {

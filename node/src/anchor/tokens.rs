@@ -332,11 +332,11 @@ impl Bearer {
         }
     }
 
-    /// For the log.
-    pub fn subject(&self) -> &str {
+    /// Who it is, by the name in the token.
+    pub fn subject(&self) -> Option<&str> {
         match self {
-            Bearer::Nobody => "",
-            Bearer::Somebody(claims) => &claims.subject,
+            Bearer::Nobody => None,
+            Bearer::Somebody(claims) => Some(&claims.subject),
         }
     }
 }

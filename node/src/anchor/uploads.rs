@@ -264,7 +264,8 @@ pub async fn answer(
     body: &mut Incoming,
 ) -> Answer {
     let name = CacheName::new(cache)?;
-    let (cache, _) = anchor.cache_for(parts, &name, Permission::Push).await?;
+    let (cache, bearer) = anchor.cache_for(parts, &name, Permission::Push).await?;
+    let subject = bearer.subject();
     match (rest, &parts.method) {
         (["missing"], &Method::POST) => {
             let question: Hashes = json_body(body, MISSING_BYTES_MAX).await?;
@@ -275,7 +276,7 @@ pub async fn answer(
                 serde_json::json!({ "missing": missing }).to_string(),
             ))
         }
-        (["uploads"], &Method::POST) => begin(anchor, &cache, body).await,
+        (["uploads"], &Method::POST) => begin(anchor, &cache, subject, body).await,
         (["uploads", id], &Method::GET) => {
             anchor.revive(&cache, id).await?;
             let offset = anchor.uploads.offset(id, cache.id)?;
@@ -287,7 +288,7 @@ pub async fn answer(
                 },
             )
         }
-        (["uploads", id], &Method::PUT) => fill(anchor, parts, &cache, id, body).await,
+        (["uploads", id], &Method::PUT) => fill(anchor, parts, &cache, subject, id, body).await,
         _ => Err(Refusal::not_found("there is nothing at this address")),
     }
 }
@@ -297,7 +298,12 @@ fn told(status: StatusCode, state: &State) -> Result<::http::Response<Body>, Ref
     Ok(respond::small(status, "application/json", text))
 }
 
-async fn begin(anchor: &Arc<Anchor>, cache: &CacheRow, body: &mut Incoming) -> Answer {
+async fn begin(
+    anchor: &Arc<Anchor>,
+    cache: &CacheRow,
+    subject: Option<&str>,
+    body: &mut Incoming,
+) -> Answer {
     let begin: Begin = json_body(body, BEGIN_BYTES_MAX).await?;
     let dir = cache
         .settings
@@ -325,7 +331,8 @@ async fn begin(anchor: &Arc<Anchor>, cache: &CacheRow, body: &mut Incoming) -> A
         if known.nar_hash == narinfo.nar_hash
             && let Some(stored) = anchor.catalog.nar(known.nar_hash).await?
         {
-            anchor.describe(cache, narinfo, stored).await?;
+            let subject = subject.map(str::to_owned);
+            anchor.describe(cache, narinfo, stored, subject).await?;
         }
         let published = Some("Known".to_owned());
         return told(
@@ -336,7 +343,7 @@ async fn begin(anchor: &Arc<Anchor>, cache: &CacheRow, body: &mut Incoming) -> A
             },
         );
     }
-    anchor.check_full(cache).await?;
+    anchor.check_full(cache, subject).await?;
     anchor.check_claims(cache, &narinfo).await?;
     let mut random = [0; ID_BYTES];
     getrandom::fill(&mut random)
@@ -374,6 +381,7 @@ async fn fill(
     anchor: &Arc<Anchor>,
     parts: &Parts,
     cache: &CacheRow,
+    subject: Option<&str>,
     id: &str,
     body: &mut Incoming,
 ) -> Answer {
@@ -400,7 +408,7 @@ async fn fill(
         Stage::Complete(taken) => {
             // Its bytes are here, so nothing but the end of an empty body can come.
             small_body(body, EMPTY_BYTES_MAX).await?;
-            return publish(anchor, cache, id, narinfo, taken).await;
+            return publish(anchor, cache, subject, id, narinfo, taken).await;
         }
     };
     // Should this request be given up by hyper, the upload goes with it.
@@ -438,7 +446,7 @@ async fn fill(
     let complete = Stage::Complete(taken.clone());
     anchor.uploads.put_back(id, complete);
     forget.how = |_, _| {};
-    publish(anchor, cache, id, narinfo, taken).await
+    publish(anchor, cache, subject, id, narinfo, taken).await
 }
 
 /// Publishes an upload that is complete. When that fails through no fault of its sender, it is kept, so that
@@ -446,14 +454,16 @@ async fn fill(
 async fn publish(
     anchor: &Arc<Anchor>,
     cache: &CacheRow,
+    subject: Option<&str>,
     id: &str,
     narinfo: NarInfo,
     taken: Arc<Taken>,
 ) -> Answer {
+    let subject = subject.map(str::to_owned);
     let (publishing, cache, id) = (anchor.clone(), cache.clone(), id.to_owned());
     // Its file stays until this is over, whether or not the request does.
     let published = to_its_end(async move {
-        let published = publishing.publish(&cache, narinfo, taken).await;
+        let published = publishing.publish(&cache, narinfo, taken, subject).await;
         let may_succeed = match &published {
             // What was only hashed is not here any more, and has to be sent after all.
             Err(IngestError::Intake(_)) | Ok(_) => false,

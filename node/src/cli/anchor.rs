@@ -159,6 +159,9 @@ struct Settings {
     /// What it may have in storage, beyond which pushes are refused: 250GB, or `none`.
     #[arg(long, value_parser = size_limit)]
     quota: Option<SizeLimit>,
+    /// What each token subject may have pushed of that, beyond which its pushes are refused: 20GB, or `none`.
+    #[arg(long, value_parser = size_limit)]
+    subject_quota: Option<SizeLimit>,
 }
 
 /// Bytes in storage; `None` for no limit.
@@ -217,6 +220,7 @@ impl Settings {
             retention: self.retention.map(|Retention(seconds)| seconds),
             size_cap: self.size_cap.map(|SizeLimit(bytes)| bytes),
             quota: self.quota.map(|SizeLimit(bytes)| bytes),
+            subject_quota: self.subject_quota.map(|SizeLimit(bytes)| bytes),
             ..Changes::default()
         }
     }
@@ -499,6 +503,10 @@ fn info(cache: &CacheRow, statistics: &Statistics, server: &str, now: u64) -> St
                 human_bytes(bytes)
             ));
         }
+    }
+    if let Some(bytes) = settings.subject_quota {
+        let bytes = human_bytes(bytes);
+        text.push_str(&format!("  subject quota     {bytes} for each\n"));
     }
     text.push_str(&format!("  paths             {}\n", statistics.paths));
     if statistics.damaged_paths > 0 {

@@ -334,6 +334,7 @@ async fn a_build_that_was_put_right_while_another_was_described_stays() {
         references: vec![second.hash().parse().unwrap()],
         nar,
         is_complete: true,
+        subject: None,
         now: 1,
     };
     let begun = catalog.begin_path(new(second.nar_hash())).await.unwrap();

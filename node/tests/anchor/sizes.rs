@@ -193,6 +193,73 @@ async fn a_full_cache_refuses_every_kind_of_push_with_the_reason_until_there_is_
     assert_eq!(rig.upload(&token, "main", &second).status, 200);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn one_subject_that_has_enough_is_refused_and_others_are_not() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    rig.cache("other", true).await;
+    let token = rig.token(&[("*", &[Pull, Push])]).await;
+    let elsewhere = {
+        let mut claims = crate::rig::claims(&[("*", &[Pull, Push])]);
+        claims.subject = "somebody else".to_owned();
+        claims.mint(&granary::anchor::tokens::token_key(&rig.state()).unwrap())
+    };
+    let samples: Vec<_> = (1..=5).map(|number| Sample::new(number, 50_000)).collect();
+    assert_eq!(rig.upload(&elsewhere, "main", &samples[0]).status, 200);
+    assert_eq!(rig.upload(&token, "main", &samples[1]).status, 200);
+    let held = stored(&rig, "main").await / 2;
+    let quota = Changes {
+        subject_quota: Some(Some(held + held / 2)),
+        ..Changes::default()
+    };
+    configure(&rig, "main", quota).await;
+    let refused = |token: &str, sample: &Sample| {
+        let answer = rig.upload(token, "main", sample);
+        (
+            answer.status,
+            answer.text().contains("that \\\"tester\\\" pushed"),
+        )
+    };
+    assert_eq!(refused(&token, &samples[2]), (413, true));
+    // What is here costs nothing, and was another's.
+    assert_eq!(rig.upload(&token, "main", &samples[0]).status, 200);
+    assert_eq!(rig.upload(&token, "main", &samples[1]).status, 200);
+    assert_eq!(rig.upload(&token, "other", &samples[2]).status, 200);
+    // The same NAR under another name neither.
+    let mut again = Sample::new(6, 0);
+    again.nar = samples[1].nar.clone();
+    assert_eq!(rig.upload(&token, "main", &again).status, 200);
+    let full = Changes {
+        subject_quota: Some(Some(held)),
+        ..Changes::default()
+    };
+    configure(&rig, "main", full).await;
+    let authorization = bearer(&token);
+    let put = rig.ask(
+        "PUT",
+        &format!("/main/nar/{}.nar", samples[3].nar_hash().nix32()),
+        &[("Authorization", &authorization)],
+        &samples[3].nar,
+    );
+    assert_eq!((put.status, put.error().as_str()), (413, "QuotaExceeded"));
+
+    // Room is made, and noticed at once.
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    let row = anchor.catalog.cache(&"main".parse().unwrap()).await;
+    let row = row.unwrap().unwrap();
+    for sample in [&samples[1], &again] {
+        let hash = sample.hash().parse().unwrap();
+        assert!(anchor.remove_path(&row, hash).await.unwrap());
+    }
+    let enough = Changes {
+        subject_quota: Some(Some(held + held / 2)),
+        ..Changes::default()
+    };
+    configure(&rig, "main", enough).await;
+    assert_eq!(rig.upload(&token, "main", &samples[3]).status, 200);
+    assert_eq!(refused(&token, &samples[4]), (413, true));
+}
+
 #[test]
 fn the_command_line_sets_limits_and_tells_how_full_a_cache_is() {
     let place = Place::new();
@@ -205,10 +272,16 @@ fn the_command_line_sets_limits_and_tells_how_full_a_cache_is() {
         "2GB",
         "--size-cap",
         "1GB",
+        "--subject-quota",
+        "1GB",
     ]);
     let info = place.run(&["cache", "info", "team"]);
     assert!(
         info.contains("quota             1.9 GiB, 0 % of it in use"),
+        "{info}"
+    );
+    assert!(
+        info.contains("subject quota     953.7 MiB for each"),
         "{info}"
     );
     let json = place.run(&["cache", "info", "team", "--json"]);
@@ -229,6 +302,8 @@ fn the_command_line_sets_limits_and_tells_how_full_a_cache_is() {
         "--quota",
         "none",
         "--size-cap",
+        "none",
+        "--subject-quota",
         "none",
     ]);
     let info = place.run(&["cache", "info", "team"]);
