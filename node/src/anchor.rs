@@ -45,7 +45,10 @@ pub mod admin;
 pub mod counts;
 pub mod health;
 pub mod tls;
+pub mod accesses;
+pub mod sessions;
 pub mod http;
+pub mod page;
 pub mod read;
 pub mod put;
 pub mod attic;
@@ -167,6 +170,8 @@ pub struct Anchor {
     counts: counts::Counts,
     fullness: sizes::Fullness,
     health: health::Health,
+    accesses: accesses::Accesses,
+    sessions: sessions::Sessions,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -227,6 +232,8 @@ impl Anchor {
             counts: counts::Counts::default(),
             fullness: sizes::Fullness::default(),
             health: health::Health::default(),
+            accesses: accesses::Accesses::default(),
+            sessions: sessions::Sessions::default(),
         }))
     }
 

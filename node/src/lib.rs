@@ -11,6 +11,7 @@ pub mod authority;
 pub mod loopback_key;
 pub mod listener;
 pub mod supervisor;
+pub mod page;
 pub mod store;
 pub mod config;
 pub mod index;

@@ -20,6 +20,7 @@ use serde::{Deserialize, Serialize};
 use crate::activity::{Activity, LookupView, TransferView};
 use crate::mesh::MeshHandle;
 use crate::metrics::{Gauges, Metrics, UploadGauges};
+pub use crate::page::human_bytes;
 use crate::store::LocalStore;
 use crate::store::shared::SharingRules;
 use crate::upload;
@@ -650,22 +651,6 @@ impl fmt::Display for Why {
     }
 }
 
-/// Bytes for a person: three digits and a binary unit.
-pub fn human_bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut number = bytes as f64;
-    let mut unit = 0;
-    while number >= 1000.0 && unit + 1 < UNITS.len() {
-        number /= 1024.0;
-        unit += 1;
-    }
-    if unit == 0 {
-        format!("{bytes} B")
-    } else {
-        format!("{number:.1} {}", UNITS[unit])
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -687,13 +672,5 @@ mod tests {
         }
         assert_eq!(hash_of("/nix/store", &StoreDir::default()), None);
         assert_eq!(hash_of("hello", &StoreDir::default()), None);
-    }
-
-    #[test]
-    fn bytes_are_readable() {
-        assert_eq!(human_bytes(0), "0 B");
-        assert_eq!(human_bytes(999), "999 B");
-        assert_eq!(human_bytes(1024), "1.0 KiB");
-        assert_eq!(human_bytes(5 * 1024 * 1024 * 1024), "5.0 GiB");
     }
 }

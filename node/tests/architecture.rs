@@ -24,6 +24,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("state_folder", &[]),
     ("authority", &[]),
     ("loopback_key", &["secret", "state_folder"]),
+    // What a browser is shown, of a node and of an anchor.
+    ("page", &[]),
     // What a person hides is a file of the state folder. Signatures by the loopback key are shown to nobody.
     ("store", &["state_folder", "loopback_key"]),
     // Where a machine joined is a file of the state folder. A daemon is told in which form to log.
@@ -60,7 +62,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("upload", &["store", "clock", "secret", "authority"]),
     (
         "status",
-        &["mesh", "store", "metrics", "activity", "upload"],
+        &["page", "mesh", "store", "metrics", "activity", "upload"],
     ),
     (
         "substituter",
@@ -80,9 +82,9 @@ const EDGES: &[(&str, &[&str])] = &[
             "upload",
         ],
     ),
-    // The durable role knows its own files, how answers and ranges are written, numbers for Prometheus, and
-    // which files may hold a secret.
-    ("anchor", &["serve", "metrics", "secret"]),
+    // The durable role knows its own files, how answers, ranges and pages are written, numbers for Prometheus,
+    // and which files may hold a secret.
+    ("anchor", &["page", "serve", "metrics", "secret"]),
     ("nix_conf", &[]),
     // The daemon wires everything, and only the command line and the demo start one.
     (

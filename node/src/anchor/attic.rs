@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use super::admin::Changes;
 use super::cache::CacheName;
 use super::catalog::CacheRow;
-use super::http::{Answer, IsSecure, Refusal, empty, json_body};
+use super::http::{Answer, Refusal, empty, is_secure, json_body};
 use super::ingest::{IngestError, Outcome};
 use super::intake::{Encoding, Intake};
 use super::read::parse_hashes;
@@ -156,17 +156,9 @@ fn endpoint(parts: &Parts) -> Result<String, Refusal> {
     let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-._:[]".contains(&byte);
     match host {
         Some(host) if !host.is_empty() && host.bytes().all(is_allowed) => {
-            let is_secure = parts.extensions.get::<IsSecure>();
-            let is_secure = is_secure.is_some_and(|IsSecure(is_secure)| *is_secure);
-            // What stands before us may speak TLS for us.
-            let scheme = match parts
-                .headers
-                .get("x-forwarded-proto")
-                .map(|value| value.as_bytes())
-            {
-                Some(b"https") => "https",
-                _ if is_secure => "https",
-                _ => "http",
+            let scheme = match is_secure(parts) {
+                true => "https",
+                false => "http",
             };
             Ok(format!("{scheme}://{host}/"))
         }

@@ -30,6 +30,7 @@ use super::cache::CacheName;
 use super::catalog::{CatalogError, Totals};
 use super::gc::Collection;
 use super::http::{Answer, Refusal};
+use super::page::Collected;
 use super::tokens::{Bearer, Denied};
 use crate::metrics::{Counter, Exposition};
 use crate::serve::respond;
@@ -62,6 +63,8 @@ pub struct Counts {
     collected_paths: Counter,
     collected_nars: Counter,
     collected_bytes: Counter,
+    /// When the last one was, and what came of it.
+    last_collection: Mutex<Option<(Instant, Collected)>>,
     pub scrubbed_nars: Counter,
     pub scrub_damaged: Counter,
     pub scrub_unread: Counter,
@@ -71,11 +74,11 @@ pub struct Counts {
 
 /// What there is: of each cache, and of all.
 #[derive(Clone, Default)]
-struct Sizes {
-    caches: BTreeMap<CacheName, Totals>,
-    storage_nars: u64,
-    storage_bytes: u64,
-    damaged_nars: u64,
+pub(super) struct Sizes {
+    pub caches: BTreeMap<CacheName, Totals>,
+    pub storage_nars: u64,
+    pub storage_bytes: u64,
+    pub damaged_nars: u64,
 }
 
 /// What is learned about a request on the way to its answer, for the log; among its extensions.
@@ -85,7 +88,7 @@ pub struct Noted(Arc<Facts>);
 #[derive(Default)]
 struct Facts {
     subject: OnceLock<String>,
-    cache: OnceLock<Arc<CacheCounts>>,
+    cache: OnceLock<(CacheName, Arc<CacheCounts>)>,
 }
 
 impl Noted {
@@ -100,7 +103,12 @@ impl Noted {
 
     /// The cache that was asked, if the asker may know it.
     pub fn cache(&self) -> Option<&CacheCounts> {
-        self.0.cache.get().map(AsRef::as_ref)
+        self.0.cache.get().map(|(_, counts)| counts.as_ref())
+    }
+
+    /// Its name.
+    pub fn cache_name(&self) -> Option<&CacheName> {
+        self.0.cache.get().map(|(name, _)| name)
     }
 }
 
@@ -120,17 +128,51 @@ impl Counts {
     }
 
     /// What came of a collection.
-    pub fn collected<E>(&self, outcome: &Result<Collection, E>) {
-        match outcome {
+    pub fn collected<E: std::fmt::Display>(&self, outcome: &Result<Collection, E>) {
+        let last = match outcome {
             Ok(done) => {
                 let paths: usize = done.caches.iter().map(|expired| expired.paths.len()).sum();
+                let paths = paths as u64;
                 self.collections.add(1);
-                self.collected_paths.add(paths as u64);
+                self.collected_paths.add(paths);
                 self.collected_nars.add(done.nars);
                 self.collected_bytes.add(done.nar_file_bytes);
+                let refused = done.caches.iter().filter_map(|one| one.refused.clone());
+                Collected {
+                    paths,
+                    nars: done.nars,
+                    file_bytes: done.nar_file_bytes,
+                    waiting: done.waiting,
+                    refused: refused.collect(),
+                    ..Collected::default()
+                }
             }
-            Err(_) => self.collections_failed.add(1),
-        }
+            Err(error) => {
+                self.collections_failed.add(1);
+                Collected {
+                    refused: vec![error.to_string()],
+                    ..Collected::default()
+                }
+            }
+        };
+        let mut known = self
+            .last_collection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *known = Some((Instant::now(), last));
+    }
+
+    /// The last collection since the start.
+    pub fn last_collection(&self) -> Option<Collected> {
+        let known = self
+            .last_collection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let (at, last) = known.as_ref()?;
+        Some(Collected {
+            seconds_ago: at.elapsed().as_secs(),
+            ..last.clone()
+        })
     }
 
     fn exposition(&self, sizes: &Sizes) -> String {
@@ -307,11 +349,11 @@ impl Anchor {
     /// Notes which cache a request is about; only one that the asker may know.
     pub(super) fn note_cache(&self, parts: &Parts, cache: &CacheName) {
         if let Some(Noted(facts)) = Noted::of(parts) {
-            let _ = facts.cache.set(self.counts.of(cache));
+            let _ = facts.cache.set((cache.clone(), self.counts.of(cache)));
         }
     }
 
-    async fn sizes(&self) -> Result<Sizes, CatalogError> {
+    pub(super) async fn sizes(&self) -> Result<Sizes, CatalogError> {
         let mut known = self.counts.sizes.lock().await;
         if let Some((at, sizes)) = known.as_ref()
             && at.elapsed() < TOTALS_INTERVAL

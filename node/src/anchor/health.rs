@@ -66,27 +66,37 @@ pub async fn answer(anchor: &Arc<Anchor>) -> Answer {
 }
 
 async fn answer_within(anchor: &Arc<Anchor>, timeout: Duration) -> Answer {
-    let unwell =
-        |message: String| Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "InternalError", message);
-    match tokio::time::timeout(timeout, probe(anchor)).await {
-        Ok(Ok(())) => Ok(respond::small(
+    match problem(anchor, timeout).await {
+        None => Ok(respond::small(
             StatusCode::OK,
             "text/plain; charset=utf-8",
             "ok\n",
         )),
+        Some(problem) => Err(Refusal::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "InternalError",
+            problem,
+        )),
+    }
+}
+
+/// What is wrong, in words for whoever may ask; the log has the rest.
+pub async fn problem(anchor: &Arc<Anchor>, timeout: Duration) -> Option<String> {
+    match tokio::time::timeout(timeout, probe(anchor)).await {
+        Ok(Ok(())) => None,
         Ok(Err(problem @ ProbeError::Full { .. })) => {
             error!(spool = %anchor.spool.display(), %problem, "nothing can be taken in");
-            Err(unwell("the disk of the spool is full".to_owned()))
+            Some("the disk of the spool is full".to_owned())
         }
         Ok(Err(problem)) => {
             error!(storage = anchor.storage.location(), %problem, "storage or catalog is not well");
-            Err(unwell("storage or catalog failed, see the log".to_owned()))
+            Some("storage or catalog failed, see the log".to_owned())
         }
         Err(_) => {
             warn!(?timeout, "storage or catalog did not answer");
-            Err(unwell(format!(
+            Some(format!(
                 "storage or catalog did not answer within {timeout:?}"
-            )))
+            ))
         }
     }
 }

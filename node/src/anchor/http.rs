@@ -1,6 +1,7 @@
 //! The anchor's HTTP: connections, routes, and every refusal.
 //!
 //! ```text
+//! GET    /; POST /login  /logout                                                             page.rs
 //! GET    /health  /metrics                                                                    health.rs, counts.rs
 //! GET    /<cache>/nix-cache-info  /<cache>/<hash>.narinfo  /<cache>/nar/…  /<cache>/log/… …   read.rs
 //! PUT    the same                                                                             put.rs
@@ -42,6 +43,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, error, info, warn};
 use zeroize::Zeroizing;
 
+use super::accesses::Access;
 use super::admin::AdminError;
 use super::cache::{CacheName, CacheNameError, KeysError};
 use super::catalog::{CacheRow, CatalogError};
@@ -50,7 +52,7 @@ use super::ingest::IngestError;
 use super::object_store::StorageError;
 use super::tls::{HTTP_2, Tls};
 use super::tokens::{Bearer, Denied};
-use super::{Anchor, attic, counts, health, put, read, scrub, to_its_end, uploads};
+use super::{Anchor, attic, counts, health, page, put, read, scrub, to_its_end, uploads};
 use crate::serve::{
     self,
     respond::{self, Body},
@@ -314,6 +316,13 @@ pub async fn accept(
 #[derive(Debug, Clone, Copy)]
 pub struct IsSecure(pub bool);
 
+/// Whether the client speaks TLS, to us or to what stands before us.
+pub(super) fn is_secure(parts: &Parts) -> bool {
+    let forwarded = parts.headers.get("x-forwarded-proto");
+    let own = parts.extensions.get::<IsSecure>();
+    forwarded.is_some_and(|value| value == "https") || own.is_some_and(|IsSecure(own)| *own)
+}
+
 /// Who is at the other end of a connection.
 #[derive(Clone)]
 struct Client {
@@ -458,6 +467,17 @@ async fn answer(
     if parts.method == Method::HEAD {
         *response.body_mut() = Body::default();
     }
+    if let Some(cache) = noted.cache_name() {
+        anchor.accesses.note(Access {
+            cache: cache.clone(),
+            method: parts.method.to_string(),
+            path: parts.uri.path().to_owned(),
+            status: response.status().as_u16(),
+            subject: noted.subject().map(str::to_owned),
+            elapsed_ms: started.elapsed().as_millis() as u64,
+            at: started,
+        });
+    }
     info!(
         target: "granary::access",
         %peer, method = %parts.method, path = parts.uri.path(), status = response.status().as_u16(),
@@ -514,11 +534,9 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
     let segments: Vec<&str> = parts.uri.path().split('/').skip(1).collect();
     let is_get = matches!(parts.method, Method::GET | Method::HEAD);
     match segments.as_slice() {
-        [""] if is_get => Ok(respond::small(
-            StatusCode::OK,
-            "text/plain; charset=utf-8",
-            GREETING,
-        )),
+        [""] if is_get => page::answer(anchor, parts).await,
+        ["login"] if parts.method == Method::POST => page::log_in(anchor, parts, body).await,
+        ["logout"] if parts.method == Method::POST => page::log_out(anchor, parts),
         ["health"] if is_get => health::answer(anchor).await,
         ["metrics"] if is_get => counts::answer(anchor, parts).await,
         ["_api", "v1", rest @ ..] => attic::answer(anchor, parts, rest, body).await,
@@ -555,8 +573,6 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
         )),
     }
 }
-
-const GREETING: &str = "This is a Granary anchor. Its caches are at /<cache>/.\n";
 
 /// A name that cannot be is as absent as one that is not.
 fn cache_name(name: &str) -> Result<CacheName, Refusal> {

@@ -190,11 +190,19 @@ impl Tokens {
     /// # Errors
     /// For a token that does not count. No token at all is [`Bearer::Nobody`].
     pub async fn bearer(&self, headers: &HeaderMap, now: UnixTime) -> Result<Bearer, Denied> {
-        let Some(text) = token_in(headers)? else {
-            return Ok(Bearer::Nobody);
-        };
+        match token_in(headers)? {
+            None => Ok(Bearer::Nobody),
+            Some(text) => Ok(Bearer::Somebody(self.prove(&text, now).await?)),
+        }
+    }
+
+    /// Reads and proves a token.
+    ///
+    /// # Errors
+    /// For one that does not count.
+    pub async fn prove(&self, text: &str, now: UnixTime) -> Result<Claims, Denied> {
         let invalid = |error: TokenError| Denied::TokenInvalid(error.to_string());
-        let token = Token::parse(&text).map_err(invalid)?;
+        let token = Token::parse(text).map_err(invalid)?;
         if !self.is_genuine(&token) {
             return Err(Denied::TokenInvalid(
                 "its signature does not verify with a key of this anchor".to_owned(),
@@ -205,10 +213,10 @@ impl Tokens {
             Err(Untimely::Expired) => return Err(Denied::TokenExpired),
             Err(Untimely::Early) => return Err(Denied::TokenEarly),
         }
-        if self.is_revoked(revocation_id(&token.claims, &text)).await? {
+        if self.is_revoked(revocation_id(&token.claims, text)).await? {
             return Err(Denied::TokenRevoked);
         }
-        Ok(Bearer::Somebody(token.claims))
+        Ok(token.claims)
     }
 
     /// Notes a token that was made, so that it can be listed and revoked.

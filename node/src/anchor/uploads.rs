@@ -40,6 +40,7 @@ use super::catalog::CacheRow;
 use super::http::{Answer, Refusal, json_body, small_body};
 use super::ingest::{IngestError, Outcome};
 use super::intake::{Encoding, Intake, IntakeError, Taken};
+use super::page::UploadView;
 use super::read::parse_hashes;
 use super::{Anchor, to_its_end};
 use crate::serve::respond::{self, Body};
@@ -140,6 +141,22 @@ impl Uploads {
             is_closing: AtomicBool::new(false),
             reviving: Arc::default(),
         }
+    }
+
+    /// What is not complete, with the number of its cache.
+    pub fn views(&self) -> Vec<(i64, UploadView)> {
+        let uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let view = |upload: &Upload| {
+            let view = UploadView {
+                cache: String::new(),
+                path: upload.narinfo.store_path.to_string(),
+                bytes: upload.stage.offset(upload.narinfo.nar_size),
+                nar_size: upload.narinfo.nar_size,
+                seconds_ago: upload.touched.elapsed().as_secs(),
+            };
+            (upload.cache, view)
+        };
+        uploads.values().map(view).collect()
     }
 
     /// Says that the anchor is ending.

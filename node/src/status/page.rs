@@ -1,41 +1,19 @@
 //! The status page: a [`Report`] as HTML, for a browser on this machine.
 //!
-//! Written whole by the node; a little script asks for it again every two seconds and puts what
-//! changed in its place. Everything in it that others chose (names, addresses, messages) is text to
-//! maud, which escapes it. The policy allows the one style and the one script that stand here, by
-//! their hashes, and requests to this endpoint alone.
+//! Its frame, style, script and policy are those of every page ([`crate::page`]).
 
-use std::sync::LazyLock;
-
-use data_encoding::BASE64;
 use granary_protocol::certificate::UnixTime;
-use granary_protocol::hash::sha256;
-use maud::{DOCTYPE, Markup, PreEscaped, html};
+use maud::{Markup, html};
 
 use super::{Answers, Cache, Peer, Report, Why, human_bytes};
 use crate::activity::{LookupView, TransferView};
-
-const STYLE: &str = include_str!("page.css");
-const SCRIPT: &str = include_str!("page.js");
+use crate::page::Frame;
+pub use crate::page::policy;
 
 const SECONDS_PER_DAY: u64 = 86_400;
 
 /// A certificate that ends within so many days is shown as trouble.
 const CERTIFICATE_WARNING_DAYS: u64 = 3;
-
-/// The value of `Content-Security-Policy` for these pages.
-pub fn policy() -> &'static str {
-    static POLICY: LazyLock<String> = LazyLock::new(|| {
-        let hash = |text: &str| BASE64.encode(&sha256(text.as_bytes()));
-        format!(
-            "default-src 'none'; style-src 'sha256-{}'; script-src 'sha256-{}'; connect-src 'self'; \
-             img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
-            hash(STYLE),
-            hash(SCRIPT)
-        )
-    });
-    &POLICY
-}
 
 /// The page while the store is not open.
 pub fn starting() -> String {
@@ -45,7 +23,7 @@ pub fn starting() -> String {
             p { "The store is not open yet. Nix hears that nothing is here, and goes on." }
         }
     };
-    whole("starting", section, renewal())
+    whole("starting", &section, true)
 }
 
 /// The page about a running node; `now` is for how long the certificate lasts.
@@ -65,7 +43,7 @@ pub fn page(report: &Report, now: UnixTime) -> String {
         (caches(report))
         (lookups(&report.lookups))
     };
-    whole(name, sections, renewal())
+    whole(name, &sections, true)
 }
 
 /// The page that explains the answer about one path; `None` when the text names none.
@@ -99,39 +77,19 @@ pub fn why(asked: &str, why: Option<&Why>) -> String {
             p { a href="/" { "Back to the node" } }
         }
     };
-    whole("why", section, html! {})
+    // Not renewed, which would ask the mesh again each time.
+    whole("why", &section, false)
 }
 
-/// Renews the page; not for an explanation, which would ask the mesh again each time.
-fn renewal() -> Markup {
-    html! { script { (PreEscaped(SCRIPT)) } }
-}
-
-fn whole(title: &str, sections: Markup, renewal: Markup) -> String {
-    html! {
-        (DOCTYPE)
-        html lang="en" {
-            head {
-                meta charset="utf-8";
-                meta name="viewport" content="width=device-width, initial-scale=1";
-                // Without it a browser asks for /favicon.ico.
-                link rel="icon" href="data:,";
-                title { "Granary: " (title) }
-                style { (PreEscaped(STYLE)) }
-            }
-            body {
-                header {
-                    h1 { a href="/" { "Granary" } }
-                    span.dim { (title) }
-                }
-                p #away role="status" hidden { "The node does not answer. What stands here is old." }
-                main { (sections) }
-                footer { "The same for scripts: " a href="/api/v1/status" { "JSON" } ", " a href="/metrics" { "metrics" } "." }
-                (renewal)
-            }
-        }
-    }
-    .into_string()
+fn whole(title: &str, sections: &Markup, is_renewed: bool) -> String {
+    let frame = Frame {
+        title,
+        role: "node",
+        aside: html! {},
+        footer: html! { "The same for scripts: " a href="/api/v1/status" { "JSON" } ", " a href="/metrics" { "metrics" } "." },
+        is_renewed,
+    };
+    frame.around(sections)
 }
 
 fn trouble(report: &Report, now: UnixTime) -> Markup {
@@ -209,7 +167,10 @@ fn node(report: &Report, now: UnixTime) -> Markup {
                         dt { "Mesh" } dd { code { (mesh.key) } }
                         @if let Some(certificate) = &mesh.certificate {
                             dt { "Member" }
-                            dd { "as " strong { (certificate.name) } " (" (certificate.permissions) "), for " (days(certificate.expires, now)) " more days" }
+                            dd {
+                                "as " strong { (certificate.name) } " (" (certificate.permissions) "), "
+                                @if certificate.expires <= now.0 { span.bad { "until it expired" } } @else { "for " (days(certificate.expires, now)) " more days" }
+                            }
                         }
                     },
                 }
@@ -330,7 +291,7 @@ fn caches(report: &Report) -> Markup {
         @if !report.caches.is_empty() || report.upload.is_some() {
             section #caches.wide {
                 h2 { "Anchors and upstreams" }
-                @if !report.caches.is_empty() { div.scroll tabindex="0" { table { @for cache in &report.caches { (row(cache)) } } } }
+                @if !report.caches.is_empty() { div.scroll tabindex="0" role="region" aria-label="Anchors and upstreams" { table { @for cache in &report.caches { (row(cache)) } } } }
                 @if let Some(upload) = &report.upload {
                     p {
                         (upload.paths_waiting) " paths (" (human_bytes(upload.bytes_waiting)) ") wait for " code { (upload.cache) } "; "

@@ -4,6 +4,9 @@
 
 mod access;
 mod attic;
+#[path = "../shared/browser.rs"]
+#[allow(dead_code, reason = "each page is visited in its own way")]
+mod browser;
 mod ci;
 mod collection;
 mod command;
@@ -15,6 +18,9 @@ mod memory;
 mod hostile;
 mod import;
 mod nix;
+mod page;
+#[path = "../shared/pages.rs"]
+mod pages;
 mod pushing;
 mod queue;
 mod reading;

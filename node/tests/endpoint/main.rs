@@ -6,6 +6,9 @@
 
 mod answers;
 mod bounds;
+#[path = "../shared/browser.rs"]
+#[allow(dead_code, reason = "each page is visited in its own way")]
+mod browser;
 mod client;
 mod conformance;
 #[path = "../shared/exposition.rs"]
@@ -13,6 +16,8 @@ mod conformance;
 mod exposition;
 mod faults;
 mod page;
+#[path = "../shared/pages.rs"]
+mod pages;
 mod machine;
 mod process;
 mod proxy;

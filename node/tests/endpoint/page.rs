@@ -3,17 +3,16 @@
 //!
 //! `GRANARY_SCREENSHOTS=folder` keeps pictures of every state, light, dark and narrow, to be looked at.
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use granary::status::{Report, Why, page};
 use granary_protocol::certificate::UnixTime;
 use serde_json::{Value, json};
 
+use crate::browser::Browser;
 use crate::machine::{Machine, SMALL_BYTES};
+use crate::pages::Pages;
 
 /// What the clock reads while a page is written.
 const NOW: UnixTime = UnixTime(1_800_000_000);
@@ -48,62 +47,6 @@ fn dom(url: &str) -> String {
     let (dom, errors) = chromium(&["--dump-dom"], url);
     assert!(!errors.contains("CONSOLE"), "{errors}");
     dom
-}
-
-/// Answers `/` with one page after another, the last for ever; counts requests for anything else.
-struct Pages {
-    address: SocketAddr,
-    elsewhere: Arc<AtomicUsize>,
-    is_away: Arc<AtomicBool>,
-}
-
-impl Pages {
-    fn new(pages: Vec<String>) -> Pages {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let served = Pages {
-            address: listener.local_addr().unwrap(),
-            elsewhere: Arc::default(),
-            is_away: Arc::default(),
-        };
-        let (elsewhere, is_away) = (served.elsewhere.clone(), served.is_away.clone());
-        std::thread::spawn(move || {
-            let mut rounds = 0;
-            for socket in listener.incoming() {
-                let Ok(mut socket) = socket else { return };
-                let mut lines = BufReader::new(&socket).lines().map_while(Result::ok);
-                // A connection that a browser opens ahead and closes unused says nothing.
-                let Some(request) = lines.next() else {
-                    continue;
-                };
-                for line in lines.by_ref() {
-                    if line.is_empty() {
-                        break;
-                    }
-                }
-                if request.split(' ').nth(1) != Some("/") {
-                    elsewhere.fetch_add(1, Ordering::Relaxed);
-                    continue;
-                }
-                if rounds > 0 && is_away.load(Ordering::Relaxed) {
-                    // The connection is cut without an answer.
-                    continue;
-                }
-                let page = &pages[rounds.min(pages.len() - 1)];
-                rounds += 1;
-                let _ = write!(
-                    socket,
-                    "HTTP/1.1 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Security-Policy: {}\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{page}",
-                    page::policy(),
-                    page.len(),
-                );
-            }
-        });
-        served
-    }
-
-    fn url(&self) -> String {
-        format!("http://{}/", self.address)
-    }
 }
 
 /// A report of a node that has nothing and nobody.
@@ -177,6 +120,8 @@ fn render(report: Value) -> String {
 
 #[test]
 fn a_browser_shows_what_a_person_looks_for() {
+    let folder = std::env::var_os("GRANARY_SCREENSHOTS");
+    let mut browser = Browser::new();
     for (name, report, expected) in [
         (
             "empty",
@@ -195,7 +140,6 @@ fn a_browser_shows_what_a_person_looks_for() {
                 "laptop",
                 "desk",
                 "linked",
-                "110.0",
                 "104.9 MiB/s",
                 "4.7 GiB",
                 "linux-6.18",
@@ -220,35 +164,40 @@ fn a_browser_shows_what_a_person_looks_for() {
         ),
     ] {
         let pages = Pages::new(vec![render(report)]);
-        let dom = dom(&pages.url());
-        for text in expected.iter().filter(|text| **text != "110.0") {
-            assert!(dom.contains(text), "{name}: no {text:?} in {dom}");
-        }
-        assert_eq!(dom.contains("id=\"trouble\""), name == "failing", "{name}");
-        assert!(
-            dom.contains("hidden=\"\""),
-            "{name} says that the node is away"
-        );
-        assert_eq!(pages.elsewhere.load(Ordering::Relaxed), 0, "{name}");
-        if let Ok(folder) = std::env::var("GRANARY_SCREENSHOTS") {
-            for (look, options) in [
-                ("light", &["--window-size=1200,1300"][..]),
-                (
-                    "dark",
-                    &[
-                        "--window-size=1200,1300",
-                        "--blink-settings=preferredColorScheme=0",
-                    ][..],
-                ),
-                ("narrow", &["--window-size=500,2400"][..]),
-            ] {
-                let file = format!("--screenshot={folder}/{name}-{look}.png");
-                let mut arguments = options.to_vec();
-                arguments.push(&file);
-                chromium(&arguments, &pages.url());
+        for (look, width, is_dark) in [
+            ("light", 1200, false),
+            ("dark", 1200, true),
+            ("phone", 360, false),
+        ] {
+            browser.look(width, 900, is_dark);
+            browser.open(&pages.url());
+            let shown = browser.text();
+            for text in expected {
+                assert!(
+                    shown.contains(text),
+                    "{name} {look}: no {text:?} in {shown}"
+                );
+            }
+            let trouble = browser.value("!!document.getElementById('trouble')");
+            assert_eq!(trouble, name == "failing", "{name}");
+            let is_silent = browser.value("document.getElementById('away').hidden");
+            assert_eq!(is_silent, true, "{name} says that the node is away");
+            assert!(
+                !browser.is_too_wide(),
+                "{name} {look} is wider than its window"
+            );
+            if let Some(folder) = &folder {
+                browser.picture(&Path::new(folder).join(format!("node-{name}-{look}.png")));
             }
         }
+        let walked = browser.walk();
+        assert!(
+            walked.len() >= 4 && walked.contains(&"Why?".to_owned()),
+            "{walked:?}"
+        );
+        assert_eq!(pages.elsewhere(), 0, "{name}");
     }
+    assert!(browser.complaints.is_empty(), "{:?}", browser.complaints);
 }
 
 #[test]
@@ -256,7 +205,7 @@ fn a_page_renews_itself_and_says_when_the_node_is_away() {
     let pages = Pages::new(vec![render(empty()), render(busy())]);
     assert!(dom(&pages.url()).contains("hello-2.12"));
     let pages = Pages::new(vec![render(busy())]);
-    pages.is_away.store(true, Ordering::Relaxed);
+    pages.go_away();
     let (dom, _) = chromium(&["--dump-dom"], &pages.url());
     assert!(
         !dom.contains("hidden=\"\"") && dom.contains("hello-2.12"),

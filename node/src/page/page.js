@@ -5,7 +5,7 @@ async function renew() {
   if (document.hidden) return;
   const away = document.getElementById("away");
   try {
-    const answer = await fetch("/", { cache: "no-store" });
+    const answer = await fetch("/", { cache: "no-store", headers: { accept: "text/html" } });
     if (!answer.ok) throw new Error("status " + answer.status);
     const page = new DOMParser().parseFromString(await answer.text(), "text/html");
     const main = document.querySelector("main");
