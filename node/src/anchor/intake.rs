@@ -155,6 +155,19 @@ impl Intake {
         })
     }
 
+    /// Begins one that is only proved, and whose hash is that of these bytes with the NAR after them.
+    pub fn after(bytes: &[u8], raw_max: u64) -> Intake {
+        let mut hasher = NarHasher::new();
+        hasher.update(bytes);
+        Intake {
+            hasher,
+            decoder: Decoder::new(),
+            frames: None,
+            raw: 0,
+            raw_max,
+        }
+    }
+
     /// Begins one whose frames go into a file of this name, which is the caller's to remove. Blocks.
     pub fn kept(path: PathBuf, raw_max: u64) -> Result<Intake, IntakeError> {
         Intake::in_file(path, raw_max, true)

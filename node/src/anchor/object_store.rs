@@ -28,6 +28,7 @@ use object_store::{
     PutPayload, RetryConfig, WriteMultipart,
 };
 use tokio::io::AsyncReadExt;
+use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 use crate::secret::exposed;
@@ -38,6 +39,10 @@ const PART_BYTES: usize = 8 * 1024 * 1024;
 
 /// Parts under way at once for one object: enough to hide a round trip, and 32 MiB of memory.
 const PARTS_PARALLEL: usize = 4;
+
+/// Parts of all objects that are in memory at once: 128 MiB, so that sixteen pushes that end together do not take
+/// four times that.
+const PARTS_IN_ALL: usize = 16;
 
 /// Files up to this size are one request.
 const SINGLE_PUT_BYTES_MAX: u64 = PART_BYTES as u64;
@@ -60,6 +65,8 @@ pub struct ObjectStore {
     backend: Arc<dyn Backend>,
     prefix: Path,
     location: String,
+    /// One permit for each of [`PARTS_IN_ALL`].
+    parts: Arc<Semaphore>,
 }
 
 /// What S3 wants to know beyond the URL.
@@ -189,6 +196,7 @@ impl ObjectStore {
             backend: store,
             prefix,
             location: url.to_owned(),
+            parts: Arc::new(Semaphore::new(PARTS_IN_ALL)),
         })
     }
 
@@ -204,7 +212,8 @@ impl ObjectStore {
         outcome.map(drop).map_err(failed("store", key))
     }
 
-    /// Stores the contents of a file, with memory bounded by [`PARTS_PARALLEL`] parts.
+    /// Stores the contents of a file, with memory bounded by [`PARTS_PARALLEL`] parts, and for all calls together by
+    /// [`PARTS_IN_ALL`]: then it waits for others.
     ///
     /// Not cancel-safe for the storage's space: a call that is dropped may leave parts behind, which a
     /// bucket's rule to abort incomplete uploads removes.
@@ -217,6 +226,10 @@ impl ObjectStore {
         };
         let mut source = tokio::fs::File::open(file).await.map_err(unreadable)?;
         let size = source.metadata().await.map_err(unreadable)?.len();
+        let parts = size.div_ceil(PART_BYTES as u64);
+        let parts = parts.clamp(1, PARTS_PARALLEL as u64) as u32;
+        // Nobody closes it.
+        let _held = self.parts.acquire_many(parts).await;
         if size <= SINGLE_PUT_BYTES_MAX {
             let mut bytes = Vec::new();
             source.read_to_end(&mut bytes).await.map_err(unreadable)?;

@@ -7,6 +7,8 @@
 //! POST uploads            {"narinfo": text}        → 201 {"id", "offset": 0}, or 200 {"published": "Known"}
 //! GET  uploads/<id>                                → 200 {"offset"}
 //! PUT  uploads/<id>?offset=<offset>   body         → 200 {"offset"}, or 200 {"published": "Stored" | "Known"}
+//! POST uploads?challenge              {"narinfo"}  → the same as above, or 201 {"id", "offset": 0, "challenge"}
+//! PUT  uploads/<id>?proof=<digest>                 → 200 {"published": "Known"}
 //! ```
 //!
 //! A pusher asks once which paths are missing, then begins an upload for each, references first. The
@@ -14,6 +16,10 @@
 //! that raw offset on, as zstd (`application/zstd`) or as it is (anything else), and may end anywhere:
 //! what came in counts, also when the connection broke, and the next body begins at the offset that
 //! GET tells. So nothing depends on two compressors agreeing, and a break costs what was under way.
+//! A NAR that the anchor has, for whatever cache, need not be sent. Who asked for a challenge gets some random bytes,
+//! and proves by the SHA-256 of these and the NAR, both in Nix's base 32, that it has it: knowing the NAR's hash, or
+//! an answer to another challenge, is not enough. One answer is looked at; after a wrong one the NAR is sent.
+//!
 //! With the last byte the path is published; should storage fail then, an empty body at the end publishes it.
 //!
 //! 404 for an id means that the upload is not known any more (an hour of silence, too many others): begin
@@ -27,16 +33,18 @@ use std::time::{Duration, Instant};
 
 use ::http::header::CONTENT_TYPE;
 use ::http::{Method, StatusCode, request::Parts};
+use granary_protocol::hash::NarHash;
 use granary_protocol::narinfo::{NARINFO_BYTES_MAX, NarInfo};
+use granary_protocol::nix32;
 use granary_protocol::token::Permission;
 use http_body_util::BodyDataStream;
 use hyper::body::Incoming;
 use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
-use tracing::error;
+use tracing::{error, warn};
 
 use super::cache::CacheName;
-use super::catalog::CacheRow;
+use super::catalog::{CacheRow, StoredNar};
 use super::http::{Answer, Refusal, json_body, small_body};
 use super::ingest::{IngestError, Outcome};
 use super::intake::{Encoding, Intake, IntakeError, Taken};
@@ -67,6 +75,12 @@ const MISSING_BYTES_MAX: usize = MISSING_MAX * 40;
 /// A narinfo as JSON, whose lines take two bytes more each.
 const BEGIN_BYTES_MAX: usize = 2 * NARINFO_BYTES_MAX;
 
+/// Random bytes of a challenge.
+const CHALLENGE_BYTES: usize = 32;
+
+/// NARs below this are sent: another round trip takes as long.
+const CHALLENGE_NAR_BYTES_MIN: u64 = 256 * 1024;
+
 /// Random bytes in an id: nobody guesses another's.
 const ID_BYTES: usize = 20;
 
@@ -84,8 +98,12 @@ struct Upload {
     cache: i64,
     narinfo: NarInfo,
     stage: Stage,
+    /// What it may be proved by that its sender has the NAR, until that was tried.
+    challenge: Option<Challenge>,
     touched: Instant,
 }
+
+type Challenge = [u8; CHALLENGE_BYTES];
 
 /// How far an upload has come.
 enum Stage {
@@ -128,6 +146,8 @@ pub struct State {
     /// Raw bytes that came in.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub offset: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub challenge: Option<String>,
     /// `Stored` or `Known`, once it is complete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub published: Option<String>,
@@ -231,6 +251,26 @@ impl Uploads {
         Ok((stage, upload.narinfo.clone()))
     }
 
+    /// Takes an upload out to be proved by a challenge, which is not asked again.
+    fn challenge(
+        &self,
+        id: &str,
+        cache: i64,
+    ) -> Result<(Challenge, Box<Intake>, NarInfo), Refusal> {
+        let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let upload = uploads.get_mut(id).filter(|upload| upload.cache == cache);
+        let upload = upload.ok_or_else(unknown)?;
+        upload.touched = Instant::now();
+        let challenge = upload.challenge.take().ok_or_else(no_challenge)?;
+        match std::mem::replace(&mut upload.stage, Stage::Busy) {
+            Stage::Waiting(intake) => Ok((challenge, intake, upload.narinfo.clone())),
+            stage => {
+                upload.stage = stage;
+                Err(being_filled())
+            }
+        }
+    }
+
     /// Puts an upload back, to be continued or published.
     fn put_back(&self, id: &str, stage: Stage) {
         let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -267,6 +307,11 @@ fn unknown() -> Refusal {
     Refusal::new(StatusCode::NOT_FOUND, "NoSuchUpload", message)
 }
 
+fn no_challenge() -> Refusal {
+    let message = "this upload has no challenge any more, send the nar";
+    Refusal::new(StatusCode::CONFLICT, "NoChallenge", message)
+}
+
 fn being_filled() -> Refusal {
     let message = "another request is sending this upload";
     Refusal::new(StatusCode::CONFLICT, "UploadBusy", message)
@@ -293,7 +338,10 @@ pub async fn answer(
                 serde_json::json!({ "missing": missing }).to_string(),
             ))
         }
-        (["uploads"], &Method::POST) => begin(anchor, &cache, subject, body).await,
+        (["uploads"], &Method::POST) => {
+            let may_prove = parts.uri.query() == Some("challenge");
+            begin(anchor, &cache, subject, may_prove, body).await
+        }
         (["uploads", id], &Method::GET) => {
             anchor.revive(&cache, id).await?;
             let offset = anchor.uploads.offset(id, cache.id)?;
@@ -319,6 +367,7 @@ async fn begin(
     anchor: &Arc<Anchor>,
     cache: &CacheRow,
     subject: Option<&str>,
+    may_prove: bool,
     body: &mut Incoming,
 ) -> Answer {
     let begin: Begin = json_body(body, BEGIN_BYTES_MAX).await?;
@@ -362,12 +411,14 @@ async fn begin(
     }
     anchor.check_full(cache, subject).await?;
     anchor.check_claims(cache, &narinfo).await?;
-    let mut random = [0; ID_BYTES];
-    getrandom::fill(&mut random)
-        .map_err(|error| Refusal::ours(&std::io::Error::other(error.to_string())))?;
-    let id = granary_protocol::nix32::encode(&random);
+    let id = nix32::encode(&random::<ID_BYTES>()?);
     // A NAR that is here is only hashed, as proof that its sender has it.
     let stored = anchor.catalog.hold_nar(narinfo.nar_hash).await?;
+    let is_challenged = may_prove && narinfo.nar_size >= CHALLENGE_NAR_BYTES_MIN;
+    let challenge = match stored {
+        Some(_) if is_challenged => Some(random::<CHALLENGE_BYTES>()?),
+        _ => None,
+    };
     let intake = match stored {
         Some(_) => Intake::new(None, narinfo.nar_size),
         None => {
@@ -383,15 +434,73 @@ async fn begin(
         cache: cache.id,
         narinfo,
         stage: Stage::Waiting(Box::new(intake)),
+        challenge,
         touched: Instant::now(),
     };
     anchor.uploads.insert(id.clone(), upload);
     let state = State {
         id: Some(id),
         offset: Some(0),
+        challenge: challenge.map(|challenge| nix32::encode(&challenge)),
         published: None,
     };
     told(StatusCode::CREATED, &state)
+}
+
+fn random<const LENGTH: usize>() -> Result<[u8; LENGTH], Refusal> {
+    let mut random = [0; LENGTH];
+    match getrandom::fill(&mut random) {
+        Ok(()) => Ok(random),
+        Err(error) => Err(Refusal::ours(&std::io::Error::other(error.to_string()))),
+    }
+}
+
+/// Publishes a path whose sender proves that it has the NAR, which is here.
+async fn prove(
+    anchor: &Arc<Anchor>,
+    cache: &CacheRow,
+    subject: Option<&str>,
+    id: &str,
+    proof: &str,
+) -> Answer {
+    let proof = NarHash::from_nix32(proof);
+    let proof = proof.map_err(|error| Refusal::bad_request(error.to_string()))?;
+    let _slot = anchor.intakes.acquire().await;
+    let (challenge, intake, narinfo) = anchor.uploads.challenge(id, cache.id)?;
+    let mut forget = Forget {
+        uploads: &anchor.uploads,
+        id,
+        how: Uploads::drop_unfinished,
+    };
+    let answered = match anchor.catalog.hold_nar(narinfo.nar_hash).await? {
+        Some(stored) => match anchor.answer_challenge(&stored, &challenge).await {
+            Ok(digest) => digest.map(|digest| (stored, digest)),
+            Err(error) => {
+                // Its sender has it, however storage is.
+                warn!(nar_hash = %stored.nar_hash, %error, "could not read a nar to have it proved");
+                None
+            }
+        },
+        None => None,
+    };
+    // Whatever comes of it, its NAR may be sent.
+    anchor.uploads.put_back(id, Stage::Waiting(intake));
+    forget.how = |_, _| {};
+    let (stored, expected) = answered.ok_or_else(no_challenge)?;
+    if proof != expected {
+        let message = "this does not prove that you have the nar, send it";
+        return Err(Refusal::new(StatusCode::BAD_REQUEST, "FalseProof", message));
+    }
+    let subject = subject.map(str::to_owned);
+    anchor.describe(cache, narinfo, stored, subject).await?;
+    anchor.uploads.end(id);
+    told(
+        StatusCode::OK,
+        &State {
+            published: Some("Known".to_owned()),
+            ..State::default()
+        },
+    )
 }
 
 async fn fill(
@@ -402,10 +511,11 @@ async fn fill(
     id: &str,
     body: &mut Incoming,
 ) -> Answer {
-    let offset = parts
-        .uri
-        .query()
-        .and_then(|query| query.strip_prefix("offset="));
+    let query = parts.uri.query();
+    if let Some(proof) = query.and_then(|query| query.strip_prefix("proof=")) {
+        return prove(anchor, cache, subject, id, proof).await;
+    }
+    let offset = query.and_then(|query| query.strip_prefix("offset="));
     let offset = offset.and_then(|offset| offset.parse().ok());
     let offset = offset.ok_or_else(|| Refusal::bad_request("?offset= is missing or no number"))?;
     let encoding = match parts
@@ -506,6 +616,24 @@ async fn publish(
 }
 
 impl Anchor {
+    /// Returns the right answer to a challenge, which takes reading the NAR; `None` when it is not in storage.
+    async fn answer_challenge(
+        &self,
+        stored: &StoredNar,
+        challenge: &Challenge,
+    ) -> Result<Option<NarHash>, IngestError> {
+        let key = super::nar_key(&stored.nar_hash);
+        let Some(file) = self.storage.read(&key, 0..stored.file_size).await? else {
+            return Ok(None);
+        };
+        let intake = Intake::after(challenge, stored.nar_size);
+        let (intake, outcome) = intake.fill(file, Encoding::Zstd).await;
+        outcome?;
+        let intake = intake.ok_or(IntakeError::Stopped)?;
+        let taken = tokio::task::spawn_blocking(move || intake.finish()).await;
+        Ok(Some(taken.map_err(|_| IntakeError::Stopped)??.nar_hash))
+    }
+
     /// Removes uploads that have waited for too long.
     pub async fn expire_uploads(self: &Arc<Self>) {
         self.uploads.expire();
@@ -546,6 +674,7 @@ impl Anchor {
                 cache: cache.id,
                 narinfo,
                 stage: Stage::Waiting(Box::new(intake)),
+                challenge: None,
                 touched: Instant::now(),
             };
             self.uploads.insert(id.to_owned(), upload);

@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
+use granary_protocol::hash::NarHasher;
 use granary_protocol::narinfo::NarInfo;
+use granary_protocol::nix32;
 use granary_protocol::store_path::{StorePath, StorePathHash};
 use reqwest::header::RETRY_AFTER;
 use reqwest::{StatusCode, Url};
@@ -234,6 +236,7 @@ struct CacheConfig {
 struct State {
     id: Option<String>,
     offset: Option<u64>,
+    challenge: Option<String>,
     published: Option<String>,
 }
 
@@ -479,7 +482,7 @@ impl Target {
                 info.drop_own_signatures();
                 let narinfo: NarInfo = info.to_narinfo();
                 let text = narinfo.to_text(store.dir());
-                let request = self.client.post(self.url("uploads")?);
+                let request = self.client.post(self.url("uploads?challenge")?);
                 let begin = serde_json::json!({ "narinfo": text }).to_string();
                 let state: State = self.send(request.body(begin)).await?;
                 if state.published.is_some() {
@@ -492,6 +495,11 @@ impl Target {
                     id: Some(id.clone()),
                     offset: 0,
                 };
+                if let Some(challenge) = state.challenge
+                    && self.prove(store, &info, &id, &challenge).await?
+                {
+                    return Ok(true);
+                }
                 id
             }
         };
@@ -533,6 +541,49 @@ impl Target {
             false => Err(PushError::Answer {
                 problem: format!("it took {} bytes, {end} were sent", upload.offset),
             }),
+        }
+    }
+
+    /// Answers a challenge, so that a NAR that the anchor has need not be sent; `false` when it is to be sent after
+    /// all.
+    async fn prove(
+        &self,
+        store: &Arc<dyn LocalStore>,
+        info: &PathInfo,
+        id: &str,
+        challenge: &str,
+    ) -> Result<bool, PushError> {
+        let challenge = nix32::decode(challenge).map_err(|error| PushError::Answer {
+            problem: error.to_string(),
+        })?;
+        let nar = store.nar(info).await?.ok_or_else(|| PushError::Collected {
+            path: info.store_path.clone(),
+        })?;
+        let mut hasher = NarHasher::new();
+        hasher.update(&challenge);
+        let mut pieces = nar.stream(0..info.nar_size);
+        while let Some(piece) = pieces.next().await {
+            let piece = piece.map_err(|error| PushError::Read {
+                source: error.into(),
+            })?;
+            let hashing = tokio::task::spawn_blocking(move || {
+                hasher.update(&piece);
+                hasher
+            });
+            hasher = hashing.await.map_err(|_| PushError::Read {
+                source: BodyError::Stopped,
+            })?;
+        }
+        let proof = hasher.finish().nix32();
+        let url = self.url(&format!("uploads/{id}?proof={proof}"))?;
+        match self.send::<State>(self.client.put(url)).await {
+            Ok(state) => Ok(state.published.is_some()),
+            Err(PushError::Refused { error, .. })
+                if matches!(error.as_str(), "FalseProof" | "NoChallenge") =>
+            {
+                Ok(false)
+            }
+            Err(error) => Err(error),
         }
     }
 

@@ -153,7 +153,15 @@ fn an_anchor_that_is_killed_again_and_again_loses_nothing_it_acknowledged() {
     let rounds = rounds(20);
     let place = Place::new();
     let token = token(&place);
-    let mut acknowledged = Vec::new();
+    // As long as some pushes take on this machine at the moment.
+    let (mut acknowledged, span) = {
+        let anchor = place.start();
+        let samples = (0..12).map(|number| Sample::new(900_000 + number, 20_000));
+        let started = Instant::now();
+        let (done, _) = push(&anchor, &token, samples.collect()).join().unwrap();
+        (done, started.elapsed().max(Duration::from_millis(85)))
+    };
+    let before = acknowledged.len();
     let mut interrupted = 0;
     for round in 0..rounds {
         let mut anchor = place.start();
@@ -166,7 +174,7 @@ fn an_anchor_that_is_killed_again_and_again_loses_nothing_it_acknowledged() {
         // Pushes go on while the kill comes, a little later in each round, so that every step is hit.
         let samples = (0..40).map(|number| Sample::new(round * 1000 + number, 20_000));
         let pushing = push(&anchor, &token, samples.collect());
-        kill_after(&mut anchor, Duration::from_micros(round * 85_000 / rounds));
+        kill_after(&mut anchor, span * round as u32 / rounds as u32);
         let (done, was_interrupted) = pushing.join().unwrap();
         interrupted += u64::from(was_interrupted);
         acknowledged.extend(done);
@@ -176,7 +184,7 @@ fn an_anchor_that_is_killed_again_and_again_loses_nothing_it_acknowledged() {
         "the kill came too late in most rounds"
     );
     assert!(
-        acknowledged.len() > 10,
+        acknowledged.len() > before + 10,
         "the kill came too early in most rounds"
     );
     let anchor = place.start();

@@ -326,6 +326,86 @@ impl RawUpload {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_nar_that_another_cache_has_is_proved_and_not_sent() {
+    const BYTES: u64 = 3_000_000;
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    rig.cache("other", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let machine = Machine::new(&[]);
+    let file = machine.folder().join("large");
+    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(BYTES);
+    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
+    let path = machine.nix("nix-store", &["--add", file.to_str().unwrap()]);
+    let (line, carried) = brittle(rig.address(), u64::MAX);
+    for (cache, at_most) in [("main", 2 * BYTES), ("other", 10_000)] {
+        let before = carried.load(Ordering::Relaxed);
+        tokio::task::block_in_place(|| {
+            let pushed = push(
+                &machine,
+                &format!("http://{line}/{cache}"),
+                &token,
+                &[&path],
+            );
+            assert_eq!(pushed["pushed"], 1, "{pushed}");
+        });
+        let sent = carried.load(Ordering::Relaxed) - before;
+        assert!(sent < at_most, "{sent} bytes to {cache}");
+        let narinfo = rig.get(&format!("/{cache}/{}.narinfo", hash(&path)));
+        assert_eq!(narinfo.status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_who_has_a_nar_answers_a_challenge() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let sample = Sample::new(1, 300_000);
+    let begin = |sample: &Sample| {
+        let mut upload = RawUpload::of(sample, &token);
+        let body = serde_json::json!({ "narinfo": upload.narinfo }).to_string();
+        let begun = upload.ask(rig.address(), "POST", "?challenge", body.as_bytes());
+        let id = begun["id"].as_str().unwrap();
+        upload.target = format!("{}/{id}", upload.target);
+        (upload, begun["challenge"].as_str().map(str::to_owned))
+    };
+    // What is not here is asked for, as is what is sent as quickly.
+    assert_eq!(begin(&sample).1, None);
+    assert_eq!(rig.upload(&token, "main", &sample).status, 200);
+    let mut other = Sample::new(2, 0);
+    other.nar = sample.nar.clone();
+    let proof = |challenge: &str, nar: &[u8]| {
+        let challenge = granary_protocol::nix32::decode(challenge).unwrap();
+        let digest = granary_protocol::hash::sha256(&[&challenge[..], nar].concat());
+        format!("?proof={}", granary_protocol::nix32::encode(&digest))
+    };
+    let (first, challenge) = begin(&other);
+    let (second, another) = begin(&other);
+    let (challenge, another) = (challenge.unwrap(), another.unwrap());
+    assert_ne!(challenge, another);
+    let refused = |upload: &RawUpload, proof: &str| {
+        upload.ask(rig.address(), "PUT", proof, b"")["error"].clone()
+    };
+    // Another's answer, and after it the right one.
+    let right = proof(&challenge, &sample.nar);
+    assert_eq!(refused(&second, &right), "FalseProof");
+    assert_eq!(
+        refused(&second, &proof(&another, &sample.nar)),
+        "NoChallenge"
+    );
+    let narinfo = format!("/main/{}.narinfo", other.hash());
+    assert_eq!(rig.get(&narinfo).status, 404);
+    // Its NAR may still be sent.
+    assert_eq!(second.ask(rig.address(), "GET", "", b"")["offset"], 0);
+    let published = first.ask(rig.address(), "PUT", &right, b"");
+    assert_eq!(published["published"], "Known", "{published}");
+    assert_eq!(rig.get(&narinfo).status, 200);
+    let sent = second.ask(rig.address(), "PUT", "?offset=0", &sample.nar);
+    assert_eq!(sent["published"], "Known", "{sent}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_storage_did_not_take_is_stored_without_being_sent_again() {
     use crate::s3::{Fault, S3};
     let s3 = S3::start().await;

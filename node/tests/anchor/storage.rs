@@ -191,6 +191,46 @@ async fn a_multipart_upload_that_fails_is_aborted() {
     assert!(s3.requests().iter().any(aborted), "{:?}", s3.requests());
 }
 
+#[tokio::test]
+async fn many_large_objects_that_are_stored_at_once_take_turns() {
+    let s3 = S3::start().await;
+    let store = s3.store();
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("large");
+    let large = std::fs::File::create(&file).unwrap();
+    large.set_len(40 << 20).unwrap();
+    // Parts that are never answered stay in memory.
+    for _ in 0..64 {
+        s3.fail(Fault::Silence, |method, target| {
+            method == "PUT" && target.contains("partNumber")
+        });
+    }
+    let key = |number: usize| format!("l{number}");
+    let storing: Vec<_> = (0..8)
+        .map(|number| {
+            let (store, file) = (store.clone(), file.clone());
+            tokio::spawn(async move { store.put_file(&key(number), &file).await })
+        })
+        .collect();
+    let parts = || {
+        let requests = s3.requests();
+        let parts = requests.iter().filter(|line| line.contains("partNumber"));
+        parts.count()
+    };
+    let started = std::time::Instant::now();
+    while parts() < 16 {
+        assert!(started.elapsed() < crate::rig::GENEROUS, "{}", parts());
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    // Objects that are begun; with all eight, twice as many parts would be on their way.
+    let begun = s3.requests();
+    let begun = begun.iter().filter(|line| line.starts_with("POST"));
+    assert_eq!(begun.count(), 4);
+    for storing in storing {
+        storing.abort();
+    }
+}
+
 #[test]
 fn storage_that_cannot_be_is_refused_with_a_reason() {
     let open = |url: &str| ObjectStore::open(url, &S3Options::default());
