@@ -28,6 +28,9 @@ use crate::store::{StoreConfig, daemon_socket, state_dir};
 /// Largest configuration file read; a real one has a few kilobytes.
 const CONFIG_BYTES_MAX: u64 = 1024 * 1024;
 
+/// Largest file of keys that `granary up` left; a cache has four keys at most, of some 100 bytes each.
+const OWN_CACHE_KEYS_BYTES_MAX: u64 = 4096;
+
 /// What a node is told by its user.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
@@ -48,6 +51,9 @@ pub struct Config {
     pub upload: Upload,
     pub limits: Limits,
     pub anchor_server: AnchorServer,
+    /// Keys of the cache that `granary up` made on this machine; trusted as if they stood in `trust.keys`.
+    #[serde(skip)]
+    pub own_cache_keys: Vec<PublicKey>,
 }
 
 /// `[log]`: what daemons say about their work.
@@ -295,6 +301,7 @@ impl Default for Config {
             upload: Upload::default(),
             limits: Limits::default(),
             anchor_server: AnchorServer::default(),
+            own_cache_keys: Vec::new(),
         }
     }
 }
@@ -392,9 +399,17 @@ impl Default for Limits {
 }
 
 impl Config {
-    /// Reads the file, or the defaults when there is none.
+    /// Reads the file, or the defaults when there is none, and what the state folder adds to it.
     pub fn load(path: Option<&Path>) -> Result<Config, ConfigError> {
-        let mut config = match path {
+        let mut config = Config::read(path)?;
+        config.take_tickets()?;
+        config.take_own_cache_keys()?;
+        Ok(config)
+    }
+
+    /// Reads the file alone, which may be meant for another machine.
+    pub fn read(path: Option<&Path>) -> Result<Config, ConfigError> {
+        let config = match path {
             None => Config::default(),
             Some(path) => {
                 let read = |source| ConfigError::Read {
@@ -413,11 +428,30 @@ impl Config {
                 })?
             }
         };
-        if config.state_dir.as_os_str().is_empty() {
-            return Err(ConfigError::NoStateDir);
+        match config.state_dir.as_os_str().is_empty() {
+            true => Err(ConfigError::NoStateDir),
+            false => Ok(config),
         }
-        config.take_tickets()?;
-        Ok(config)
+    }
+
+    /// Learns what the anchor of `granary up` signs with.
+    fn take_own_cache_keys(&mut self) -> Result<(), ConfigError> {
+        let path = self.own_cache_keys_file();
+        let text = match state_folder::read(&path, OWN_CACHE_KEYS_BYTES_MAX) {
+            // It may be none of this user's business, who asks the node only.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
+            Err(source) => return Err(ConfigError::Read { path, source }),
+            Ok(text) => text,
+        };
+        let keys = text.as_deref().unwrap_or_default().lines().map(str::parse);
+        match keys.collect::<Result<_, _>>() {
+            Ok(keys) => self.own_cache_keys = keys,
+            Err(error) => {
+                let problem = error.to_string();
+                return Err(ConfigError::Invalid { path, problem });
+            }
+        }
+        Ok(())
     }
 
     /// Learns from tickets which mesh it is, who admits to it, and where to look for it.
@@ -523,6 +557,11 @@ impl Config {
         self.state_dir.join("tickets")
     }
 
+    /// The public keys of the cache that `granary up` made, one a line.
+    pub fn own_cache_keys_file(&self) -> PathBuf {
+        self.state_dir.join("anchor.public-keys")
+    }
+
     /// The key that only this machine's nix.conf trusts.
     pub fn loopback_key_file(&self) -> PathBuf {
         self.state_dir.join("loopback-key")
@@ -592,7 +631,7 @@ impl Config {
         let anchors = self.anchor.iter().flat_map(|anchor| &anchor.public_keys);
         let upstreams = self.upstream.iter().flat_map(|one| &one.public_keys);
         let keys = self.trust.keys.iter().chain(anchors).chain(upstreams);
-        keys.cloned().collect()
+        keys.chain(&self.own_cache_keys).cloned().collect()
     }
 
     fn contradiction(&self) -> Option<String> {

@@ -6,7 +6,7 @@
 
 use std::fs;
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, UNIX_EPOCH};
@@ -371,7 +371,7 @@ fn mesh(config: &Config, report: Option<&Report>) -> Vec<Finding> {
         return vec![Finding::note(
             "mesh",
             "mesh.key is not set, this machine serves itself only",
-            "granary mesh create makes one, for all machines; granary up does all of it",
+            "granary join joins a mesh with a ticket; granary mesh create --here makes one",
         )];
     };
     let mut findings = Vec::new();
@@ -492,13 +492,23 @@ fn is_missing(address: SocketAddr, error: &io::Error) -> bool {
 /// Whether multicast can be sent at all.
 fn multicast() -> Finding {
     const GROUP: Ipv4Addr = Ipv4Addr::new(224, 0, 0, 251);
-    let attempt = || -> io::Result<()> {
-        let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-        socket.join_multicast_v4(&GROUP, &Ipv4Addr::UNSPECIFIED)?;
+    // From an address of an interface, as the node does: so no route is needed, which a network that leads nowhere
+    // has not.
+    let attempt = |ip: Ipv4Addr| -> io::Result<()> {
+        let socket = UdpSocket::bind((ip, 0))?;
+        socket.join_multicast_v4(&GROUP, &ip)?;
         // An empty datagram, which everybody passes over.
         socket.send_to(&[], (GROUP, 5353)).map(drop)
     };
-    match attempt() {
+    let interfaces = if_addrs::get_if_addrs().unwrap_or_default();
+    let addresses = interfaces
+        .iter()
+        .filter_map(|interface| match interface.ip() {
+            IpAddr::V4(ip) if !ip.is_loopback() => Some(ip),
+            _ => None,
+        });
+    let none = Err(io::Error::other("there is no interface but loopback"));
+    match addresses.map(attempt).reduce(Result::or).unwrap_or(none) {
         Ok(()) => Finding::fine("multicast", "can be sent"),
         Err(error) => Finding::note(
             "multicast",

@@ -183,6 +183,8 @@ fn create(path: &Path, seed: &[u8; SEED_BYTES]) -> Result<(), IdentityError> {
     // tempfile makes files with mode 0600, whatever the umask.
     let mut file = tempfile::NamedTempFile::new_in(folder).map_err(io_error)?;
     file.write_all(seed).map_err(io_error)?;
+    // The node runs as whom the folder belongs to, also when root asked for the identity first.
+    secret::give_to_owner(file.as_file(), path).map_err(io_error)?;
     file.as_file().sync_all().map_err(io_error)?;
     file.persist_noclobber(path)
         .map_err(|error| io_error(error.error))?;

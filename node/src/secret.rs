@@ -1,10 +1,11 @@
-//! Secrets in files: which modes are refused, wherever one is read.
+//! Secrets in files: which modes are refused, wherever one is read, and whose they are.
 //!
 //! A file with a secret is for its owner alone. systemd's credentials are the exception: they have mode
 //! 0440, in a folder that only root and the unit may enter.
 
-use std::fs::Metadata;
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Component, Path};
 
 /// Permission bits that nobody but the owner may have on a file with a secret.
@@ -18,6 +19,19 @@ const CREDENTIALS_FOLDER: &str = "/run/credentials";
 pub fn exposed(file: &Path, metadata: &Metadata) -> Option<u32> {
     let mode = metadata.permissions().mode() & 0o7777;
     (mode & FOREIGN_PERMISSIONS != 0 && !is_credential(file)).then_some(mode)
+}
+
+/// Gives a file that root made at `path` to whom its folder belongs to: the node may run as somebody else
+/// than the person who gives an order.
+pub fn give_to_owner(file: &File, path: &Path) -> io::Result<()> {
+    if rustix::process::geteuid().is_root() {
+        let folder = path
+            .parent()
+            .filter(|folder| !folder.as_os_str().is_empty());
+        let owner = fs::metadata(folder.unwrap_or(Path::new(".")))?;
+        fchown(file, Some(owner.uid()), Some(owner.gid()))?;
+    }
+    Ok(())
 }
 
 /// Whether a file is one of systemd's credentials.

@@ -7,9 +7,8 @@
 //! Invariants: a file is whole or absent, even after a crash; it belongs to whom the folder belongs to
 //! and nobody else may read it.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{MetadataExt, fchown};
 use std::path::Path;
 use std::time::Duration;
 
@@ -17,6 +16,8 @@ use futures::StreamExt;
 use inotify::{EventStream, Inotify, WatchMask};
 use tokio::sync::watch;
 use tracing::warn;
+
+use crate::secret;
 
 /// How often files are looked at when inotify cannot be had: a revocation is due within 5 s.
 const POLL: Duration = Duration::from_secs(1);
@@ -48,11 +49,7 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     // tempfile makes files with mode 0600, whatever the umask.
     let mut file = tempfile::NamedTempFile::new_in(folder)?;
     file.write_all(bytes)?;
-    if rustix::process::geteuid().is_root() {
-        // The node may run as somebody else than the person who gives the order.
-        let owner = fs::metadata(folder)?;
-        fchown(file.as_file(), Some(owner.uid()), Some(owner.gid()))?;
-    }
+    secret::give_to_owner(file.as_file(), path)?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|error| error.error)?;
     File::open(folder)?.sync_all()
@@ -113,6 +110,7 @@ fn folder_of(path: &Path) -> &Path {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::PermissionsExt;
 
     use super::*;

@@ -21,7 +21,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("activity", &[]),
     ("listener", &[]),
     ("supervisor", &[]),
-    ("state_folder", &[]),
+    // Its files belong to whom secrets belong to.
+    ("state_folder", &["secret"]),
     ("authority", &[]),
     ("loopback_key", &["secret", "state_folder"]),
     // What a browser is shown, of a node and of an anchor.

@@ -205,6 +205,11 @@ fn check_config_names_what_is_wrong() {
     };
     let state = format!("state-dir = {:?}\n", folder.join("state"));
     assert!(stdout(&check(&state, &["--offline"])).contains("fine"));
+    // What is meant for another machine names files that are not here.
+    let ticket = format!("{state}[mesh]\nticket-file = \"/nowhere/ticket\"\n");
+    assert!(stdout(&check(&ticket, &["--offline"])).contains("fine"));
+    let missing = check(&ticket, &[]);
+    assert!(stderr(&missing).contains("/nowhere/ticket"));
     let unknown = check("[trust]\nkey = []\n", &[]);
     assert_eq!(unknown.status.code(), Some(1));
     let text = stderr(&unknown);

@@ -37,7 +37,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         Err(error) => vec![Finding::failed(
             "configuration",
             format!("{error:#}"),
-            "mend the file; README.md has a table of all keys",
+            "mend the file; man granary.toml has all keys",
         )],
     };
     if arguments.json {

@@ -11,7 +11,7 @@ use clap::{Args, Subcommand};
 use granary_protocol::certificate::{Certificate, Permissions, UnixTime};
 use granary_protocol::peer::PeerId;
 use granary_protocol::revocation::{Revocations, SignedRevocations};
-use granary_protocol::signature::{KeyName, SecretKey};
+use granary_protocol::signature::{KeyName, PublicKey, SecretKey};
 use granary_protocol::ticket::{Request, TICKET_ADDRESSES_MAX, TICKET_TEXT_BYTES_MAX, Ticket};
 use zeroize::Zeroizing;
 
@@ -24,6 +24,7 @@ use crate::daemon;
 use crate::identity::Identity;
 use crate::mesh::is_reachable;
 use crate::mesh::revocations;
+use crate::secret;
 use crate::state_folder;
 use crate::status::Report;
 
@@ -43,12 +44,18 @@ pub enum Command {
         /// Where the secret key is written; keep it safe, it admits machines.
         #[arg(long, default_value = "mesh.key")]
         key_file: PathBuf,
+        /// Keep the key in the state folder, where tickets are made with it, and make this machine the
+        /// first member.
+        #[arg(long, conflicts_with = "key_file")]
+        here: bool,
         /// Also write the public key here.
         #[arg(long)]
         public_file: Option<PathBuf>,
         /// A name for the mesh.
         #[arg(long, default_value = "granary-mesh")]
         name: String,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Write a certificate that makes a machine a member.
     Admit {
@@ -125,9 +132,17 @@ pub struct JoinArguments {
 pub async fn run(command: Command) -> Result<()> {
     match command {
         Command::Create {
+            here: true,
+            public_file,
+            name,
+            config,
+            ..
+        } => found(config.load()?, public_file.as_deref(), &name).await,
+        Command::Create {
             key_file,
             public_file,
             name,
+            ..
         } => create(&key_file, public_file.as_deref(), &name),
         Command::Admit {
             peer_id,
@@ -149,14 +164,52 @@ pub async fn run(command: Command) -> Result<()> {
 
 fn create(key_file: &Path, public_file: Option<&Path>, name: &str) -> Result<()> {
     let public = make_mesh_key(key_file, name)?.public_key();
-    if let Some(public_file) = public_file {
-        std::fs::write(public_file, format!("{public}\n"))
-            .with_context(|| format!("cannot write the public key to {}", public_file.display()))?;
-    }
+    write_public(public_file, &public)?;
     print(&format!("{public}\n"))
 }
 
-pub fn make_mesh_key(key_file: &Path, name: &str) -> Result<SecretKey> {
+fn write_public(file: Option<&Path>, public: &PublicKey) -> Result<()> {
+    match file {
+        None => Ok(()),
+        Some(file) => std::fs::write(file, format!("{public}\n"))
+            .with_context(|| format!("cannot write the public key to {}", file.display())),
+    }
+}
+
+/// Makes a mesh whose key stays in the state folder, and whose first member is this machine.
+async fn found(config: Config, public_file: Option<&Path>, name: &str) -> Result<()> {
+    if let Some(mesh) = &config.mesh.key {
+        bail!("this machine belongs to mesh {mesh} already");
+    }
+    daemon::make_state_dir(&config.state_dir).with_context(|| {
+        format!(
+            "cannot make the state folder {}",
+            config.state_dir.display()
+        )
+    })?;
+    let key = make_own_mesh_key(&config, name)?;
+    let public = key.public_key();
+    let identity = Identity::load_or_create(&config.identity_file())?;
+    let peer = PeerId::from_public_key(identity.public_key());
+    let permissions = "share,vouch".parse()?;
+    let host = admission::host_name();
+    let (own, text) = certify(&key, peer, host, permissions, CERTIFICATE_DAYS)?;
+    let file = config.certificate_file();
+    state_folder::write(&file, format!("{text}\n").as_bytes())
+        .with_context(|| format!("cannot write the certificate to {}", file.display()))?;
+    remember_own_mesh(&config, &public)?;
+    write_public(public_file, &public)?;
+    let next = match ask(&config, "/health").await {
+        Ok(_) => "restart the node: it belongs to no mesh yet",
+        Err(_) => "next: granary node, and granary use for Nix",
+    };
+    print(&format!(
+        "{public}\nthis machine is its first member, {}; granary mesh ticket admits others\n{next}\n",
+        own.name
+    ))
+}
+
+fn make_mesh_key(key_file: &Path, name: &str) -> Result<SecretKey> {
     let name = KeyName::new(name)?;
     let mut seed = Zeroizing::new([0u8; 32]);
     getrandom::fill(seed.as_mut()).context("the system gave no random bytes")?;
@@ -171,6 +224,31 @@ pub fn make_mesh_key(key_file: &Path, name: &str) -> Result<SecretKey> {
     file.write_all(key.to_nix_string().as_bytes())
         .and_then(|()| file.sync_all())
         .with_context(|| format!("cannot write the mesh key to {}", key_file.display()))?;
+    Ok(key)
+}
+
+/// Keeps which mesh this machine made, as if it had come by a ticket: so no file needs to name it, and every
+/// command knows it.
+pub fn remember_own_mesh(config: &Config, public: &PublicKey) -> Result<()> {
+    let ticket = Ticket {
+        mesh: public.clone(),
+        // Where the mesh key is, nobody needs to be asked.
+        admits: Vec::new(),
+        peers: Vec::new(),
+        secret: None,
+        expires: unix_time(),
+    };
+    let file = config.joined_file();
+    admission::remember(&file, &ticket).with_context(|| format!("cannot write {}", file.display()))
+}
+
+/// Makes a mesh key in the state folder, for the node that runs there.
+pub fn make_own_mesh_key(config: &Config, name: &str) -> Result<SecretKey> {
+    let key_file = config.mesh_key_file();
+    let key = make_mesh_key(&key_file, name)?;
+    std::fs::File::open(&key_file)
+        .and_then(|file| secret::give_to_owner(&file, &key_file))
+        .with_context(|| format!("cannot give {} to the node", key_file.display()))?;
     Ok(key)
 }
 

@@ -17,7 +17,7 @@ use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue};
 
 use super::anchor::{new_token, options};
-use super::mesh::{certify, make_mesh_key};
+use super::mesh::{certify, make_own_mesh_key, remember_own_mesh};
 use super::nix_conf::wanted;
 use super::{ConfigFile, SECONDS_PER_DAY, node, print};
 use crate::admission::{host_name, read_mesh_key};
@@ -95,14 +95,18 @@ fn join_own_mesh(config: &mut Config) -> Result<bool> {
     let key_file = config.mesh_key_file();
     let key = match (key_file.exists(), &config.mesh.key) {
         (true, _) => read_mesh_key(&key_file)?,
-        (false, None) => make_mesh_key(&key_file, MESH_NAME)?,
+        (false, None) => make_own_mesh_key(config, MESH_NAME)?,
         // A mesh that another machine admits to.
         (false, Some(_)) => return Ok(false),
     };
     let public = key.public_key();
     match &config.mesh.key {
         Some(configured) if *configured != public => return Ok(false),
-        _ => config.mesh.key = Some(public.clone()),
+        Some(_) => {}
+        None => {
+            remember_own_mesh(config, &public)?;
+            config.mesh.key = Some(public.clone());
+        }
     }
     let identity = Identity::load_or_create(&config.identity_file())?;
     let peer = PeerId::from_public_key(identity.public_key());
@@ -143,6 +147,10 @@ async fn use_own_anchor(config: &mut Config, server: &Server, cache: &str) -> Re
         state_folder::write(&token_file, format!("{token}\n").as_bytes())
             .with_context(|| format!("cannot write the token to {}", token_file.display()))?;
     }
+    // What this anchor signs this machine's Nix shall believe, so `granary use` must know of it.
+    let file = config.own_cache_keys_file();
+    state_folder::write(&file, format!("{}\n", keys.join("\n")).as_bytes())
+        .with_context(|| format!("cannot write {}", file.display()))?;
     let url = format!("http://{}/{cache}", nearest(server.address)).parse()?;
     let public_keys = keys.iter().map(|key| key.parse());
     let own = config::Anchor {

@@ -123,7 +123,11 @@ fn one_command_makes_everything_and_a_second_changes_nothing() {
     assert_eq!(kept(&machine), before);
     let again = up.stop();
     assert_eq!(lines(&again), lines(&said));
-    // The lines are those that `granary use` makes, but for the anchor's key.
+    // The lines are those that `granary use` makes.
+    let printed = machine.run(&["use", "--print"]);
+    for key in ["main-1:", "granary-loopback-"] {
+        assert!(printed.contains(key), "{printed}");
+    }
     assert!(said.contains(&format!("substituters = http://127.0.0.1:{}", machine.port)));
     assert!(said.contains("main-1:"));
 }
