@@ -35,6 +35,7 @@ documents! {
     nixos "docs/nixos.md"
     configuration "docs/configuration.md"
     endpoint "docs/endpoint.md"
+    attic "docs/attic.md"
     ci "docs/ci.md"
     metrics "docs/metrics.md"
 }

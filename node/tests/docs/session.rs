@@ -5,6 +5,7 @@
 //! - A command that only looks is asked again for a while, as a person would.
 //! - `granary up`, `node` and `anchor` stay until the machine starts the next of them, or the document ends.
 //! - A `toml` block that begins with `# /a/file` is written there, and each one must be a configuration.
+//! - A `bash` block is a script for a machine that is not here: it must be well-formed, and hold nothing of ours.
 //! - An `ini` block that begins with `# nix.conf` must name settings that Nix knows.
 
 use std::path::Path;
@@ -54,6 +55,10 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("nixos-rebuild", "these machines are Debian"),
     (".ci/test", "it runs this test"),
     ("attic", "Attic's client is not in Debian"),
+    (
+        "granary anchor import attic",
+        "there is no atticd; tests/anchor/import.rs has one's files",
+    ),
     (
         "apt install nix-bin",
         "it is there; other packages than ours come from the network",
@@ -128,6 +133,7 @@ impl<'a> Session<'a> {
                 .ini(block)
                 .map_err(|problem| format!("{place}: {problem}")),
             "nix" => nix(block).map_err(|problem| format!("{place}: {problem}")),
+            "bash" => bash(block).map_err(|problem| format!("{place}: {problem}")),
             "yaml" | "text" | "json" => Ok(()),
             other => Err(format!(
                 "{place}: nobody knows how to try a block of {other:?}"
@@ -209,7 +215,8 @@ impl<'a> Session<'a> {
 
     /// Has granary's parser look at what is granary's of a command: after `granary` or after ` -- `.
     fn parsed(&mut self, command: &str) -> Result<(), String> {
-        let Some((_, arguments)) = command.split_once(" -- ") else {
+        let own = command.strip_prefix("granary ");
+        let Some(arguments) = own.or(command.split_once(" -- ").map(|(_, rest)| rest)) else {
             return Ok(());
         };
         let machine = self.lan.machine(NAMES[0]);
@@ -344,6 +351,19 @@ impl Shown {
         self.lines
             .iter()
             .all(|line| printed.any(|printed| line.is_match(printed)))
+    }
+}
+
+fn bash(block: &Block) -> Result<(), String> {
+    let text = block.lines.join("\n");
+    if text.contains("granary") {
+        return Err("commands of granary stand in sh or console, where they are run".into());
+    }
+    let output = Command::new("bash").args(["-n", "-c", &text]).output();
+    let output = output.map_err(|error| error.to_string())?;
+    match output.status.success() {
+        true => Ok(()),
+        false => Err(String::from_utf8_lossy(&output.stderr).into_owned()),
     }
 }
 
