@@ -7,7 +7,7 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
@@ -119,7 +119,8 @@ impl Lan {
             "nsenter --net=/proc/{switch}/ns/net ip link set port{number} master bridge up"
         ));
         let stdout = BufReader::new(process.0.stdout.take().unwrap());
-        let (sender, said) = channel();
+        // One line answers one command, and is waited for.
+        let (sender, said) = sync_channel(1);
         std::thread::spawn(move || {
             for line in stdout.lines().map_while(Result::ok) {
                 if sender.send(line).is_err() {
