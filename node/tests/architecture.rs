@@ -134,6 +134,8 @@ const EDGES: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
+            // The mesh key that root makes is the node's.
+            "secret",
             "clock",
             "log",
             "config",
