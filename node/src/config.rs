@@ -269,6 +269,8 @@ pub struct S3 {
     pub ca_file: Option<PathBuf>,
     /// The bucket stands in the host name.
     pub virtual_hosted: bool,
+    /// NARs of public caches are fetched from S3 itself, by links of an hour.
+    pub redirect: bool,
 }
 
 /// Why there is no configuration.

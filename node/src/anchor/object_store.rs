@@ -19,10 +19,12 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures::stream::BoxStream;
 use futures::{StreamExt, TryStreamExt};
-use object_store::aws::AmazonS3Builder;
+use http::Method;
+use object_store::aws::{AmazonS3, AmazonS3Builder};
 use object_store::local::LocalFileSystem;
 use object_store::memory::InMemory;
 use object_store::path::Path;
+use object_store::signer::Signer;
 use object_store::{
     Certificate, ClientOptions, GetOptions, GetRange, ObjectStore as Backend, ObjectStoreExt,
     PutPayload, RetryConfig, WriteMultipart,
@@ -52,6 +54,10 @@ const SINGLE_PUT_BYTES_MAX: u64 = PART_BYTES as u64;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 const READ_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How long a link to an object is good for. A NAR that is begun within it is sent to its end; one that breaks off and
+/// is resumed later is asked for here again.
+const LINK_TIME: Duration = Duration::from_secs(3600);
+
 /// Attempts at one request, and how long all of them may take: what waits for us is a person or Nix.
 const RETRIES_MAX: usize = 5;
 const RETRY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -67,6 +73,8 @@ pub struct ObjectStore {
     location: String,
     /// One permit for each of [`PARTS_IN_ALL`].
     parts: Arc<Semaphore>,
+    /// Makes links, where that is wanted.
+    signer: Option<Arc<AmazonS3>>,
 }
 
 /// What S3 wants to know beyond the URL.
@@ -82,6 +90,8 @@ pub struct S3Options {
     pub ca_file: Option<PathBuf>,
     /// The bucket stands in the host name rather than in the path.
     pub virtual_hosted: bool,
+    /// Whether clients may be sent to S3 itself ([`ObjectStore::link`]).
+    pub redirect: bool,
 }
 
 /// One object of a listing.
@@ -156,6 +166,7 @@ impl ObjectStore {
             url: url.to_owned(),
             source,
         };
+        let mut signer = None;
         let (store, prefix): (Arc<dyn Backend>, Path) = if url == "memory:" {
             (Arc::new(InMemory::new()), Path::default())
         } else if let Some(folder) = url.strip_prefix("file://") {
@@ -185,8 +196,9 @@ impl ObjectStore {
                 Path::parse(prefix.trim_end_matches('/')).map_err(|_| SetupError::Url {
                     url: url.to_owned(),
                 })?;
-            let store = s3_builder(bucket, s3)?.build().map_err(backend)?;
-            (Arc::new(store), prefix)
+            let store = Arc::new(s3_builder(bucket, s3)?.build().map_err(backend)?);
+            signer = s3.redirect.then(|| store.clone());
+            (store, prefix)
         } else {
             return Err(SetupError::Url {
                 url: url.to_owned(),
@@ -197,6 +209,7 @@ impl ObjectStore {
             prefix,
             location: url.to_owned(),
             parts: Arc::new(Semaphore::new(PARTS_IN_ALL)),
+            signer,
         })
     }
 
@@ -358,6 +371,18 @@ impl ObjectStore {
                 }
             });
         Ok(Some(checked.boxed()))
+    }
+
+    /// Returns an address from where anybody can read an object for a while, without asking whether it is there;
+    /// `None` where clients are not to be sent elsewhere.
+    pub async fn link(&self, key: &str) -> Result<Option<String>, StorageError> {
+        let Some(signer) = &self.signer else {
+            return Ok(None);
+        };
+        let path = self.path(key)?;
+        let signed = signer.signed_url(Method::GET, &path, LINK_TIME).await;
+        let url = signed.map_err(failed("make a link to", key))?;
+        Ok(Some(url.into()))
     }
 
     /// Deletes an object; one that is not there is as good as deleted.

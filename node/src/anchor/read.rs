@@ -5,7 +5,8 @@
 //! who asks for one must be able to read a path that has it.
 //!
 //! A node that goes on at a raw offset asks `nar/<narhash>.nar.zst?from=<offset>`. The offset counts
-//! bytes of the uncompressed NAR. The answer is 200 with whole zstd frames up to the end, and says in
+//! bytes of the uncompressed NAR, and is served from here also where whole NARs of public caches are fetched from
+//! S3 itself, by a redirect to a signed link. The answer is 200 with whole zstd frames up to the end, and says in
 //! `Granary-Skip` how many raw bytes come before the offset in the first of them.
 
 use std::ops::Range;
@@ -13,6 +14,7 @@ use std::sync::Arc;
 
 use ::http::header::{
     CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, IF_NONE_MATCH,
+    LOCATION,
 };
 use ::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, request::Parts};
 use bytes::Bytes;
@@ -238,6 +240,18 @@ async fn whole(
     let etag = etag(stored.file_hash.as_bytes());
     if is_known(&parts.headers, &etag) {
         return Ok(not_modified(&etag));
+    }
+    // A link is signed for GET alone, and tells whoever has it; so a private NAR does not get one.
+    if cache.settings.public
+        && parts.method == Method::GET
+        && let Some(link) = anchor.storage.link(&nar_key(&stored.nar_hash)).await?
+    {
+        anchor.counts.of(&cache.name).nars.add(1);
+        let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
+        set(&mut response, LOCATION, &link);
+        // It ends before a NAR does.
+        set(&mut response, CACHE_CONTROL, "no-store");
+        return Ok(response);
     }
     let part = Part::of(&parts.headers, stored.file_size);
     let range = part.bytes(stored.file_size);

@@ -310,6 +310,7 @@ pub(super) fn options(config: &Config) -> Options {
             credentials_file: server.s3.credentials_file.clone(),
             ca_file: server.s3.ca_file.clone(),
             virtual_hosted: server.s3.virtual_hosted,
+            redirect: server.s3.redirect,
         },
         trust: config.trusted_keys(),
         attic_key: server.attic_token_key_file.clone(),

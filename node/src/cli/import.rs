@@ -65,6 +65,7 @@ pub async fn run(Arguments::Attic(arguments): Arguments) -> Result<()> {
         credentials_file: arguments.s3_credentials_file,
         ca_file: arguments.s3_ca_file,
         virtual_hosted: false,
+        redirect: false,
     };
     let attic = Attic::open(&arguments.database, arguments.storage.as_deref(), s3)?;
     let anchor = Anchor::open(options).await?;

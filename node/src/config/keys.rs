@@ -499,6 +499,14 @@ pub const SECTIONS: &[Section] = &[
                 example: "true",
                 about: "Whether the bucket stands in the host name instead of the path.",
             },
+            Key {
+                name: "redirect",
+                kind: "true or false",
+                default: Value("false"),
+                unit: "",
+                example: "true",
+                about: "Whether Nix fetches NARs of public caches from S3 itself, by links that are good for an hour. Clients must be able to reach `endpoint`.",
+            },
         ],
     },
 ];

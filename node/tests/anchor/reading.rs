@@ -2,7 +2,7 @@
 
 use granary_protocol::token::Permission::{Pull, Push};
 
-use crate::rig::{Rig, Sample, bearer};
+use crate::rig::{Machine, Rig, Sample, bearer, hash};
 use crate::s3::{Fault, S3};
 
 /// Two frames and a piece.
@@ -280,4 +280,55 @@ async fn storage_that_fails_is_an_error_before_the_first_byte_or_a_short_body_ne
     let bucket = s3.folder.path().join("granary-test/anchor/nar");
     std::fs::remove_dir_all(bucket).unwrap();
     assert_eq!(rig.get(&target).status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nars_of_public_caches_come_from_s3_itself_where_that_is_configured() {
+    let s3 = S3::start().await;
+    let rig = Rig::redirecting_to_s3(&s3).await;
+    let key = rig.cache("open", true).await;
+    rig.cache("closed", false).await;
+    let token = rig.token(&[("*", &[Pull, Push])]).await;
+    let builder = Machine::new(&[]);
+    builder.login(&token);
+    let closure = builder.build();
+    let (open, closed) = (rig.url("open"), rig.url("closed"));
+    tokio::task::block_in_place(|| {
+        for url in [&open, &closed] {
+            builder.nix("nix", &["copy", "--to", url, &closure[2]]);
+        }
+        let client = Machine::new(&[&key]);
+        client.nix("nix", &["copy", "--from", &open, &closure[2]]);
+        client.nix("nix", &["store", "verify", "--all"]);
+    });
+    let signed = |line: &&String| line.starts_with("GET") && line.contains("X-Amz-Signature=");
+    let requests = s3.requests();
+    assert_eq!(requests.iter().filter(signed).count(), 3, "{requests:#?}");
+
+    let narinfo = rig.get(&format!("/open/{}.narinfo", hash(&closure[0])));
+    let url = narinfo
+        .text()
+        .lines()
+        .find_map(|line| line.strip_prefix("URL: "));
+    let url = url.unwrap();
+    let answer = rig.get(&format!("/open/{url}"));
+    assert_eq!((answer.status, answer.body.len()), (307, 0));
+    assert!(
+        answer
+            .header("location")
+            .unwrap()
+            .starts_with(&s3.endpoint())
+    );
+    assert_eq!(answer.header("cache-control"), Some("no-store"));
+    // What a link is no good for comes from here: other methods, raw offsets, what not everybody may read.
+    assert_eq!(
+        rig.ask("HEAD", &format!("/open/{url}"), &[], b"").status,
+        200
+    );
+    assert_eq!(rig.get(&format!("/open/{url}?from=5000000")).status, 200);
+    let authorization = bearer(&token);
+    let headers = [("Authorization", authorization.as_str())];
+    let private = rig.ask("GET", &format!("/closed/{url}"), &headers, b"");
+    assert_eq!(private.status, 200);
+    assert_eq!(rig.get(&format!("/closed/{url}")).status, 401);
 }

@@ -50,6 +50,16 @@ impl Rig {
         Rig::with(folder, storage, s3.options(), None).await
     }
 
+    /// The same, where clients are sent to S3 itself.
+    pub async fn redirecting_to_s3(s3: &crate::s3::S3) -> Rig {
+        let folder = TempDir::new().unwrap();
+        let options = S3Options {
+            redirect: true,
+            ..s3.options()
+        };
+        Rig::with(folder, "s3://granary-test/anchor".to_owned(), options, None).await
+    }
+
     async fn with(folder: TempDir, storage: String, s3: S3Options, tls: Option<Files>) -> Rig {
         let mut rig = Rig {
             folder,
