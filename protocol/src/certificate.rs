@@ -4,7 +4,12 @@
 //! machine that ran `granary mesh create`; nodes know its public half only. A certificate travels
 //! in the first message of a connection and rests in a file as one line of text,
 //! `granary-certificate-1:<base64>`. What is signed is [`SIGNING_CONTEXT`] followed by the exact
-//! bytes of the body, so that a mesh signature can be mistaken for nothing else.
+//! bytes of the badge, so that a mesh signature can be mistaken for nothing else.
+//!
+//! The badge ([`SignedBadge`]) says whose certificate it is and when it holds, and has a hash of the
+//! rest: name, permissions, serial number. So the badge alone proves membership, and who shows it to
+//! somebody that may be nobody's member gives neither name nor permissions away. The serial number is
+//! random, so the hash cannot be guessed at.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -34,6 +39,12 @@ const LINE: Line = Line {
 /// Largest encoded certificate. A full one needs about 300 bytes; the rest is room for push patterns.
 pub const CERTIFICATE_BYTES_MAX: usize = 4096;
 
+/// Largest encoded badge: a peer, two dates, a hash, and a signature by a key of the longest name.
+pub const BADGE_BYTES_MAX: usize = 512;
+
+/// Keeps the hash in a badge from being that of anything else.
+const DETAILS_CONTEXT: &[u8] = b"granary-certificate-details-1\n";
+
 /// Longest member name, as a DNS label would have it.
 pub const MEMBER_NAME_BYTES_MAX: usize = 63;
 
@@ -59,8 +70,25 @@ pub struct Certificate {
     pub permissions: Permissions,
     pub not_before: UnixTime,
     pub not_after: UnixTime,
-    /// Distinguishes the certificates of one peer; a revocation names it.
+    /// Random: distinguishes the certificates of one peer, and keeps its badge from telling the rest.
     pub serial: u64,
+}
+
+/// What a certificate shows to those who have not proved to be members.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Badge {
+    pub peer: PeerId,
+    pub not_before: UnixTime,
+    pub not_after: UnixTime,
+    /// Hash of what else the certificate says.
+    details: [u8; 32],
+}
+
+/// A badge as it travels: the exact signed bytes and the signature, nothing proved.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SignedBadge {
+    body: Vec<u8>,
+    signature: Signature,
 }
 
 /// What a member may do, written `share,vouch,push:main`.
@@ -74,11 +102,11 @@ pub struct Permissions {
     pub push: BTreeSet<String>,
 }
 
-/// A certificate as it travels: the exact signed bytes and the signature, nothing proved.
+/// A certificate as it travels: a badge and the details that it has the hash of, nothing proved.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SignedCertificate {
-    body: Vec<u8>,
-    signature: Signature,
+    badge: SignedBadge,
+    details: Vec<u8>,
 }
 
 /// A text or byte string that is no certificate.
@@ -135,17 +163,22 @@ impl Certificate {
     pub fn sign(&self, mesh: &SecretKey) -> Result<SignedCertificate, CertificateError> {
         check_name(&self.name)?;
         self.permissions.check()?;
-        let body = Body {
-            peer: self.peer.as_public_key().to_vec(),
+        let details = DetailsBody {
             name: self.name.clone(),
             permissions: self.permissions.to_string(),
-            not_before: self.not_before.0,
-            not_after: self.not_after.0,
             serial: self.serial,
         }
         .encode_to_vec();
+        let body = BadgeBody {
+            peer: self.peer.as_public_key().to_vec(),
+            not_before: self.not_before.0,
+            not_after: self.not_after.0,
+            details: hash_of_details(&details).to_vec(),
+        }
+        .encode_to_vec();
         let signature = mesh.sign(&signed_bytes(&body));
-        Ok(SignedCertificate { body, signature })
+        let badge = SignedBadge { body, signature };
+        Ok(SignedCertificate { badge, details })
     }
 
     /// Whether a machine may be called that.
@@ -153,23 +186,131 @@ impl Certificate {
         check_name(name).is_ok()
     }
 
-    fn from_body(bytes: &[u8]) -> Result<Certificate, CertificateError> {
-        let body = Body::decode(bytes)?;
-        let peer = <[u8; 32]>::try_from(body.peer.as_slice())
-            .map_err(|_| CertificateError::Field("peer"))?;
-        check_name(&body.name)?;
+    fn from_parts(badge: &Badge, details: &[u8]) -> Result<Certificate, CertificateError> {
+        if hash_of_details(details) != badge.details {
+            return Err(CertificateError::Field("details"));
+        }
+        let details = DetailsBody::decode(details)?;
+        check_name(&details.name)?;
         Ok(Certificate {
-            peer: PeerId::from_public_key(peer),
-            name: body.name,
-            permissions: body.permissions.parse()?,
-            not_before: UnixTime(body.not_before),
-            not_after: UnixTime(body.not_after),
-            serial: body.serial,
+            peer: badge.peer,
+            name: details.name,
+            permissions: details.permissions.parse()?,
+            not_before: badge.not_before,
+            not_after: badge.not_after,
+            serial: details.serial,
         })
     }
 }
 
+impl Badge {
+    fn from_body(bytes: &[u8]) -> Result<Badge, CertificateError> {
+        let body = BadgeBody::decode(bytes)?;
+        let bytes = |field, bytes: Vec<u8>| {
+            <[u8; 32]>::try_from(bytes).map_err(|_| CertificateError::Field(field))
+        };
+        Ok(Badge {
+            peer: PeerId::from_public_key(bytes("peer", body.peer)?),
+            not_before: UnixTime(body.not_before),
+            not_after: UnixTime(body.not_after),
+            details: bytes("details", body.details)?,
+        })
+    }
+
+    /// Whether it is the `connected` peer's and holds at `now`. `name` is for who reads the error.
+    fn check(&self, name: &str, connected: &PeerId, now: UnixTime) -> Result<(), NotAMember> {
+        if self.peer != *connected {
+            return Err(NotAMember::OtherPeer {
+                certified: self.peer,
+                connected: *connected,
+            });
+        }
+        if self.not_before.0 > now.0.saturating_add(CLOCK_SKEW_SECONDS) {
+            return Err(NotAMember::NotYetValid {
+                name: name.to_owned(),
+                from: self.not_before.0,
+                now: now.0,
+            });
+        }
+        if now >= self.not_after {
+            return Err(NotAMember::Expired {
+                name: name.to_owned(),
+                until: self.not_after.0,
+                now: now.0,
+            });
+        }
+        Ok(())
+    }
+}
+
+impl SignedBadge {
+    /// Proves membership: signed by `mesh`, for the `connected` peer, valid at `now`.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, in that order.
+    pub fn verify(
+        &self,
+        mesh: &PublicKey,
+        connected: &PeerId,
+        now: UnixTime,
+    ) -> Result<Badge, NotAMember> {
+        self.check_signature(mesh)?;
+        let badge = Badge::from_body(&self.body)
+            .map_err(|error| NotAMember::Malformed(error.to_string()))?;
+        badge.check(&badge.peer.to_string(), connected, now)?;
+        Ok(badge)
+    }
+
+    fn check_signature(&self, mesh: &PublicKey) -> Result<(), NotAMember> {
+        self.check_mesh(mesh)?;
+        match mesh.verify(&signed_bytes(&self.body), &self.signature) {
+            true => Ok(()),
+            false => Err(NotAMember::BadSignature),
+        }
+    }
+
+    fn check_mesh(&self, mesh: &PublicKey) -> Result<(), NotAMember> {
+        match self.signature.key_name() == mesh.name() {
+            true => Ok(()),
+            false => Err(NotAMember::OtherMesh {
+                found: self.signature.key_name().to_string(),
+                expected: mesh.name().to_string(),
+            }),
+        }
+    }
+
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.envelope(Vec::new()).encode_to_vec()
+    }
+
+    /// Parses the form that travels; at most [`BADGE_BYTES_MAX`] bytes.
+    pub fn from_bytes(bytes: &[u8]) -> Result<SignedBadge, CertificateError> {
+        if bytes.len() > BADGE_BYTES_MAX {
+            return Err(CertificateError::TooLong(bytes.len()));
+        }
+        let SignedCertificate { badge, details } = SignedCertificate::from_bytes(bytes)?;
+        match details.is_empty() {
+            true => Ok(badge),
+            // It was not meant for us to see.
+            false => Err(CertificateError::Field("details")),
+        }
+    }
+
+    fn envelope(&self, details: Vec<u8>) -> Envelope {
+        Envelope {
+            body: self.body.clone(),
+            signature: self.signature.to_string(),
+            details,
+        }
+    }
+}
+
 impl SignedCertificate {
+    /// What of it may be shown to anybody.
+    pub fn badge(&self) -> &SignedBadge {
+        &self.badge
+    }
+
     /// Proves membership: signed by `mesh`, for the `connected` peer, valid at `now`, may share.
     ///
     /// # Errors
@@ -180,15 +321,7 @@ impl SignedCertificate {
         connected: &PeerId,
         now: UnixTime,
     ) -> Result<Certificate, NotAMember> {
-        if self.signature.key_name() != mesh.name() {
-            return Err(NotAMember::OtherMesh {
-                found: self.signature.key_name().to_string(),
-                expected: mesh.name().to_string(),
-            });
-        }
-        if !mesh.verify(&signed_bytes(&self.body), &self.signature) {
-            return Err(NotAMember::BadSignature);
-        }
+        self.badge.check_signature(mesh)?;
         self.recall(mesh, connected, now)
     }
 
@@ -202,34 +335,11 @@ impl SignedCertificate {
         connected: &PeerId,
         now: UnixTime,
     ) -> Result<Certificate, NotAMember> {
-        if self.signature.key_name() != mesh.name() {
-            return Err(NotAMember::OtherMesh {
-                found: self.signature.key_name().to_string(),
-                expected: mesh.name().to_string(),
-            });
-        }
-        let certificate = Certificate::from_body(&self.body)
-            .map_err(|error| NotAMember::Malformed(error.to_string()))?;
-        if certificate.peer != *connected {
-            return Err(NotAMember::OtherPeer {
-                certified: certificate.peer,
-                connected: *connected,
-            });
-        }
-        if certificate.not_before.0 > now.0.saturating_add(CLOCK_SKEW_SECONDS) {
-            return Err(NotAMember::NotYetValid {
-                name: certificate.name,
-                from: certificate.not_before.0,
-                now: now.0,
-            });
-        }
-        if now >= certificate.not_after {
-            return Err(NotAMember::Expired {
-                name: certificate.name,
-                until: certificate.not_after.0,
-                now: now.0,
-            });
-        }
+        self.badge.check_mesh(mesh)?;
+        let malformed = |error: CertificateError| NotAMember::Malformed(error.to_string());
+        let badge = Badge::from_body(&self.badge.body).map_err(malformed)?;
+        let certificate = Certificate::from_parts(&badge, &self.details).map_err(malformed)?;
+        badge.check(&certificate.name, connected, now)?;
         if !certificate.permissions.share {
             return Err(NotAMember::MayNotShare {
                 name: certificate.name,
@@ -240,15 +350,11 @@ impl SignedCertificate {
 
     /// Reads what the certificate says without proving any of it; for display.
     pub fn claims(&self) -> Result<Certificate, CertificateError> {
-        Certificate::from_body(&self.body)
+        Certificate::from_parts(&Badge::from_body(&self.badge.body)?, &self.details)
     }
 
     pub fn to_bytes(&self) -> Vec<u8> {
-        Envelope {
-            body: self.body.clone(),
-            signature: self.signature.to_string(),
-        }
-        .encode_to_vec()
+        self.badge.envelope(self.details.clone()).encode_to_vec()
     }
 
     /// Parses the form that travels; at most [`CERTIFICATE_BYTES_MAX`] bytes.
@@ -262,8 +368,11 @@ impl SignedCertificate {
             .parse()
             .map_err(|_| CertificateError::Field("signature"))?;
         Ok(SignedCertificate {
-            body: envelope.body,
-            signature,
+            badge: SignedBadge {
+                body: envelope.body,
+                signature,
+            },
+            details: envelope.details,
         })
     }
 
@@ -356,19 +465,29 @@ fn is_cache_pattern(pattern: &str) -> bool {
     (1..=50).contains(&pattern.len()) && pattern.bytes().all(allowed)
 }
 
+fn hash_of_details(details: &[u8]) -> [u8; 32] {
+    sha256(&[DETAILS_CONTEXT, details].concat())
+}
+
 #[derive(Clone, PartialEq, prost::Message)]
-struct Body {
+struct BadgeBody {
     #[prost(bytes = "vec", tag = "1")]
     peer: Vec<u8>,
-    #[prost(string, tag = "2")]
-    name: String,
-    #[prost(string, tag = "3")]
-    permissions: String,
-    #[prost(uint64, tag = "4")]
+    #[prost(uint64, tag = "2")]
     not_before: u64,
-    #[prost(uint64, tag = "5")]
+    #[prost(uint64, tag = "3")]
     not_after: u64,
-    #[prost(uint64, tag = "6")]
+    #[prost(bytes = "vec", tag = "4")]
+    details: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct DetailsBody {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(string, tag = "2")]
+    permissions: String,
+    #[prost(uint64, tag = "3")]
     serial: u64,
 }
 
@@ -378,6 +497,9 @@ struct Envelope {
     body: Vec<u8>,
     #[prost(string, tag = "2")]
     signature: String,
+    /// Empty around a badge.
+    #[prost(bytes = "vec", tag = "3")]
+    details: Vec<u8>,
 }
 
 #[cfg(test)]
@@ -461,6 +583,66 @@ mod tests {
     }
 
     #[test]
+    fn a_badge_proves_membership_and_tells_neither_name_nor_permissions() {
+        let signed = certificate().sign(&mesh(1)).unwrap();
+        let bytes = signed.badge().to_bytes();
+        for secret in ["desk-1.lan", "share", "vouch", "main"] {
+            let is_there = bytes.windows(secret.len()).any(|w| w == secret.as_bytes());
+            assert!(!is_there, "{secret}");
+        }
+        let badge = SignedBadge::from_bytes(&bytes).unwrap();
+        let verify = |badge: &SignedBadge, peer: &PeerId, day: u64| {
+            badge.verify(&mesh(1).public_key(), peer, UnixTime(day * DAY))
+        };
+        let proved = verify(&badge, &ME, 110).unwrap();
+        assert_eq!(
+            (proved.not_before, proved.not_after),
+            (UnixTime(100 * DAY), UnixTime(130 * DAY))
+        );
+        let thief = PeerId::from_public_key([8; 32]);
+        assert!(matches!(
+            verify(&badge, &thief, 110),
+            Err(NotAMember::OtherPeer { .. })
+        ));
+        assert!(matches!(
+            verify(&badge, &ME, 130),
+            Err(NotAMember::Expired { .. })
+        ));
+        assert!(matches!(
+            verify(&badge, &ME, 90),
+            Err(NotAMember::NotYetValid { .. })
+        ));
+        for position in 0..bytes.len() {
+            let mut changed = bytes.clone();
+            changed[position] ^= 1;
+            let accepted =
+                SignedBadge::from_bytes(&changed).is_ok_and(|b| verify(&b, &ME, 110).is_ok());
+            assert!(!accepted, "byte {position} may be changed unnoticed");
+        }
+        // One is no certificate, and a certificate is no badge.
+        let certificate = SignedCertificate::from_bytes(&bytes).unwrap();
+        assert!(matches!(
+            super::tests::verify(&certificate, 110),
+            Err(NotAMember::Malformed(_))
+        ));
+        assert!(SignedBadge::from_bytes(&signed.to_bytes()).is_err());
+    }
+
+    #[test]
+    fn details_of_another_certificate_do_not_fit() {
+        let allowed = certificate().sign(&mesh(1)).unwrap();
+        let other = Certificate {
+            permissions: "share".parse().unwrap(),
+            ..certificate()
+        };
+        let mixed = SignedCertificate {
+            badge: other.sign(&mesh(1)).unwrap().badge,
+            details: allowed.details,
+        };
+        assert!(matches!(verify(&mixed, 110), Err(NotAMember::Malformed(_))));
+    }
+
+    #[test]
     fn without_share_nobody_is_a_member() {
         let mut certificate = certificate();
         certificate.permissions.share = false;
@@ -521,6 +703,10 @@ mod tests {
             if let Ok(signed) = SignedCertificate::from_bytes(&bytes) {
                 let _ = signed.claims();
                 prop_assert!(verify(&signed, 110).is_err());
+            }
+            if let Ok(badge) = SignedBadge::from_bytes(&bytes) {
+                let now = UnixTime(110 * DAY);
+                prop_assert!(badge.verify(&mesh(1).public_key(), &ME, now).is_err());
             }
         }
 

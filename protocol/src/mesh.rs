@@ -10,7 +10,7 @@
 //! fetch picks one and replaces it.
 //!
 //! Invariants: no output ever names a peer that is not linked and admitted, except to dial it, to
-//! say Hello and to hang up; every collection is bounded by a named limit; two minds given the same
+//! knock, to say Hello and to hang up; every collection is bounded by a named limit; two minds given the same
 //! seed and the same inputs produce the same outputs.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -340,6 +340,10 @@ impl Mesh {
         message: Message,
         now: Instant,
     ) {
+        if let Message::Knock { version, badge } = &message {
+            let events = self.membership.knocked(peer, *version, badge, now);
+            return self.member_events(index, events, now);
+        }
         if let Message::Hello {
             version,
             certificate,
@@ -355,7 +359,7 @@ impl Mesh {
             return self.member_events(index, events, now);
         }
         match message {
-            Message::Hello { .. } => unreachable!("handled above"),
+            Message::Knock { .. } | Message::Hello { .. } => unreachable!("handled above"),
             Message::About {
                 store_dir,
                 contact,
@@ -540,6 +544,7 @@ impl Mesh {
             MemberEvent::DialSeed { seed } => {
                 self.outputs.push_back(Output::DialSeed { seed });
             }
+            MemberEvent::Knock(peer) => self.knock(peer),
             MemberEvent::SayHello(peer) => self.say_hello(peer),
             MemberEvent::Refused {
                 peer,
@@ -637,6 +642,17 @@ impl Mesh {
         for (fetch, attempt, _) in waiting.transfers {
             self.transfer_ended(index, fetch, attempt, Err(Blame::Peer), now);
         }
+    }
+
+    fn knock(&mut self, peer: PeerId) {
+        let badge = self.config.certificate.badge().clone();
+        self.send(
+            peer,
+            Message::Knock {
+                version: crate::message::PROTOCOL_VERSION,
+                badge,
+            },
+        );
     }
 
     fn say_hello(&mut self, peer: PeerId) {

@@ -1,16 +1,16 @@
 //! Message: every word that nodes exchange on the control plane.
 //!
 //! The types here are checked values; [`crate::wire`] turns them into frames and back. NAR bytes
-//! never travel in messages, they have a plane of their own. The order on a connection: `Hello`
-//! from the dialler, `Hello` from the other side once the first one proved membership, `About` from
-//! both, then anything.
+//! never travel in messages, they have a plane of their own. The order on a connection: `Knock`
+//! from the dialler, `Hello` from the other side once that proved membership, `Hello` from the dialler
+//! once this one did, `About` from both, then anything.
 //!
 //! What is said about a writer ([`Message::Delta`], [`Message::Snapshot`], [`Message::Contact`]) carries
 //! that writer's signature and may come from anyone; everything else the sender says for itself.
 
 use crate::announcement::{Delta, SignedHead};
 use crate::availability::{Cursor, HashPrefix};
-use crate::certificate::SignedCertificate;
+use crate::certificate::{SignedBadge, SignedCertificate};
 use crate::contact::SignedContact;
 use crate::peer::PeerId;
 use crate::revocation::SignedRevocations;
@@ -37,7 +37,9 @@ pub const ANSWERS_BYTES_MAX: usize = 512 * 1024;
 /// One message between two nodes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Message {
-    /// Proves membership. Nothing else is read, and nothing sent, before it is verified.
+    /// Proves membership of who dialled, and says no more of it: who is at the other end is not known yet.
+    Knock { version: u32, badge: SignedBadge },
+    /// Proves membership. Nothing but these two is read, or sent, before it is verified.
     Hello {
         version: u32,
         certificate: SignedCertificate,
@@ -140,6 +142,7 @@ impl Message {
     /// A word for logs and counters.
     pub fn kind(&self) -> &'static str {
         match self {
+            Message::Knock { .. } => "knock",
             Message::Hello { .. } => "hello",
             Message::About { .. } => "about",
             Message::Goodbye => "goodbye",

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use data_encoding::BASE64;
 use prost::Message as _;
 
-use crate::certificate::{Certificate, UnixTime};
+use crate::certificate::{Badge, Certificate, UnixTime};
 use crate::line::{Line, LineError};
 use crate::peer::PeerId;
 use crate::signature::{PublicKey, SecretKey, Signature};
@@ -93,8 +93,17 @@ pub enum NotOurRevocations {
 impl Revocations {
     /// Whether the certificate is void, although everything in it is right.
     pub fn is_revoked(&self, certificate: &Certificate) -> bool {
-        let until = self.revoked.get(&certificate.peer);
-        until.is_some_and(|until| certificate.not_before <= *until)
+        self.is_void(&certificate.peer, certificate.not_before)
+    }
+
+    /// The same for a badge.
+    pub fn is_revoked_badge(&self, badge: &Badge) -> bool {
+        self.is_void(&badge.peer, badge.not_before)
+    }
+
+    fn is_void(&self, peer: &PeerId, not_before: UnixTime) -> bool {
+        let until = self.revoked.get(peer);
+        until.is_some_and(|until| not_before <= *until)
     }
 
     /// Voids every certificate of `peer` that begins up to `until`.

@@ -10,7 +10,9 @@ use prost::Message as _;
 
 use crate::announcement::{Delta, Head, SetDigest, SignedHead};
 use crate::availability::{Cursor, HashPrefix, Operation};
-use crate::certificate::{CERTIFICATE_BYTES_MAX, CertificateError, SignedCertificate};
+use crate::certificate::{
+    BADGE_BYTES_MAX, CERTIFICATE_BYTES_MAX, CertificateError, SignedBadge, SignedCertificate,
+};
 use crate::contact::{ContactError, SignedContact};
 use crate::message::{
     ANSWERS_BYTES_MAX, Answer, CURSORS_MAX, DELTA_OPERATIONS_MAX, LOOKUP_HASHES_MAX, Message,
@@ -51,7 +53,7 @@ pub enum WireError {
         message: &'static str,
         field: &'static str,
     },
-    #[error("hello carries a bad certificate: {0}")]
+    #[error("message carries a bad certificate: {0}")]
     Certificate(#[from] CertificateError),
     #[error("message carries a bad list: {0}")]
     Revocations(#[from] RevocationsError),
@@ -92,7 +94,7 @@ pub fn decode(body: &[u8]) -> Result<Message, WireError> {
 struct Frame {
     #[prost(
         oneof = "Kind",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17"
     )]
     kind: Option<Kind>,
 }
@@ -131,6 +133,16 @@ enum Kind {
     Revocations(Vec<u8>),
     #[prost(uint64, tag = "16")]
     RevocationsKnown(u64),
+    #[prost(message, tag = "17")]
+    Knock(Knock),
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Knock {
+    #[prost(uint32, tag = "1")]
+    version: u32,
+    #[prost(bytes = "vec", tag = "2")]
+    badge: Vec<u8>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -298,6 +310,10 @@ impl From<Position> for Cursor {
 impl From<&Message> for Kind {
     fn from(message: &Message) -> Kind {
         match message {
+            Message::Knock { version, badge } => Kind::Knock(Knock {
+                version: *version,
+                badge: badge.to_bytes(),
+            }),
             Message::Hello {
                 version,
                 certificate,
@@ -415,6 +431,18 @@ impl TryFrom<Kind> for Message {
 
     fn try_from(kind: Kind) -> Result<Message, WireError> {
         Ok(match kind {
+            Kind::Knock(knock) => {
+                at_most(
+                    "knock",
+                    "bytes of badge",
+                    knock.badge.len(),
+                    BADGE_BYTES_MAX,
+                )?;
+                Message::Knock {
+                    version: knock.version,
+                    badge: SignedBadge::from_bytes(&knock.badge)?,
+                }
+            }
             Kind::Hello(hello) => {
                 at_most(
                     "hello",

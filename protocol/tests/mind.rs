@@ -444,7 +444,7 @@ impl Hands {
             Output::Hangup { peer, .. } => drop(self.connected.remove(&peer)),
             Output::Send { peer, message } => {
                 assert!(self.connected.contains(&peer), "sends where no link is");
-                let is_hello = matches!(message, Message::Hello { .. });
+                let is_hello = matches!(message, Message::Knock { .. } | Message::Hello { .. });
                 assert!(
                     is_hello || self.admitted.contains(&peer),
                     "{} to a stranger",

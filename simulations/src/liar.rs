@@ -218,6 +218,7 @@ impl Liar {
         acts: &mut Vec<Act>,
     ) {
         match message {
+            Message::Knock { .. } => self.greet(peer, acts),
             Message::Hello { .. } => {
                 self.greet(peer, acts);
                 self.linked.insert(peer);

@@ -16,7 +16,7 @@ use granary_protocol::wire;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::machine::{
-    GENEROUS, MESH_PORT, Machine, SMALL_BYTES, Sample, TRANSFER_PORT, key, until,
+    GENEROUS, MESH_PORT, Machine, SMALL_BYTES, Sample, TRANSFER_PORT, key, own_address, until,
 };
 
 /// The longest that a stranger waits for a word: beyond the 5 s in which a Hello is due.
@@ -206,4 +206,61 @@ async fn a_member_that_opens_connections_without_end_is_bounded_by_itself() {
     for machine in [&mut greedy, &mut laptop, &mut desktop] {
         machine.stop().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stranger_that_is_dialled_learns_neither_name_nor_permissions() {
+    let place = own_address();
+    let listen = [SocketAddr::from((place, MESH_PORT))];
+    let limits = Limits::new(wire::FRAME_BYTES_MAX);
+    let mut network = Network::new(&stranger(), &listen, limits).unwrap();
+    let mut desktop = Machine::new();
+    // As it would dial whoever announces its mesh's tag.
+    desktop.peers = vec![place];
+    desktop.start().await;
+    let me = PeerId::from_public_key(stranger().public_key());
+    let forged = Message::Hello {
+        version: PROTOCOL_VERSION,
+        certificate: Certificate {
+            peer: me,
+            name: "stranger".into(),
+            permissions: "share".parse().unwrap(),
+            not_before: UnixTime(0),
+            not_after: UnixTime(u64::MAX),
+            serial: 1,
+        }
+        .sign(&SecretKey::from_seed("mesh".parse().unwrap(), [77; 32]))
+        .unwrap(),
+    };
+    let mut heard = Vec::new();
+    let conversation = async {
+        loop {
+            match network.next().await {
+                NetworkEvent::Frame { peer, bytes } => {
+                    heard.push(bytes);
+                    network
+                        .send(peer, Bytes::from(wire::encode(&forged)))
+                        .unwrap();
+                }
+                NetworkEvent::LinkDown { .. } => return,
+                _ => {}
+            }
+        }
+    };
+    tokio::time::timeout(GENEROUS, conversation)
+        .await
+        .expect("the desktop hangs up");
+    let [knock] = &heard[..] else {
+        panic!("{} frames", heard.len());
+    };
+    assert!(matches!(wire::decode(knock), Ok(Message::Knock { .. })));
+    for word in ["machine-", "share"] {
+        let is_told = knock
+            .windows(word.len())
+            .any(|part| part == word.as_bytes());
+        assert!(!is_told, "{word}");
+    }
+    let refusals = desktop.status().unwrap().refusals;
+    assert!(refusals.contains_key("bad_signature"), "{refusals:?}");
+    desktop.stop().await;
 }

@@ -1,7 +1,7 @@
 //! No bytes or text make a certificate panic, and none that was not signed verifies.
 #![no_main]
 
-use granary_protocol::certificate::{Permissions, SignedCertificate, UnixTime};
+use granary_protocol::certificate::{Permissions, SignedBadge, SignedCertificate, UnixTime};
 use granary_protocol::peer::PeerId;
 use granary_protocol::signature::{PublicKey, SecretKey, Signature};
 use libfuzzer_sys::fuzz_target;
@@ -13,6 +13,11 @@ fuzz_target!(|bytes: &[u8]| {
         let peer = PeerId::from_public_key([7; 32]);
         assert!(signed.verify(&mesh, &peer, UnixTime(1)).is_err());
         assert_eq!(SignedCertificate::from_text(&signed.to_text()), Ok(signed));
+    }
+    if let Ok(badge) = SignedBadge::from_bytes(bytes) {
+        let peer = PeerId::from_public_key([7; 32]);
+        assert!(badge.verify(&mesh, &peer, UnixTime(1)).is_err());
+        assert_eq!(SignedBadge::from_bytes(&badge.to_bytes()), Ok(badge));
     }
     if let Ok(text) = std::str::from_utf8(bytes) {
         let _ = SignedCertificate::from_text(text);

@@ -154,8 +154,14 @@ impl<'a> Program<'a> {
     }
 
     fn message(&mut self) -> Option<Message> {
-        Some(match self.byte()? % 10 {
+        Some(match self.byte()? % 11 {
             0 => wire::decode(self.bytes()?).unwrap_or(Message::Goodbye),
+            10 => Message::Knock {
+                version: PROTOCOL_VERSION,
+                badge: signed().certificates[usize::from(self.byte()? % PEERS)]
+                    .badge()
+                    .clone(),
+            },
             1 => Message::Hello {
                 version: PROTOCOL_VERSION,
                 certificate: signed().certificates[usize::from(self.byte()? % PEERS)].clone(),
@@ -329,7 +335,8 @@ fuzz_target!(|bytes: &[u8]| {
                 Output::Admitted { peer, .. } => assert!(admitted.insert(peer)),
                 Output::Departed { peer } => assert!(admitted.remove(&peer)),
                 Output::Send { peer, message } => {
-                    let is_hello = matches!(message, Message::Hello { .. });
+                    let is_hello =
+                        matches!(message, Message::Knock { .. } | Message::Hello { .. });
                     assert!(is_hello || admitted.contains(&peer));
                 }
                 _ => {}

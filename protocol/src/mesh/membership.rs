@@ -1,8 +1,8 @@
 //! Membership: who is known, who is linked, who proved to belong, who is well.
 //!
 //! A peer is one peer however many addresses and connections it has. Presence is a connection, not
-//! an mDNS record: discovery only supplies addresses to dial. The dialler says Hello first, the
-//! other side answers only a Hello that verifies, so whoever merely connects learns nothing.
+//! an mDNS record: discovery only supplies addresses to dial. Who is at the other end is found out
+//! step by step ([`greeting`]).
 //!
 //! Up to [`FULL_MESH_MEMBERS_MAX`] members everyone is linked to everyone. In a larger mesh a node
 //! keeps a few neighbours for the exchange of records ([`neighbours`]), knows the others by their
@@ -14,15 +14,16 @@ use std::time::{Duration, Instant};
 
 use super::{Chance, Config, PeerView, Size};
 use crate::availability::AvailabilityIndex;
-use crate::certificate::{Certificate, SignedCertificate, UnixTime};
-use crate::contact::{Contact, NotAContact, SignedContact};
-use crate::message::{PROTOCOL_VERSION, Wish};
+use crate::certificate::{Certificate, UnixTime};
+use crate::contact::{Contact, SignedContact};
+use crate::message::Wish;
 use crate::peer::{PeerId, PeerKey};
 use crate::revocation::SignedRevocations;
 use crate::signature::PublicKey;
 use crate::store_path::StoreDir;
 
 mod refusal;
+mod greeting;
 mod seeds;
 mod contacts;
 mod revoked;
@@ -130,6 +131,8 @@ pub(super) enum Event {
     DialSeed {
         seed: usize,
     },
+    /// Show our badge to whom we dialled.
+    Knock(PeerId),
     SayHello(PeerId),
     Admitted {
         peer: PeerId,
@@ -357,7 +360,7 @@ impl Membership {
         let peer = self.peers.get_mut(&id)?;
         peer.revocations_given = 0;
         // Who dialled speaks first. After a simultaneous dial both did.
-        let said_hello = outbound || matches!(peer.state, State::Dialling { .. });
+        let knocks = outbound || matches!(peer.state, State::Dialling { .. });
         if outbound {
             peer.learn(address);
         }
@@ -365,10 +368,10 @@ impl Membership {
             address,
             since: now,
             outbound,
-            said_hello,
+            said_hello: false,
         };
         self.changed(&id);
-        said_hello.then_some(Event::SayHello(id))
+        knocks.then_some(Event::Knock(id))
     }
 
     pub(super) fn link_down(
@@ -447,77 +450,6 @@ impl Membership {
         }
     }
 
-    /// Reads a Hello: the only message that is read from a peer that is not a member yet.
-    pub(super) fn hello(
-        &mut self,
-        id: PeerId,
-        version: u32,
-        certificate: &SignedCertificate,
-        now: Instant,
-    ) -> Vec<Event> {
-        let Some(peer) = self.peers.get(&id) else {
-            return Vec::new();
-        };
-        let (address, outbound, said_hello, was_linked) = match &peer.state {
-            State::Greeting {
-                address,
-                outbound,
-                said_hello,
-                ..
-            } => (*address, *outbound, *said_hello, None),
-            // A member shows a renewed certificate.
-            State::Linked {
-                address,
-                outbound,
-                transfer_port,
-                ..
-            } => (*address, *outbound, true, Some(*transfer_port)),
-            State::Away | State::Dialling { .. } => return Vec::new(),
-        };
-        if version < PROTOCOL_VERSION {
-            return self.refuse(id, Refusal::Version, now);
-        }
-        let certificate = certificate.verify(&self.mesh_key, &id, self.unix(now));
-        let certificate = certificate.and_then(|proved| self.unless_revoked(proved));
-        let certificate = match certificate {
-            Ok(certificate) => Box::new(certificate),
-            Err(reason) => return self.refuse(id, Refusal::from(&reason), now),
-        };
-        let Some(peer) = self.peers.get_mut(&id) else {
-            return Vec::new();
-        };
-        let known_port = || peer.contact.as_ref()?.signed.contact().transfer_port;
-        peer.state = State::Linked {
-            address,
-            outbound,
-            transfer_port: was_linked.unwrap_or_else(known_port),
-            certificate: certificate.clone(),
-        };
-        peer.failures = 0;
-        peer.retry_at = None;
-        if was_linked.is_some() {
-            self.changed(&id);
-            return Vec::new();
-        }
-        peer.used_at = Some(now);
-        self.linked.insert(id);
-        self.first_wish(id, now);
-        if self.own_signed.is_none() {
-            self.sign_own(now);
-        }
-        if let Some(peer) = self.peers.get_mut(&id) {
-            peer.is_wanted = false;
-        }
-        self.changed(&id);
-        let mut events = vec![Event::Admitted {
-            peer: id,
-            certificate,
-            say_hello: !said_hello,
-        }];
-        events.extend(self.make_room(&id));
-        events
-    }
-
     /// Ends the link to the guest that was quiet longest, if there are too many links.
     fn make_room(&mut self, newest: &PeerId) -> Option<Event> {
         if self.linked.len() <= LINKS_MAX {
@@ -546,50 +478,11 @@ impl Membership {
         Some(Event::Released(id))
     }
 
-    /// Reads what an admitted peer says of itself.
-    pub(super) fn about(
-        &mut self,
-        id: PeerId,
-        store_dir: &StoreDir,
-        contact: SignedContact,
-        now: Instant,
-    ) -> Vec<Event> {
-        if *store_dir != self.store_dir {
-            return self.refuse(id, Refusal::OtherStoreDir, now);
-        }
-        if contact.peer() != id {
-            return self.refuse(id, Refusal::Garbage, now);
-        }
-        match self.contact_told(contact.clone(), now) {
-            Ok(true) => vec![Event::NewContact(contact)],
-            Ok(false) => {
-                // We may have heard of it before it was linked.
-                if let Some(peer) = self.peers.get_mut(&id)
-                    && let Some(known) = &peer.contact
-                    && let State::Linked { transfer_port, .. } = &mut peer.state
-                {
-                    *transfer_port = known.signed.contact().transfer_port;
-                }
-                Vec::new()
-            }
-            Err(NotAContact::NotAMember(reason)) => self.refuse(id, Refusal::from(&reason), now),
-            Err(NotAContact::BadSignature { .. }) => self.refuse(id, Refusal::Garbage, now),
-        }
-    }
-
     /// The peer leaves on purpose, perhaps to be back at once.
     pub(super) fn goodbye(&mut self, id: PeerId, now: Instant) {
         if let Some(peer) = self.peers.get_mut(&id) {
             peer.retry_at = Some(now + GOODBYE_RETRY);
             self.changed(&id);
-        }
-    }
-
-    /// Refuses a peer that said something else before Hello; ignores one that is gone already.
-    pub(super) fn spoke_out_of_turn(&mut self, id: PeerId, now: Instant) -> Vec<Event> {
-        match self.peers.get(&id).map(|peer| &peer.state) {
-            Some(State::Greeting { .. }) => self.refuse(id, Refusal::OutOfTurn, now),
-            _ => Vec::new(),
         }
     }
 

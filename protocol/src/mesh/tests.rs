@@ -288,8 +288,8 @@ impl Lan {
             Output::DialSeed { .. } => unreachable!("no seeds here"),
             Output::Hangup { peer, .. } => self.unlink(number, to(peer)),
             Output::Send { peer, message } => {
-                let may_speak = matches!(message, Message::Hello { .. })
-                    || self.nodes[number].admitted.contains(&peer);
+                let is_greeting = matches!(message, Message::Knock { .. } | Message::Hello { .. });
+                let may_speak = is_greeting || self.nodes[number].admitted.contains(&peer);
                 assert!(
                     may_speak,
                     "{} said to a peer that is not admitted",

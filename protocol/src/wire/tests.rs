@@ -72,6 +72,10 @@ fn hash(byte: u8) -> StorePathHash {
 
 fn examples() -> Vec<Message> {
     vec![
+        Message::Knock {
+            version: PROTOCOL_VERSION,
+            badge: certificate().badge().clone(),
+        },
         Message::Hello {
             version: PROTOCOL_VERSION,
             certificate: certificate(),
@@ -213,14 +217,15 @@ fn golden_bytes_do_not_change() {
         ),
         (
             Message::Contact(contact()),
-            "016aeb010aa6010a96010a350a20ea4a6c63e29c520abef5507b132ec5f99547\
-             76aebebe7b92421eea691446d22c12046465736b1a0573686172652001280230\
-             03125d686f6d653a446230754433564a574e39457052354a584e66387445387a\
-             676b6743576647347549554e65704c6d6176376a4d6345694f625158786b3044\
-             7361315244503161345864447157676e7178393438514d2f756f6b7641773d3d\
-             10031a060a000001127720f82412401488b1dc9e3a56a3836098c29625df7d26\
-             4ca31b434f3f9c6422319163b2c0e78d098eb336b04b82204953dc0da98931c2\
-             ef03b959831b50e89ecc3b8af1720b",
+            "016a8f020aca010aba010a480a20ea4a6c63e29c520abef5507b132ec5f99547\
+             76aebebe7b92421eea691446d22c1001180222207cd408ef4d9b7925bb6c0deb\
+             7e24ce02087d5208edd3fc2485f3df783be8e20e125d686f6d653a72762f6970\
+             72774a584c4e6942344173366d49447964536c3147434b6939552b5a5471694f\
+             573557686541767651665566697a527831636233432f6d36566a35736d722f49\
+             4134594953734f63424c724c4e593243413d3d1a0f0a046465736b1205736861\
+             7265180310031a060a000001127720f82412403c2d9d039c99b3cbd4e56f3e12\
+             839ec9c07211beb4970f6eb2f410bbd54883e2e281f608252d48c87996478653\
+             d9fc0aab6169229934651abae245c54c75b809",
         ),
     ];
     for (message, bytes) in golden {

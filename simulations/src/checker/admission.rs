@@ -1,4 +1,4 @@
-//! No output names a peer that is not admitted, except to dial it, to say Hello and to hang up.
+//! No output names a peer that is not admitted, except to dial it, to knock, to say Hello and to hang up.
 
 use granary_protocol::mesh::{Output, Source};
 use granary_protocol::message::Message;
@@ -9,7 +9,7 @@ pub fn check(world: &mut World, machine: usize, output: &Output) {
     let admitted = |peer| world.machines[machine].admitted.contains(peer);
     let wrong = match output {
         Output::Send {
-            message: Message::Hello { .. },
+            message: Message::Knock { .. } | Message::Hello { .. },
             ..
         } => None,
         Output::Send { peer, message } if !admitted(peer) => Some((peer, message.kind())),

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use super::{Event, Membership, Refusal, State};
-use crate::certificate::{Certificate, NotAMember};
+use crate::certificate::{Badge, Certificate, NotAMember};
 use crate::peer::PeerId;
 use crate::revocation::{NotOurRevocations, Revocations, SignedRevocations};
 
@@ -112,6 +112,16 @@ impl Membership {
                 name: certificate.name,
             }),
             _ => Ok(certificate),
+        }
+    }
+
+    /// The same for a badge.
+    pub(super) fn unless_revoked_badge(&self, badge: Badge) -> Result<Badge, NotAMember> {
+        match self.revoked() {
+            Some(list) if list.is_revoked_badge(&badge) => Err(NotAMember::Revoked {
+                name: badge.peer.to_string(),
+            }),
+            _ => Ok(badge),
         }
     }
 

@@ -55,7 +55,8 @@ fn a_stranger_learns_nothing_and_is_counted() {
         .iter()
         .filter(|(peer, _)| *peer == id(2))
         .collect();
-    assert!(said.iter().all(|(_, kind)| *kind == "hello"), "{said:?}");
+    // Its badge, which tells whose it is and until when.
+    assert!(said.iter().all(|(_, kind)| *kind == "knock"), "{said:?}");
     let refused = lan.refusals(0);
     assert!(
         refused
@@ -316,4 +317,59 @@ fn a_long_list_of_addresses_is_news_only_once() {
     assert_eq!(dials(&discover(&mut alone)), 1);
     alone.input(Input::DialFailed { peer: id(1) });
     assert_eq!(dials(&discover(&mut alone)), 0, "the back-off holds");
+}
+
+#[test]
+fn whoever_we_dial_sees_our_badge_and_no_more_before_it_proved_membership() {
+    let mut alone = Alone::new(1);
+    let knock = |number: usize, mesh: &str| Message::Knock {
+        version: PROTOCOL_VERSION,
+        badge: certificate(id(number), &mesh_key(mesh)).badge().clone(),
+    };
+    let said = |outputs: &[Output]| -> Vec<&'static str> {
+        let kind = |output: &Output| match output {
+            Output::Send { message, .. } => Some(message.kind()),
+            Output::Hangup { refusal, .. } => refusal.map(Refusal::word),
+            _ => None,
+        };
+        outputs.iter().filter_map(kind).collect()
+    };
+    assert_eq!(said(&alone.link(1, Some(0))), ["knock"]);
+    // One that dialled us at the same time; however often it does.
+    assert_eq!(said(&alone.receive(1, knock(1, "home"))), ["hello"]);
+    assert_eq!(said(&alone.receive(1, knock(1, "home"))), [""; 0]);
+    let after = said(&alone.receive(1, hello(1, "home")));
+    assert!(!after.contains(&"hello") && after.contains(&"about"));
+    // Those who answer with a badge of somebody else, of another mesh, or of an older version.
+    let older = Message::Knock {
+        version: PROTOCOL_VERSION - 1,
+        badge: certificate(id(2), &mesh_key("home")).badge().clone(),
+    };
+    for (answer, refusal) in [
+        (knock(1, "home"), "other_peer"),
+        (knock(2, "office"), "other_mesh"),
+        (older, "version"),
+    ] {
+        assert_eq!(said(&alone.link(2, Some(0))), ["knock"]);
+        assert_eq!(said(&alone.receive(2, answer)), [refusal]);
+    }
+}
+
+#[test]
+fn a_revoked_member_that_knocks_hears_no_word() {
+    let mut alone = Alone::new(1);
+    let mut list = crate::revocation::Revocations::default();
+    list.number = 1;
+    list.revoke(id(1), START).unwrap();
+    let list = list.sign(&mesh_key("home")).unwrap();
+    alone.input(Input::Revocations { list });
+    alone.link(1, None);
+    let badge = certificate(id(1), &mesh_key("home")).badge().clone();
+    let version = PROTOCOL_VERSION;
+    let outputs = alone.receive(1, Message::Knock { version, badge });
+    let hangup = Output::Hangup {
+        peer: id(1),
+        refusal: Some(Refusal::Revoked),
+    };
+    assert_eq!(outputs, [hangup]);
 }
