@@ -7,6 +7,8 @@
 //!
 //! Two messages ([`granary_protocol::ticket`]), each behind its length in two bytes.
 //!
+//! What is decided stands in [`granary_protocol::admission`]; here are the files, the key and the talk.
+//!
 //! Invariants: a ticket counts as used before its certificate leaves; who was revoked gets none by ticket
 //! or by renewal, only from a person (`granary mesh admit`).
 
@@ -16,6 +18,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use granary_protocol::admission::{
+    self, Books, Grant, NotPending, NotTickets, PENDING_TEXT_BYTES_MAX, Pending, Tickets,
+};
 use granary_protocol::certificate::{
     Certificate, CertificateError, MEMBER_NAME_BYTES_MAX, NotAMember, Permissions,
     SignedCertificate, UnixTime,
@@ -39,16 +44,11 @@ use crate::secret;
 use crate::serve::tls::{self, TlsError, TlsSetupError};
 use crate::state_folder;
 
-pub mod tickets;
-
-use tickets::{Tickets, TicketsError};
-
 /// How long one exchange may take, TLS aside: a few small files are read and written.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// For how long a certificate that has ended is renewed: a laptop that was in a drawer, a clock that was
-/// wrong. Who must not come back is revoked.
-const RENEWAL_GRACE_SECONDS: u64 = 30 * 86_400;
+/// Largest file of tickets read: so many, each with a list of so many peers of 53 bytes.
+const TICKETS_FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// Machines that are attended to at once; further ones are dropped, and try again. Anybody may come, and
 /// shall take no room from transfers.
@@ -177,6 +177,7 @@ pub struct Admission {
     key: SecretKey,
     state_dir: PathBuf,
     tickets: PathBuf,
+    pending: PathBuf,
     revocations: PathBuf,
     attended: Semaphore,
 }
@@ -185,7 +186,7 @@ pub struct Admission {
 #[derive(Debug, thiserror::Error)]
 enum Trouble {
     #[error(transparent)]
-    Tickets(#[from] TicketsError),
+    Books(#[from] BooksError),
     #[error(transparent)]
     Revocations(#[from] RevocationsFileError),
     #[error(transparent)]
@@ -199,12 +200,14 @@ impl Admission {
         key: SecretKey,
         state_dir: PathBuf,
         tickets: PathBuf,
+        pending: PathBuf,
         revocations: PathBuf,
     ) -> Admission {
         Admission {
             key,
             state_dir,
             tickets,
+            pending,
             revocations,
             attended: Semaphore::new(ATTENDED_MAX),
         }
@@ -234,7 +237,7 @@ impl Admission {
                 tokio::task::spawn_blocking(move || admission.reply(peer, request, unix_time()));
             let reply = reply.await.map_err(io::Error::other)?;
             match &reply {
-                Reply::Refused(refused @ Refused::UnknownTicket) => {
+                Reply::Refused(refused @ (Refused::UnknownTicket | Refused::Pending)) => {
                     debug!(%peer, reason = refused.word(), "refused to admit a machine");
                 }
                 Reply::Refused(refused) => {
@@ -271,56 +274,103 @@ impl Admission {
         request: Request,
         now: UnixTime,
     ) -> Result<Result<SignedCertificate, Refused>, Trouble> {
-        let revoked = revocations::read(&self.revocations, &self.key.public_key())?;
+        let mesh = self.key.public_key();
+        let revoked = revocations::read(&self.revocations, &mesh)?;
         let revoked = revoked.as_ref().map(SignedRevocations::claims);
-        let certificate = match request {
-            Request::Join { secret, name } => {
-                // A person lets in again whom a person put out.
-                if revoked.is_some_and(|list| list.revoked.contains_key(&peer)) {
-                    return Ok(Err(Refused::Revoked));
-                }
-                let _lock = state_folder::lock(&self.state_dir).map_err(Trouble::Lock)?;
-                let mut tickets = Tickets::load(&self.tickets)?;
-                let issued = match tickets.redeem(&secret, peer, now) {
-                    Ok(issued) => issued.clone(),
-                    Err(refused) => return Ok(Err(refused)),
-                };
-                tickets.save(&self.tickets)?;
-                let name = Certificate::is_name(&name).then_some(name);
-                let (permissions, seconds) = (issued.permissions, issued.certificate_seconds);
-                certify(&self.key, peer, name, permissions, seconds, now)?
+        let decided = match &request {
+            // No file is needed for it, and none that is broken may keep members out.
+            Request::Renew { .. } => {
+                let books = &mut Books::default();
+                admission::decide(books, peer, &request, &mesh, revoked, now)
             }
-            Request::Renew { certificate } => {
-                let mesh = self.key.public_key();
-                let held = match certificate.verify(&mesh, &peer, now) {
-                    Ok(held) => Some(held),
-                    // Signature and peer are right, or something else would have been said.
-                    Err(NotAMember::Expired { until, .. })
-                        if now.0 < until.saturating_add(RENEWAL_GRACE_SECONDS) =>
-                    {
-                        certificate.claims().ok()
-                    }
-                    Err(_) => None,
+            Request::Join { .. } | Request::Ask { .. } => {
+                let _lock = state_folder::lock(&self.state_dir).map_err(Trouble::Lock)?;
+                let mut books = Books {
+                    tickets: read_tickets(&self.tickets)?,
+                    pending: read_pending(&self.pending)?,
                 };
-                let Some(held) = held else {
-                    return Ok(Err(Refused::NoMember));
-                };
-                if revoked.is_some_and(|list| list.is_revoked(&held)) {
-                    return Ok(Err(Refused::Revoked));
+                let known = books.clone();
+                let decided = admission::decide(&mut books, peer, &request, &mesh, revoked, now);
+                // Before the certificate leaves.
+                if books.tickets != known.tickets {
+                    write_tickets(&self.tickets, &books.tickets)?;
                 }
-                let seconds = held.not_after.0.saturating_sub(held.not_before.0);
-                certify(
-                    &self.key,
-                    peer,
-                    Some(held.name),
-                    held.permissions,
-                    seconds,
-                    now,
-                )?
+                if books.pending != known.pending {
+                    write_pending(&self.pending, &books.pending)?;
+                }
+                decided
             }
         };
+        let grant = match decided {
+            Ok(grant) => grant,
+            Err(refused) => return Ok(Err(refused)),
+        };
+        let Grant {
+            name,
+            permissions,
+            seconds,
+        } = grant;
+        let certificate = certify(&self.key, peer, name, permissions, seconds, now)?;
         Ok(Ok(certificate))
     }
+}
+
+/// Why it is not known who may join, or cannot be written down.
+#[derive(Debug, thiserror::Error)]
+pub enum BooksError {
+    #[error("cannot {action} {path}: {source}", path = .path.display())]
+    Io {
+        action: &'static str,
+        path: PathBuf,
+        source: io::Error,
+    },
+    #[error("{path}: {source}", path = .path.display())]
+    Tickets { path: PathBuf, source: NotTickets },
+    #[error("{path}: {source}", path = .path.display())]
+    Pending { path: PathBuf, source: NotPending },
+}
+
+/// Reads the tickets that were given out; none where there is no file.
+pub fn read_tickets(path: &Path) -> Result<Tickets, BooksError> {
+    let text = read_book(path, TICKETS_FILE_BYTES_MAX)?;
+    Tickets::from_text(&text).map_err(|source| BooksError::Tickets {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+pub fn write_tickets(path: &Path, tickets: &Tickets) -> Result<(), BooksError> {
+    write_book(path, &tickets.to_text())
+}
+
+/// Reads who asked to join; nobody where there is no file.
+pub fn read_pending(path: &Path) -> Result<Pending, BooksError> {
+    let text = read_book(path, PENDING_TEXT_BYTES_MAX)?;
+    Pending::from_text(&text).map_err(|source| BooksError::Pending {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+pub fn write_pending(path: &Path, pending: &Pending) -> Result<(), BooksError> {
+    write_book(path, &pending.to_text())
+}
+
+fn read_book(path: &Path, bytes_max: u64) -> Result<String, BooksError> {
+    let text = state_folder::read(path, bytes_max).map_err(|source| BooksError::Io {
+        action: "read",
+        path: path.to_owned(),
+        source,
+    })?;
+    Ok(text.unwrap_or_default())
+}
+
+fn write_book(path: &Path, text: &str) -> Result<(), BooksError> {
+    state_folder::write(path, text.as_bytes()).map_err(|source| BooksError::Io {
+        action: "write",
+        path: path.to_owned(),
+        source,
+    })
 }
 
 /// Asks those who admit, one after another, until one answers.

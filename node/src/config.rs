@@ -564,6 +564,11 @@ impl Config {
         self.state_dir.join("anchor.public-keys")
     }
 
+    /// The machines that asked this one to be admitted.
+    pub fn pending_file(&self) -> PathBuf {
+        self.state_dir.join("pending")
+    }
+
     /// The key that only this machine's nix.conf trusts.
     pub fn loopback_key_file(&self) -> PathBuf {
         self.state_dir.join("loopback-key")

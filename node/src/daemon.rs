@@ -364,6 +364,7 @@ impl Start {
                 key,
                 self.config.state_dir.clone(),
                 self.config.tickets_file(),
+                self.config.pending_file(),
                 self.config.revocations_file(),
             ))),
             Ok(_) => {

@@ -93,6 +93,14 @@ pub struct Peer {
     pub peer_id: String,
     /// From its certificate, while it is linked.
     pub name: Option<String>,
+    /// From its certificate: what it may do, and until when it is a member (seconds since 1970).
+    #[serde(default)]
+    pub permissions: Option<String>,
+    #[serde(default)]
+    pub expires: Option<u64>,
+    /// 0 while it is linked, `None` if it was not since this node started.
+    #[serde(default)]
+    pub seen_seconds_ago: Option<u64>,
     pub address: Option<String>,
     /// `linked`, `greeting`, `dialling` or `away`.
     pub state: String,
@@ -217,6 +225,9 @@ pub async fn report(sources: Sources<'_>) -> Report {
             peers.push(Peer {
                 peer_id: view.peer.to_string(),
                 name: view.name,
+                permissions: view.permissions.map(|one| one.to_string()),
+                expires: view.expires.map(|at| at.0),
+                seen_seconds_ago: view.seen.map(|ago| ago.as_secs()),
                 address: view.address.map(|address| address.to_string()),
                 state: view.state.word().to_owned(),
                 paths: view.paths,

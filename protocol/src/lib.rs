@@ -20,6 +20,7 @@ pub mod peer;
 pub mod certificate;
 pub mod revocation;
 pub mod ticket;
+pub mod admission;
 pub mod voucher;
 pub mod contact;
 pub mod token;

@@ -84,6 +84,8 @@ pub enum TicketError {
 pub enum Request {
     /// By a ticket; `name` is what the machine calls itself.
     Join { secret: Secret, name: String },
+    /// Without a ticket: a person is to admit it.
+    Ask { name: String },
     /// By a certificate that ends soon, or has just ended.
     Renew { certificate: SignedCertificate },
 }
@@ -110,16 +112,22 @@ pub enum Refused {
     NoMember = 5,
     #[error("the machine that admits could not read or write its files; see its log")]
     Trouble = 6,
+    #[error("it waits for a person (granary mesh pending, and admit, where the mesh key is)")]
+    Pending = 7,
+    #[error("too many machines wait there for a person; ask for a ticket (granary mesh ticket)")]
+    Crowded = 8,
 }
 
 impl Refused {
-    const ALL: [Refused; 6] = [
+    const ALL: [Refused; 8] = [
         Refused::UnknownTicket,
         Refused::Expired,
         Refused::UsedUp,
         Refused::Revoked,
         Refused::NoMember,
         Refused::Trouble,
+        Refused::Pending,
+        Refused::Crowded,
     ];
 
     /// The label of its counter.
@@ -131,6 +139,8 @@ impl Refused {
             Refused::Revoked => "revoked",
             Refused::NoMember => "no_member",
             Refused::Trouble => "trouble",
+            Refused::Pending => "pending",
+            Refused::Crowded => "crowded",
         }
     }
 }
@@ -261,11 +271,19 @@ impl Request {
                 secret: secret.0.to_vec(),
                 name: name.clone(),
                 certificate: Vec::new(),
+                asks: false,
+            },
+            Request::Ask { name } => RequestBody {
+                secret: Vec::new(),
+                name: name.clone(),
+                certificate: Vec::new(),
+                asks: true,
             },
             Request::Renew { certificate } => RequestBody {
                 secret: Vec::new(),
                 name: String::new(),
                 certificate: certificate.to_bytes(),
+                asks: false,
             },
         };
         Zeroizing::new(body.encode_to_vec())
@@ -277,17 +295,22 @@ impl Request {
             return Err(TicketError::TooLong(bytes.len()));
         }
         let mut body = RequestBody::decode(bytes)?;
-        match (body.secret.is_empty(), body.certificate.is_empty()) {
-            (false, true) => {
+        if body.name.len() > NAME_BYTES_MAX {
+            return Err(TicketError::Field("name"));
+        }
+        let is_given = (!body.secret.is_empty(), !body.certificate.is_empty());
+        match (is_given, body.asks) {
+            ((false, false), true) => {
+                let name = mem::take(&mut body.name);
+                Ok(Request::Ask { name })
+            }
+            ((true, false), false) => {
                 let secret = Secret::from_slice(&body.secret);
                 let secret = secret.ok_or(TicketError::Field("secret"))?;
-                if body.name.len() > NAME_BYTES_MAX {
-                    return Err(TicketError::Field("name"));
-                }
                 let name = mem::take(&mut body.name);
                 Ok(Request::Join { secret, name })
             }
-            (true, false) => {
+            ((false, true), false) => {
                 let certificate = SignedCertificate::from_bytes(&body.certificate);
                 let certificate = certificate.map_err(|_| TicketError::Field("certificate"))?;
                 Ok(Request::Renew { certificate })
@@ -360,6 +383,8 @@ struct RequestBody {
     name: String,
     #[prost(bytes = "vec", tag = "3")]
     certificate: Vec<u8>,
+    #[prost(bool, tag = "4")]
+    asks: bool,
 }
 
 impl Drop for RequestBody {
@@ -472,6 +497,7 @@ mod tests {
         let name = "laptop".to_owned();
         let certificate = certificate();
         for request in [
+            Request::Ask { name: name.clone() },
             Request::Join { secret, name },
             Request::Renew {
                 certificate: certificate.clone(),

@@ -1,5 +1,7 @@
 //! `granary mesh`: the mesh key at work. It makes members, and puts them out again.
 
+mod members;
+
 use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
@@ -8,16 +10,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use granary_protocol::certificate::{Certificate, Permissions, UnixTime};
+use granary_protocol::admission::{Issued, USES_MAX, fingerprint};
+use granary_protocol::certificate::{Certificate, Permissions, SignedCertificate, UnixTime};
 use granary_protocol::peer::PeerId;
 use granary_protocol::revocation::{Revocations, SignedRevocations};
 use granary_protocol::signature::{KeyName, PublicKey, SecretKey};
-use granary_protocol::ticket::{Request, TICKET_ADDRESSES_MAX, TICKET_TEXT_BYTES_MAX, Ticket};
+use granary_protocol::ticket::{
+    Refused, Request, TICKET_ADDRESSES_MAX, TICKET_TEXT_BYTES_MAX, Ticket,
+};
 use zeroize::Zeroizing;
 
 use super::{ConfigFile, SECONDS_PER_DAY, ask, print};
-use crate::admission::tickets::{Issued, Tickets, USES_MAX};
-use crate::admission::{self, read_mesh_key};
+use crate::admission::{self, AskError, read_mesh_key};
 use crate::clock::unix_time;
 use crate::config::Config;
 use crate::daemon;
@@ -33,6 +37,9 @@ const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Between two looks at whether it has.
 const NOTICE_PAUSE: Duration = Duration::from_millis(20);
+
+/// Between two questions whether a person has admitted this machine.
+const ASK_PAUSE: Duration = Duration::from_secs(2);
 
 /// Lifetime of a certificate unless told otherwise.
 const CERTIFICATE_DAYS: u64 = 30;
@@ -57,15 +64,21 @@ pub enum Command {
         #[command(flatten)]
         config: ConfigFile,
     },
-    /// Write a certificate that makes a machine a member.
+    /// List the machines that asked this one to be admitted (granary join --at). Run where the mesh key is.
+    Pending(members::Arguments),
+    /// List the members of the mesh that the node of this machine knows.
+    Members(members::Arguments),
+    /// Make a machine a member: one that waits (granary mesh pending), or any, by writing its certificate.
     Admit {
-        /// What `granary identity` printed on that machine.
-        peer_id: PeerId,
+        /// Its fingerprint, as `granary mesh pending` shows it, or what `granary identity` printed there.
+        #[arg(value_parser = members::machine)]
+        machine: String,
         #[arg(long, default_value = "mesh.key")]
         key_file: PathBuf,
-        /// Where the certificate is written; the machine expects it in mesh.certificate-file.
-        #[arg(long, default_value = "certificate")]
-        out: PathBuf,
+        /// Where the certificate is written; the machine expects it in mesh.certificate-file. Without it a
+        /// machine that waits gets its certificate when it asks again; of another, it is `certificate`.
+        #[arg(long)]
+        out: Option<PathBuf>,
         /// What to call the machine; default: the end of its peer id.
         #[arg(long)]
         name: Option<String>,
@@ -74,6 +87,8 @@ pub enum Command {
         allow: Permissions,
         #[arg(long, default_value_t = CERTIFICATE_DAYS)]
         days: u64,
+        #[command(flatten)]
+        config: ConfigFile,
     },
     /// Print a ticket with which a machine joins (`granary join`). Run where the mesh key is.
     Ticket(TicketArguments),
@@ -122,6 +137,16 @@ pub struct JoinArguments {
     /// A file with it, so that it stands in no command line.
     #[arg(long, conflicts_with = "ticket")]
     ticket_file: Option<PathBuf>,
+    /// Ask the machine with the mesh key at this `host:port` (its transfer port) without a ticket, and wait
+    /// until a person admits this one there.
+    #[arg(long, conflicts_with_all = ["ticket", "ticket_file"])]
+    at: Option<String>,
+    /// The public mesh key, with --at. Default: mesh.key of the configuration.
+    #[arg(long, requires = "at")]
+    mesh_key: Option<PublicKey>,
+    /// How long to wait, with --at.
+    #[arg(long, default_value = "10m", value_parser = span)]
+    wait: Duration,
     /// What to call this machine; default: its host name.
     #[arg(long)]
     name: Option<String>,
@@ -144,14 +169,36 @@ pub async fn run(command: Command) -> Result<()> {
             name,
             ..
         } => create(&key_file, public_file.as_deref(), &name),
+        Command::Pending(arguments) => members::pending(&arguments),
+        Command::Members(arguments) => members::members(&arguments).await,
         Command::Admit {
-            peer_id,
+            machine,
             key_file,
             out,
             name,
             allow,
             days,
-        } => admit(peer_id, &key_file, &out, name, allow, days),
+            config,
+        } => {
+            let is_waiting = match &out {
+                None => members::grant(&config, &machine, name.clone(), allow.clone(), days)?,
+                Some(_) => false,
+            };
+            let out = out.unwrap_or_else(|| PathBuf::from("certificate"));
+            match is_waiting {
+                true => Ok(()),
+                false => admit(
+                    machine.parse().with_context(|| {
+                        format!("no machine {machine} waits to be admitted here")
+                    })?,
+                    &key_file,
+                    &out,
+                    name,
+                    allow,
+                    days,
+                ),
+            }
+        }
         Command::Ticket(arguments) => ticket(arguments),
         Command::Revoke {
             members,
@@ -325,9 +372,9 @@ fn ticket(arguments: TicketArguments) -> Result<()> {
         let _lock = state_folder::lock(&config.state_dir)
             .with_context(|| format!("cannot lock {}", config.state_dir.display()))?;
         let file = config.tickets_file();
-        let mut tickets = Tickets::load(&file)?;
+        let mut tickets = admission::read_tickets(&file)?;
         tickets.add(issued, now)?;
-        tickets.save(&file)?;
+        admission::write_tickets(&file, &tickets)?;
     }
     let ticket = Ticket {
         mesh: public,
@@ -386,24 +433,38 @@ fn reachable(listen: &[SocketAddr]) -> Result<Vec<String>> {
 
 pub async fn join(arguments: JoinArguments) -> Result<()> {
     let config = arguments.config.load()?;
-    let text = match (arguments.ticket, arguments.ticket_file) {
-        (Some(ticket), _) => Zeroizing::new(ticket),
-        (None, Some(file)) => {
-            let text = state_folder::read(&file, TICKET_TEXT_BYTES_MAX as u64);
+    let ticket = match (&arguments.at, &arguments.ticket, &arguments.ticket_file) {
+        // All that a ticket says but the secret, which a person stands for.
+        (Some(at), ..) => Ticket {
+            mesh: arguments
+                .mesh_key
+                .or_else(|| config.mesh.key.clone())
+                .context("give --mesh-key, or set mesh.key: it proves who answers there")?,
+            admits: vec![at.clone()],
+            peers: Vec::new(),
+            secret: None,
+            expires: UnixTime(u64::MAX),
+        },
+        (None, Some(ticket), _) => Ticket::from_text(ticket)?,
+        (None, None, Some(file)) => {
+            let text = state_folder::read(file, TICKET_TEXT_BYTES_MAX as u64);
             let text = text.with_context(|| format!("cannot read {}", file.display()))?;
-            Zeroizing::new(text.with_context(|| format!("there is no {}", file.display()))?)
+            let text = text.with_context(|| format!("there is no {}", file.display()))?;
+            Ticket::from_text(&Zeroizing::new(text))?
         }
-        (None, None) => bail!("give a ticket, or --ticket-file"),
+        (None, None, None) => bail!("give a ticket, --ticket-file, or --at"),
     };
-    let ticket = Ticket::from_text(&text)?;
+    // Refused now rather than after it was used.
+    ticket.to_text()?;
     if let Some(other) = config.mesh.key.as_ref().filter(|key| **key != ticket.mesh) {
         bail!(
             "the ticket is for mesh {}, this machine belongs to {other}",
             ticket.mesh
         );
     }
-    let secret = ticket.secret.clone();
-    let secret = secret.context("the ticket has no secret, it was used before")?;
+    if arguments.at.is_none() && ticket.secret.is_none() {
+        bail!("the ticket has no secret, it was used before");
+    }
     daemon::make_state_dir(&config.state_dir).with_context(|| {
         format!(
             "cannot make the state folder {}",
@@ -413,8 +474,13 @@ pub async fn join(arguments: JoinArguments) -> Result<()> {
     let identity = Identity::load_or_create(&config.identity_file())?;
     let name = arguments.name.or_else(admission::host_name);
     let name = name.unwrap_or_default();
-    let request = Request::Join { secret, name };
-    let certificate = admission::ask(&identity, &ticket.mesh, &ticket.admits, &request).await?;
+    let certificate = match ticket.secret.clone() {
+        Some(secret) => {
+            let request = Request::Join { secret, name };
+            admission::ask(&identity, &ticket.mesh, &ticket.admits, &request).await?
+        }
+        None => wait_for_a_person(&identity, &ticket, name, arguments.wait).await?,
+    };
     let file = config.certificate_file();
     state_folder::write(&file, format!("{}\n", certificate.to_text()).as_bytes())
         .with_context(|| format!("cannot write the certificate to {}", file.display()))?;
@@ -431,6 +497,38 @@ pub async fn join(arguments: JoinArguments) -> Result<()> {
         "joined {} as {} ({})\n{next}\n",
         ticket.mesh, own.name, own.permissions
     ))
+}
+
+/// Asks again and again until a person admits this machine.
+async fn wait_for_a_person(
+    identity: &Identity,
+    ticket: &Ticket,
+    name: String,
+    wait: Duration,
+) -> Result<SignedCertificate> {
+    let deadline = Instant::now() + wait;
+    let request = Request::Ask { name };
+    let mine = fingerprint(
+        &ticket.mesh,
+        &PeerId::from_public_key(identity.public_key()),
+    );
+    let mut is_told = false;
+    loop {
+        match admission::ask(identity, &ticket.mesh, &ticket.admits, &request).await {
+            Err(AskError::Refused {
+                refused: Refused::Pending,
+                ..
+            }) if Instant::now() < deadline => {
+                if !std::mem::replace(&mut is_told, true) {
+                    eprintln!(
+                        "this machine is {mine}\nwaiting for a person: where the mesh key is, compare it and run granary mesh admit {mine}"
+                    );
+                }
+                tokio::time::sleep(ASK_PAUSE).await;
+            }
+            outcome => return Ok(outcome?),
+        }
+    }
 }
 
 async fn revoke(

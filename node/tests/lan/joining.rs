@@ -11,6 +11,7 @@ use granary_protocol::certificate::{Certificate, SignedCertificate, UnixTime};
 use granary_protocol::ticket::{Refused, Request, Ticket};
 use rustls::pki_types::ServerName;
 use rustls::{ClientConnection, StreamOwned};
+use serde_json::Value;
 
 use crate::machine::{Lan, Machine};
 use crate::nix;
@@ -253,6 +254,63 @@ fn a_crowd_at_the_door_keeps_nobody_from_transfers() {
             false => Err(finished.to_string()),
         }
     });
+}
+
+#[test]
+fn a_machine_without_a_ticket_is_admitted_by_a_person_who_compares_fingerprints() {
+    let lan = Lan::new();
+    let mut desktop = admitting(&lan, "desktop");
+    desktop.start();
+    let mut laptop = newcomer(&lan, "laptop");
+    let address = desktop.at(crate::machine::TRANSFER_PORT).to_string();
+    let key = lan.mesh.public.clone();
+    let shown = |what: &str| -> Value {
+        let said = desktop.granary(&["mesh", what, "--json"]).expect_success();
+        serde_json::from_str(&said).expect("JSON")
+    };
+    let ask = |wait: &str| {
+        let ask = ["join", "--at", &address, "--mesh-key", &key, "--wait", wait];
+        laptop.granary(&[&ask[..], &["--name", "laptop"]].concat())
+    };
+    // Nobody says yes.
+    let finished = ask("0s");
+    assert!(
+        !finished.status.success() && finished.stderr.contains("waits for a person"),
+        "{finished}"
+    );
+    std::thread::scope(|scope| {
+        let asking = scope.spawn(|| ask("30s"));
+        let waiting = &shown("pending")[0];
+        assert_eq!(waiting["name"], "laptop");
+        assert_eq!(waiting["was_put_out"], false);
+        let fingerprint = waiting["fingerprint"].as_str().expect("a fingerprint");
+        let admit = ["mesh", "admit", fingerprint, "--allow", "share"];
+        desktop.granary(&admit).expect_success();
+        let finished = asking.join().expect("the command ran");
+        // The same on both screens, unless it was admitted before it could say so.
+        assert!(
+            finished.stderr.is_empty() || finished.stderr.contains(fingerprint),
+            "{finished}"
+        );
+        let said = finished.expect_success();
+        assert!(said.contains("as laptop (share)"), "{said}");
+    });
+    laptop.start();
+    laptop.wait_linked(&[&desktop]);
+    let members = shown("members");
+    let names: Vec<_> = members.as_array().expect("a list").iter().collect();
+    assert_eq!(names.len(), 2, "{members:#}");
+    assert_eq!(names[0]["name"], "desktop");
+    assert_eq!(names[1]["name"], "laptop");
+    assert_eq!(names[1]["permissions"], "share");
+    assert_eq!(names[1]["seen_seconds_ago"], 0);
+    let left = names[1]["expires_in_seconds"].as_u64().expect("a number");
+    assert!((29 * DAY..=30 * DAY).contains(&left), "{members:#}");
+    let table = desktop.granary(&["mesh", "members"]).expect_success();
+    assert!(
+        table.contains("laptop") && table.contains(&laptop.peer_id),
+        "{table}"
+    );
 }
 
 /// Connects as somebody who wants to join; half of them then send a frame that is none.

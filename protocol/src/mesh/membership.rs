@@ -212,6 +212,8 @@ struct Peer {
     used_at: Option<Instant>,
     /// Number of the list of revocations that it was given last over this link; 0 before the first.
     revocations_given: u64,
+    /// When its last link ended.
+    left_at: Option<Instant>,
 }
 
 struct Proved {
@@ -396,6 +398,7 @@ impl Membership {
         peer.state = State::Away;
         if was_linked {
             peer.failures = 0;
+            peer.left_at = Some(now);
         }
         if peer.retry_at.is_none_or(|at| at <= now) {
             peer.back_off(chance, now);
@@ -613,15 +616,22 @@ impl Membership {
                 State::Greeting { address, .. } => (PeerState::Greeting, Some(*address)),
                 State::Linked { address, .. } => (PeerState::Linked, Some(*address)),
             };
-            let name = match (&peer.state, &peer.contact) {
-                (State::Linked { certificate, .. }, _) => Some(certificate.name.clone()),
-                (_, Some(known)) => Some(known.certificate.name.clone()),
+            let certificate = match (&peer.state, &peer.contact) {
+                (State::Linked { certificate, .. }, _) => Some(certificate.as_ref()),
+                (_, Some(known)) => Some(&known.certificate),
                 _ => None,
             };
+            let left = || Some(now.saturating_duration_since(peer.left_at?));
             let quarantine = peer.quarantine.filter(|quarantine| quarantine.until > now);
             PeerView {
                 peer: *id,
-                name,
+                name: certificate.map(|one| one.name.clone()),
+                permissions: certificate.map(|one| one.permissions.clone()),
+                expires: certificate.map(|one| one.not_after),
+                seen: match state {
+                    PeerState::Linked => Some(Duration::ZERO),
+                    _ => left(),
+                },
                 state,
                 address,
                 paths: index.count(id),
@@ -797,6 +807,7 @@ impl Membership {
             neighbour: neighbours::Wishes::default(),
             used_at: None,
             revocations_given: 0,
+            left_at: None,
         }))
     }
 

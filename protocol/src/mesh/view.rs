@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::{CacheRole, PeerState};
+use crate::certificate::{Permissions, UnixTime};
 use crate::peer::PeerId;
 
 /// What is known of one peer, for status.
@@ -12,6 +13,12 @@ pub struct PeerView {
     pub peer: PeerId,
     /// From its certificate, once admitted.
     pub name: Option<String>,
+    /// From its certificate, as the name is.
+    pub permissions: Option<Permissions>,
+    /// When its certificate ends.
+    pub expires: Option<UnixTime>,
+    /// How long ago it was linked last; zero while it is, `None` if it was not since the start.
+    pub seen: Option<Duration>,
     pub state: PeerState,
     pub address: Option<SocketAddr>,
     /// How many paths it says it holds.

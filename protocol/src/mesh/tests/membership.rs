@@ -358,8 +358,10 @@ fn whoever_we_dial_sees_our_badge_and_no_more_before_it_proved_membership() {
 #[test]
 fn a_revoked_member_that_knocks_hears_no_word() {
     let mut alone = Alone::new(1);
-    let mut list = crate::revocation::Revocations::default();
-    list.number = 1;
+    let mut list = crate::revocation::Revocations {
+        number: 1,
+        ..Default::default()
+    };
     list.revoke(id(1), START).unwrap();
     let list = list.sign(&mesh_key("home")).unwrap();
     alone.input(Input::Revocations { list });
