@@ -3,7 +3,7 @@
 //! - A word with `…` in a command or a file stands for what was printed before and looks like it: `granary-ticket-1:…`.
 //! - What is shown must be printed, line by line in this order; more may be. In it, `…` is any text.
 //! - A command that only looks is asked again for a while, as a person would.
-//! - `granary up`, `node` and `anchor` stay until the machine starts the next of them, or the document ends.
+//! - `granary up`, `node` and `anchor` stay until `^C`, or the machine starts the next of them.
 //! - A `toml` block that begins with `# /a/file` is written there, and each one must be a configuration.
 //! - A `bash` block is a script for a machine that is not here: it must be well-formed, and hold nothing of ours.
 //! - An `ini` block that begins with `# nix.conf` must name settings that Nix knows.
@@ -142,6 +142,10 @@ impl<'a> Session<'a> {
     }
 
     fn step(&mut self, step: &Step) -> Result<(), String> {
+        if step.command == "^C" {
+            self.lan.machine(&step.machine).end();
+            return Ok(());
+        }
         let command = step
             .command
             .replace("cargo run --bin granary --", "granary");
@@ -190,7 +194,8 @@ impl<'a> Session<'a> {
         let since = Instant::now();
         let outcome = loop {
             let outcome = machine.run(&command, step.is_root);
-            let is_good = outcome.status == 0 && shown.is_in(&outcome.output);
+            let is_good =
+                outcome.status == shown.status.unwrap_or(0) && shown.is_in(&outcome.output);
             // Misuse stays misuse.
             if is_good || !may_repeat || outcome.status == 2 || since.elapsed() > PATIENCE {
                 break outcome;
