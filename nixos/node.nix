@@ -28,6 +28,9 @@ let
   numbered = lib.imap0 (position: anchor: { inherit position anchor; }) cfg.anchors;
 
   settings = cfg.settings // {
+    mesh =
+      cfg.settings.mesh
+      // (if cfg.ticketFile != null then { ticket-file = credential "ticket"; } else { });
     anchor =
       map (
         { position, anchor }:
@@ -50,6 +53,16 @@ let
     }
     cp "$textPath" "$out"
   '';
+
+  trustsMembers = cfg.nix.enable && cfg.settings.trust.members;
+  # Where Nix finds the key that is this machine's own.
+  keyFile = "/run/granary-keys/nix.conf";
+  writeKey = pkgs.writeShellScript "granary-keys" ''
+    set -eu
+    ${cfg.package}/bin/granary use --key --config ${checked} > ${keyFile}.new
+    ${pkgs.coreutils}/bin/chmod 0644 ${keyFile}.new
+    ${pkgs.coreutils}/bin/mv ${keyFile}.new ${keyFile}
+  '';
 in
 {
   options.services.granary = {
@@ -68,6 +81,17 @@ in
       description = ''
         Whether peers may reach this machine: the ports of `settings.mesh.listen` and
         `settings.mesh.transfer` (TCP), and 5353 (UDP) for mDNS.
+      '';
+    };
+
+    ticketFile = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "/run/agenix/granary-ticket";
+      description = ''
+        A file on this machine that holds a ticket (`granary mesh ticket`), with which the node joins its mesh at
+        the first start; not a path in the Nix store. systemd reads it as root and shows it to the node alone.
+        `settings.mesh.key` need not be given then.
       '';
     };
 
@@ -204,6 +228,11 @@ in
             default = [ "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=" ];
             description = "Public keys in Nix's format: what one of them signed is passed on to Nix.";
           };
+          trust.members = mkOption {
+            type = types.bool;
+            default = true;
+            description = "Whether what members built that may vouch is passed on to Nix, signed by a key of this machine's own.";
+          };
           upstream = mkOption {
             default = [ ];
             description = "Other binary caches, asked after peers and anchors.";
@@ -232,6 +261,10 @@ in
       {
         assertion = lib.all (anchor: anchor.tokenFile == null || !(lib.hasPrefix "/nix/store/" anchor.tokenFile)) cfg.anchors;
         message = "services.granary.anchors has a tokenFile in the Nix store, where everybody may read it.";
+      }
+      {
+        assertion = cfg.ticketFile == null || !(lib.hasPrefix "/nix/store/" cfg.ticketFile);
+        message = "services.granary.ticketFile is in the Nix store, where everybody may read it.";
       }
     ];
 
@@ -274,9 +307,11 @@ in
         Group = "granary";
         StateDirectory = "granary";
         StateDirectoryMode = "0700";
-        LoadCredential = map (
-          { position, anchor }: "${tokenName position}:${anchor.tokenFile}"
-        ) (lib.filter ({ anchor, ... }: anchor.tokenFile != null) numbered);
+        LoadCredential =
+          lib.optional (cfg.ticketFile != null) "ticket:${cfg.ticketFile}"
+          ++ map (
+            { position, anchor }: "${tokenName position}:${anchor.tokenFile}"
+          ) (lib.filter ({ anchor, ... }: anchor.tokenFile != null) numbered);
         Restart = "always";
         RestartSec = 2;
         WatchdogSec = 30;
@@ -284,6 +319,35 @@ in
         TimeoutStopSec = 30;
       };
     };
+
+    # The key with which the node passes on what members built is random and this machine's own, so no
+    # configuration can name it: it is made before Nix's daemon reads its nix.conf, which includes it.
+    systemd.services.granary-keys = mkIf trustsMembers {
+      description = "Granary's key for the Nix of this machine";
+      documentation = [ "man:granary-use(1)" ];
+      wantedBy = [
+        "multi-user.target"
+        "nix-daemon.service"
+      ];
+      before = [
+        "nix-daemon.service"
+        "granary.service"
+      ];
+      restartTriggers = [ checked ];
+      serviceConfig = import ./unit.nix // {
+        Type = "oneshot";
+        RemainAfterExit = true;
+        ExecStart = "${writeKey}";
+        User = "granary";
+        Group = "granary";
+        StateDirectory = "granary";
+        StateDirectoryMode = "0700";
+        # What is in it is no secret, and everybody's Nix reads it.
+        RuntimeDirectory = "granary-keys";
+        RuntimeDirectoryMode = "0755";
+      };
+    };
+    nix.extraOptions = mkIf trustsMembers "!include ${keyFile}";
 
     networking.firewall = mkIf cfg.openFirewall {
       allowedTCPPorts = ports (cfg.settings.mesh.listen ++ cfg.settings.mesh.transfer);

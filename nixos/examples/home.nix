@@ -5,14 +5,9 @@
   services.granary = {
     enable = true;
     openFirewall = true;
-    settings = {
-      # Printed by `granary mesh create`, once, on the machine that admits the others.
-      mesh.key = "home:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
-      # Keys of the machines that build (`secret-key-files` in their nix.conf).
-      trust.keys = [
-        "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
-        "desk-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="
-      ];
-    };
+    # Printed by `granary mesh ticket --uses 3` on the machine that admits the others (`granary mesh create --here`).
+    ticketFile = "/run/agenix/granary-ticket";
+    # Names that stay on the machine that built them.
+    settings.share.deny = [ "^secret-" ];
   };
 }

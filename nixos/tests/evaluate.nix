@@ -49,6 +49,7 @@ let
       documentation = list types.str;
       wantedBy = list types.str;
       requires = list types.str;
+      before = list types.str;
       wants = list types.str;
       after = list types.str;
       restartTriggers = list types.raw;
@@ -80,6 +81,10 @@ let
       services.garage = free;
       services.minio = free;
       services.atticd = free;
+      nix.extraOptions = mkOption {
+        type = types.lines;
+        default = "";
+      };
       nix.settings = mkOption {
         default = { };
         type = types.submodule {
@@ -134,6 +139,7 @@ let
         services = shown config.systemd.services;
         users = config.users;
         nix = config.nix.settings;
+        nixConf = config.nix.extraOptions;
         firewall = builtins.mapAttrs (_: sorted) config.networking.firewall;
         commands = sorted (map (one: one.text or one.name) config.environment.systemPackages);
       };

@@ -237,6 +237,9 @@ let
     int = leaf "signed integer" isInt;
     float = leaf "floating point number" isFloat;
     str = leaf "string" isString;
+    lines = leaf "strings concatenated with \"\\n\"" isString // {
+      merge = _: definitions: concatStringsSep "\n" (map (one: one.value) definitions);
+    };
     path = leaf "path" (value: isPath value || (isString value && substring 0 1 value == "/"));
     package = leaf "package" (value: isAttrs value && value ? outPath);
     ints.unsigned = leaf "unsigned integer, meaning >=0" (value: isInt value && value >= 0);

@@ -24,6 +24,10 @@ pub struct Arguments {
     /// Take out what an earlier call put in.
     #[arg(long)]
     undo: bool,
+    /// Only print a line with the key that is this machine's own, to be included by a nix.conf that
+    /// something else makes, as NixOS does.
+    #[arg(long, conflicts_with_all = ["undo", "print", "nix_conf"])]
+    key: bool,
     /// Nix's configuration. Default: /etc/nix/nix.conf ($NIX_CONF_DIR/nix.conf) for root, else
     /// ~/.config/nix/nix.conf.
     #[arg(long, value_name = "FILE")]
@@ -33,6 +37,9 @@ pub struct Arguments {
 }
 
 pub fn run(arguments: Arguments) -> Result<()> {
+    if arguments.key {
+        return print_key(&arguments.config);
+    }
     let config = arguments.config.load()?;
     let wanted = wanted(&config)?;
     let place = match &arguments.nix_conf {
@@ -71,6 +78,24 @@ pub fn run(arguments: Arguments) -> Result<()> {
         false => "",
     };
     print(&format!("changed {}:\n{change}{restart}", place.display()))
+}
+
+/// Prints the line for the loopback key; it is made if need be, also before this machine is a member.
+fn print_key(config: &ConfigFile) -> Result<()> {
+    // The ticket is for the node's eyes.
+    let config = Config::read(config.path().as_deref())?;
+    if !config.trust.members {
+        return Ok(());
+    }
+    let file = config.loopback_key_file();
+    make_state_dir(&config.state_dir).with_context(|| {
+        format!(
+            "cannot make the state folder {}",
+            config.state_dir.display()
+        )
+    })?;
+    let key = loopback_key::load_or_create(&file)?.public_key();
+    print(&format!("extra-trusted-public-keys = {key}\n"))
 }
 
 /// What this node wants of Nix.

@@ -123,3 +123,18 @@ fn a_link_is_kept_and_one_into_the_store_is_left_to_nixos() {
     );
     assert_eq!(fs::read_to_string(&made).unwrap(), "max-jobs = 3\n");
 }
+
+#[test]
+fn the_line_with_the_own_key_may_be_included_before_the_machine_is_a_member() {
+    let mut machine = Machine::new();
+    machine.extra = "[mesh]\nticket-file = \"/nowhere\"\n".into();
+    let line = machine.run(&["use", "--key"]);
+    assert_eq!(machine.run(&["use", "--key"]), line);
+    fs::write(machine.file("conf/key.conf"), &line).unwrap();
+    fs::write(machine.nix_conf(), "!include key.conf\n").unwrap();
+    let key = line.trim().strip_prefix("extra-trusted-public-keys = ");
+    let keys = machine.setting("trusted-public-keys");
+    assert!(keys.contains(&key.unwrap().to_owned()), "{keys:?}");
+    machine.extra = "[trust]\nmembers = false\n".into();
+    assert_eq!(machine.run(&["use", "--key"]), "");
+}
