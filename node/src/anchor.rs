@@ -36,6 +36,7 @@ pub mod catalog;
 pub mod uses;
 pub mod cache;
 pub mod tokens;
+pub mod oidc;
 pub mod intake;
 pub mod ingest;
 pub mod sizes;
@@ -106,6 +107,8 @@ pub struct Options {
     pub trust: TrustedKeys,
     /// Where the key is that proves Attic's tokens.
     pub attic_key: Option<PathBuf>,
+    /// Issuers whose tokens are traded for ours.
+    pub oidc: Vec<oidc::Options>,
     /// Largest NAR taken in.
     pub nar_bytes_max: u64,
     /// What the server shows to clients; plain HTTP without.
@@ -137,6 +140,8 @@ pub enum OpenError {
     Catalog(#[from] CatalogError),
     #[error(transparent)]
     TokenKey(#[from] TokenKeyError),
+    #[error(transparent)]
+    Issuer(#[from] oidc::IssuerError),
     #[error(
         "storage {location} holds caches that the catalog {path} does not know: run granary anchor rebuild",
         path = .path.display()
@@ -172,6 +177,7 @@ pub struct Anchor {
     health: health::Health,
     accesses: accesses::Accesses,
     sessions: sessions::Sessions,
+    issuers: Option<oidc::Issuers>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -210,10 +216,16 @@ impl Anchor {
         storage: ObjectStore,
         catalog: Catalog,
     ) -> Result<Arc<Anchor>, OpenError> {
-        let token_key = tokens::token_key(&options.state)?.public_key();
+        let token_key = tokens::token_key(&options.state)?;
+        let public = token_key.public_key();
+        let issuers = match options.oidc.is_empty() {
+            true => None,
+            false => Some(oidc::Issuers::new(options.oidc, token_key)?),
+        };
         let attic = options.attic_key.as_deref().map(tokens::attic_key);
         Ok(Arc::new(Anchor {
-            tokens: Tokens::new(catalog.clone(), token_key, attic.transpose()?),
+            tokens: Tokens::new(catalog.clone(), public, attic.transpose()?),
+            issuers,
             keys: Keys::in_folder(&options.state),
             trust: options.trust,
             nar_bytes_max: options.nar_bytes_max,

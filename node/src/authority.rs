@@ -84,6 +84,16 @@ impl Authorities {
     }
 }
 
+/// Whether nobody on the way can change what comes from there.
+pub fn is_safe(url: &reqwest::Url) -> bool {
+    let host = url.host_str().unwrap_or_default();
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let is_loopback = host
+        .parse::<std::net::IpAddr>()
+        .is_ok_and(|ip| ip.is_loopback());
+    url.scheme() == "https" || url.scheme() == "http" && (is_loopback || host == "localhost")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -105,5 +115,25 @@ mod tests {
             .unwrap();
         assert!(problem().contains("at most 4194304"), "{}", problem());
         assert!(Authorities::read(None).unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_is_neither_https_nor_on_loopback_is_not_safe() {
+        for (url, expected) in [
+            ("https://issuer.example/keys", true),
+            ("http://127.0.0.1:1/keys", true),
+            ("http://[::1]:1/keys", true),
+            ("http://localhost/keys", true),
+            ("http://issuer.example/keys", false),
+            ("http://127.0.0.1.example/keys", false),
+            ("http://10.0.0.1/keys", false),
+            ("file:///keys", false),
+        ] {
+            assert_eq!(
+                is_safe(&reqwest::Url::parse(url).unwrap()),
+                expected,
+                "{url}"
+            );
+        }
     }
 }

@@ -5,6 +5,9 @@
 //! names of files. What the keys are for stands in [`keys`], of which the manual is made.
 
 pub mod keys;
+mod oidc;
+
+pub use oidc::{Oidc, Shape};
 
 use std::env;
 use std::fs;
@@ -253,6 +256,8 @@ pub struct AnchorServer {
     pub scrub_days: Option<u64>,
     /// A file with the key that proves tokens of Attic.
     pub attic_token_key_file: Option<PathBuf>,
+    /// `[[anchor-server.oidc]]`: jobs of CI that get tokens for showing who they are.
+    pub oidc: Vec<Oidc>,
     pub s3: S3,
 }
 
@@ -320,6 +325,7 @@ impl Default for AnchorServer {
             tls_key: None,
             scrub_days: None,
             attic_token_key_file: None,
+            oidc: Vec::new(),
             s3: S3::default(),
         }
     }
@@ -684,6 +690,9 @@ impl Config {
                 SCRUB_DAYS.start(),
                 SCRUB_DAYS.end()
             ));
+        }
+        if let Some(problem) = server.oidc.iter().find_map(Oidc::contradiction) {
+            return Some(problem);
         }
         if server.tls_cert.is_some() != server.tls_key.is_some() {
             return Some(

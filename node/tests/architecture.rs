@@ -30,7 +30,11 @@ const EDGES: &[(&str, &[&str])] = &[
     // What a person hides is a file of the state folder. Signatures by the loopback key are shown to nobody.
     ("store", &["state_folder", "loopback_key"]),
     // Where a machine joined is a file of the state folder. A daemon is told in which form to log.
-    ("config", &["log", "store", "listener", "state_folder"]),
+    (
+        "config",
+        // From where keys may be taken.
+        &["log", "authority", "store", "listener", "state_folder"],
+    ),
     ("index", &[]),
     ("serve", &["store", "identity", "metrics"]),
     ("binary_cache", &["authority", "identity", "serve"]),
@@ -84,8 +88,11 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     // The durable role knows its own files, how answers, ranges and pages are written, numbers for Prometheus,
-    // and which files may hold a secret.
-    ("anchor", &["page", "serve", "metrics", "secret"]),
+    // which files may hold a secret, and whom to trust when it asks an issuer for keys.
+    (
+        "anchor",
+        &["page", "serve", "metrics", "secret", "authority"],
+    ),
     ("nix_conf", &[]),
     // The daemon wires everything, and only the command line and the demo start one.
     (

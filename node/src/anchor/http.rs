@@ -9,6 +9,7 @@
 //! *      /api/v1/caches/<cache>/missing  …/uploads                                              uploads.rs
 //! DELETE /api/v1/caches/<cache>/paths/<hash>; POST …/keys; GET, POST /api/v1/collection         here
 //! POST   /api/v1/scrub                                                                       scrub.rs
+//! POST   /api/v1/oidc/token                                                                  oidc.rs
 //! *      /_api/v1/…  /<cache>/attic-cache-info                                                attic.rs
 //! ```
 //!
@@ -52,7 +53,7 @@ use super::ingest::IngestError;
 use super::object_store::StorageError;
 use super::tls::{HTTP_2, Tls};
 use super::tokens::{Bearer, Denied};
-use super::{Anchor, attic, counts, health, page, put, read, scrub, to_its_end, uploads};
+use super::{Anchor, attic, counts, health, oidc, page, put, read, scrub, to_its_end, uploads};
 use crate::serve::{
     self,
     respond::{self, Body},
@@ -550,6 +551,7 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
             rotate_key(anchor, parts, cache, body).await
         }
         ["api", "v1", "collection"] => collection(anchor, parts).await,
+        ["api", "v1", "oidc", "token"] => oidc::answer(anchor, parts, body).await,
         ["api", "v1", "scrub"] => scrub::answer(anchor, parts, body).await,
         ["api", "v1", "caches", cache, rest @ ..] => {
             uploads::answer(anchor, parts, cache, rest, body).await

@@ -35,6 +35,8 @@ use crate::secret::exposed;
 /// Largest key file read; a 4096-bit RSA key has some 3 KiB.
 const KEY_BYTES_MAX: u64 = 64 * 1024;
 
+const SECONDS_PER_DAY: u64 = 86_400;
+
 /// The name in the key file. It is of no consequence: tokens carry no key name.
 const KEY_NAME: &str = "granary-tokens";
 
@@ -237,6 +239,28 @@ impl Tokens {
                     .map(drop)
             })
             .await
+    }
+
+    /// Notes a token that was given for an issuer's, whose ids begin with `prefix`; forgets those that ended more
+    /// than a day ago, for every job gets one.
+    pub async fn traded(
+        &self,
+        claims: Claims,
+        prefix: &'static str,
+        now: UnixTime,
+    ) -> Result<(), CatalogError> {
+        let ended = signed(now.0.saturating_sub(SECONDS_PER_DAY));
+        self.catalog
+            .write(move |transaction| {
+                transaction
+                    .execute(
+                        "DELETE FROM tokens WHERE substr(id, 1, length(?1)) = ?1 AND expires < ?2",
+                        params![prefix, ended],
+                    )
+                    .map(drop)
+            })
+            .await?;
+        self.issued(claims, now).await
     }
 
     /// Every token that was made here, the newest first.

@@ -28,9 +28,9 @@ use crate::anchor::server::{ADDRESS_FILE, Server, StartError, StateLock};
 use crate::anchor::sizes::Statistics;
 use crate::anchor::tls::Files;
 use crate::anchor::tokens::token_key;
-use crate::anchor::{Anchor, Clock, Options, rebuild};
+use crate::anchor::{Anchor, Clock, Options, oidc, rebuild};
 use crate::clock::unix_time;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::status::{self, human_bytes};
 
 /// Days that a token is good for unless told otherwise.
@@ -314,6 +314,7 @@ pub(super) fn options(config: &Config) -> Options {
         },
         trust: config.trusted_keys(),
         attic_key: server.attic_token_key_file.clone(),
+        oidc: issuers(&server.oidc),
         nar_bytes_max: server.nar_bytes_max,
         tls: match (&server.tls_cert, &server.tls_key) {
             (Some(certificate), Some(key)) => Some(Files {
@@ -328,6 +329,41 @@ pub(super) fn options(config: &Config) -> Options {
             .map(|days| Duration::from_secs(days * SECONDS_PER_DAY)),
         clock: Clock::default(),
     }
+}
+
+/// Entries about one issuer, made for one audience, share its keys.
+fn issuers(entries: &[config::Oidc]) -> Vec<oidc::Options> {
+    let mut issuers: Vec<oidc::Options> = Vec::new();
+    for entry in entries {
+        let shapes = entry.claims.iter();
+        let grant = |pattern: &Pattern| Grant {
+            pattern: pattern.clone(),
+            permissions: entry.allow.clone(),
+        };
+        let rule = oidc::Rule {
+            claims: shapes
+                .map(|(name, shape)| (name.clone(), shape.0.clone()))
+                .collect(),
+            grants: entry.caches.iter().map(grant).collect(),
+        };
+        let known = issuers.iter_mut().find(|known| {
+            known.issuer == entry.issuer
+                && known.audience == entry.audience
+                && known.jwks_url == entry.jwks_url
+                && known.ca_file == entry.ca_file
+        });
+        match known {
+            Some(known) => known.rules.push(rule),
+            None => issuers.push(oidc::Options {
+                issuer: entry.issuer.clone(),
+                audience: entry.audience.clone(),
+                jwks_url: entry.jwks_url.clone(),
+                ca_file: entry.ca_file.clone(),
+                rules: vec![rule],
+            }),
+        }
+    }
+    issuers
 }
 
 async fn open(config: &ConfigFile) -> Result<(Config, Arc<Anchor>)> {

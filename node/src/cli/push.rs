@@ -18,6 +18,7 @@ use crate::config::Config;
 use crate::daemon::{make_state_dir, upload_options};
 use crate::status::human_bytes;
 use crate::store::{BATCH_MAX, LocalStore, NixStore};
+use crate::upload::exchange::{self, Proof};
 use crate::upload::progress::{Progress, Stage};
 use crate::upload::queue::{Entry, Queue};
 use crate::upload::{self, Target};
@@ -46,6 +47,13 @@ pub struct Arguments {
     /// variable GRANARY_TOKEN, else that `[[anchor]]`'s token-file.
     #[arg(long, env = "GRANARY_TOKEN_FILE")]
     token_file: Option<PathBuf>,
+    /// Prove who this job of CI is, and get a token from the anchor for that: in GitHub Actions with `permissions:
+    /// id-token: write`, elsewhere by a proof in the environment variable GRANARY_OIDC_TOKEN.
+    #[arg(long, conflicts_with_all = ["token_file", "queue"])]
+    oidc: bool,
+    /// Whom the proof is made for. Default: the anchor's address.
+    #[arg(long, env = "GRANARY_OIDC_AUDIENCE")]
+    oidc_audience: Option<String>,
     /// Certificates (PEM) trusted beside the system's. Default: that `[[anchor]]`'s ca-file.
     #[arg(long, env = "GRANARY_CA_FILE")]
     ca_file: Option<PathBuf>,
@@ -71,7 +79,13 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     }
     let place = place(&config, &arguments)?;
     let authorities = Authorities::read(place.ca_file.as_deref())?;
-    let token = token(&place, std::env::var_os(TOKEN_VARIABLE))?;
+    let token = match arguments.oidc {
+        true => {
+            let audience = arguments.oidc_audience.as_deref();
+            exchange::token(&place.url, audience, proof()?, &authorities).await?
+        }
+        false => token(&place, std::env::var_os(TOKEN_VARIABLE))?,
+    };
     let target = Target::new(&place.url, token, &authorities)?;
     let is_shown = std::io::stderr().is_terminal() && !arguments.json;
     let progress = Progress::default();
@@ -231,6 +245,27 @@ fn token(place: &Place, variable: Option<OsString>) -> Result<Zeroizing<String>>
             "no token for {url}: give --token-file, {TOKEN_VARIABLE} in the environment, or token-file in its [[anchor]]"
         ),
     }
+}
+
+/// What proves who this job is, or says where that is got.
+fn proof() -> Result<Proof> {
+    let variable = |name| std::env::var(name).ok().filter(|text| !text.is_empty());
+    if let Some(proof) = variable("GRANARY_OIDC_TOKEN") {
+        return Ok(Proof::Given(Zeroizing::new(proof)));
+    }
+    let url = variable("ACTIONS_ID_TOKEN_REQUEST_URL");
+    let bearer = variable("ACTIONS_ID_TOKEN_REQUEST_TOKEN");
+    let (Some(url), Some(bearer)) = (url, bearer) else {
+        bail!(
+            "this job cannot prove who it is: neither ACTIONS_ID_TOKEN_REQUEST_URL and …_TOKEN nor GRANARY_OIDC_TOKEN are set\nhint: in GitHub Actions, give the job permissions: id-token: write"
+        );
+    };
+    Ok(Proof::Asked {
+        url: url
+            .parse()
+            .context("ACTIONS_ID_TOKEN_REQUEST_URL is no address")?,
+        bearer: Zeroizing::new(bearer),
+    })
 }
 
 /// Reads a store path, or finds the one that a symlink leads to.

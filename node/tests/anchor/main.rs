@@ -18,6 +18,7 @@ mod memory;
 mod hostile;
 mod import;
 mod nix;
+mod oidc;
 mod page;
 #[path = "../shared/pages.rs"]
 mod pages;

@@ -28,6 +28,7 @@ pub struct Rig {
     s3: S3Options,
     tls: Option<Files>,
     pub clock: Clock,
+    pub oidc: Vec<granary::anchor::oidc::Options>,
     pub server: Option<Server>,
 }
 
@@ -67,6 +68,7 @@ impl Rig {
             s3,
             tls,
             clock: Clock::default(),
+            oidc: Vec::new(),
             server: None,
         };
         rig.start().await;
@@ -84,6 +86,7 @@ impl Rig {
             s3: self.s3.clone(),
             trust: TrustedKeys::new(),
             attic_key: None,
+            oidc: self.oidc.clone(),
             nar_bytes_max: 1 << 30,
             tls: self.tls.clone(),
             scrub_after: None,

@@ -16,14 +16,24 @@ const COMPANIONS: &[(&str, &str)] = &[
     ),
 ];
 
+/// What a `[[anchor-server.oidc]]` needs.
+const OF_OIDC: &[(&str, &str)] = &[
+    ("issuer", "issuer = \"https://x\""),
+    ("audience", "audience = \"x\""),
+    ("claims", "claims = { sub = \"x\" }"),
+    ("caches", "caches = [\"x\"]"),
+];
+
 /// A file with this line in this table, and what must stand beside it.
 fn file(section: &Section, line: &str, key: &Key) -> String {
-    let of_list = section.header.starts_with("[[") && key.name != "url";
-    let url = if of_list {
-        "url = \"http://x/main\""
-    } else {
-        ""
+    let needed = match section.header {
+        "[[anchor-server.oidc]]" => OF_OIDC,
+        header if header.starts_with("[[") => &[("url", "url = \"http://x/main\"")],
+        _ => &[],
     };
+    let needed = needed.iter().filter(|(name, _)| *name != key.name);
+    let url: Vec<_> = needed.map(|(_, line)| *line).collect();
+    let url = url.join("\n");
     let companion = COMPANIONS.iter().find(|(name, _)| *name == key.name);
     let companion = companion.map_or("", |(_, text)| text);
     format!("{}\n{url}\n{line}\n{companion}\n", section.header)

@@ -1,0 +1,199 @@
+//! Exchange: a job of CI proves who it is, and gets a token of an anchor for it.
+//!
+//! GitHub Actions tells a job with `permissions: id-token: write` where it gets a proof for an audience; other
+//! systems put one into the environment. The anchor (`anchor/oidc.rs`) looks at it and gives a token for an hour. Nothing
+//! is sent where somebody on the way could read it: the proof goes over HTTPS, or to loopback, except to an
+//! anchor that speaks HTTP, which its tokens do as well.
+
+use std::time::Duration;
+
+use granary_protocol::token::TOKEN_BYTES_MAX;
+use reqwest::{Client, RequestBuilder, StatusCode, Url};
+use serde::Deserialize;
+use zeroize::Zeroizing;
+
+use crate::authority::{Authorities, is_safe};
+
+/// How long each of the two may take to answer. The anchor asks the issuer meanwhile, which gets 5 s twice.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// Longest answer read: a token in JSON.
+const ANSWER_BYTES_MAX: usize = TOKEN_BYTES_MAX + 4096;
+
+/// Where a job's proof comes from.
+pub enum Proof {
+    /// It is there.
+    Given(Zeroizing<String>),
+    /// It is asked for, with what shows that we are the job.
+    Asked { url: Url, bearer: Zeroizing<String> },
+}
+
+/// Why there is no token.
+#[derive(Debug, thiserror::Error)]
+pub enum ExchangeError {
+    #[error("{cache} is no address of a cache")]
+    NoAddress { cache: String },
+    #[error("cannot set out to ask for a token: {source}")]
+    Client { source: reqwest::Error },
+    #[error("{url} is neither https nor on loopback, refusing to show it who this job is")]
+    Insecure { url: String },
+    #[error("{url} did not answer: {source}")]
+    Silent { url: String, source: reqwest::Error },
+    #[error("{url} answered {status}: {said}")]
+    Refused {
+        url: String,
+        status: StatusCode,
+        said: String,
+    },
+    #[error("{url} has more than {ANSWER_BYTES_MAX} bytes to say")]
+    TooLarge { url: String },
+    #[error("the answer of {url} has no token")]
+    Malformed { url: String },
+}
+
+/// What GitHub answers.
+#[derive(Deserialize)]
+struct Given {
+    value: String,
+}
+
+/// What an anchor answers.
+#[derive(Deserialize)]
+struct Traded {
+    token: String,
+}
+
+#[derive(Deserialize)]
+struct Said {
+    message: String,
+}
+
+/// Trades the proof for a token of the anchor that has this cache; `audience` is the anchor's address unless
+/// it goes by another name.
+pub async fn token(
+    cache: &str,
+    audience: Option<&str>,
+    proof: Proof,
+    authorities: &Authorities,
+) -> Result<Zeroizing<String>, ExchangeError> {
+    let root = root(cache)?;
+    let client = authorities.client(|| {
+        Client::builder()
+            .timeout(ANSWER_TIMEOUT)
+            // A redirect would send the proof elsewhere.
+            .redirect(reqwest::redirect::Policy::none())
+    });
+    let client = client.map_err(|source| ExchangeError::Client { source })?;
+    let proof = match proof {
+        Proof::Given(proof) => proof,
+        Proof::Asked { mut url, bearer } => {
+            let place = place(&url);
+            if !is_safe(&url) {
+                return Err(ExchangeError::Insecure { url: place });
+            }
+            let audience = audience.unwrap_or(root.as_str().trim_end_matches('/'));
+            url.query_pairs_mut().append_pair("audience", audience);
+            let request = client.get(url).bearer_auth(bearer.as_str());
+            let bytes = answer(request, &place).await?;
+            let given: Given = read(&bytes, place)?;
+            Zeroizing::new(given.value)
+        }
+    };
+    // The root ends in a slash, so this stands below it.
+    let url = root.join("api/v1/oidc/token");
+    let url = url.map_err(|_| ExchangeError::NoAddress {
+        cache: cache.to_owned(),
+    })?;
+    let place = place(&url);
+    let question = serde_json::json!({ "token": proof.as_str() });
+    let request = client
+        .post(url)
+        .header(reqwest::header::CONTENT_TYPE, "application/json")
+        .body(question.to_string());
+    let bytes = answer(request, &place).await?;
+    let traded: Traded = read(&bytes, place)?;
+    Ok(Zeroizing::new(traded.token))
+}
+
+/// The address of the anchor that has a cache: what stands before its last word.
+fn root(cache: &str) -> Result<Url, ExchangeError> {
+    let no_address = || ExchangeError::NoAddress {
+        cache: cache.to_owned(),
+    };
+    let mut url = Url::parse(cache.trim_end_matches('/')).map_err(|_| no_address())?;
+    if !matches!(url.scheme(), "http" | "https") {
+        return Err(no_address());
+    }
+    url.set_query(None);
+    url.set_fragment(None);
+    url.path_segments_mut()
+        .map_err(|()| no_address())?
+        .pop()
+        .push("");
+    Ok(url)
+}
+
+/// An address for an error: its query may be a secret.
+fn place(url: &Url) -> String {
+    let mut url = url.clone();
+    url.set_query(None);
+    url.to_string()
+}
+
+fn read<'a, T: Deserialize<'a>>(bytes: &'a [u8], url: String) -> Result<T, ExchangeError> {
+    serde_json::from_slice(bytes).map_err(|_| ExchangeError::Malformed { url })
+}
+
+async fn answer(request: RequestBuilder, url: &str) -> Result<Zeroizing<Vec<u8>>, ExchangeError> {
+    let silent = |source: reqwest::Error| ExchangeError::Silent {
+        url: url.to_owned(),
+        source: source.without_url(),
+    };
+    let mut response = request.send().await.map_err(silent)?;
+    let mut bytes = Zeroizing::new(Vec::new());
+    while let Some(chunk) = response.chunk().await.map_err(silent)? {
+        if bytes.len() + chunk.len() > ANSWER_BYTES_MAX {
+            return Err(ExchangeError::TooLarge {
+                url: url.to_owned(),
+            });
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    if response.status().is_success() {
+        return Ok(bytes);
+    }
+    let said = serde_json::from_slice::<Said>(&bytes).map(|said| said.message);
+    Err(ExchangeError::Refused {
+        url: url.to_owned(),
+        status: response.status(),
+        // It is printed for a person.
+        said: said
+            .unwrap_or_default()
+            .chars()
+            .filter(|c| !c.is_control())
+            .take(1000)
+            .collect(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_anchor_is_what_stands_before_the_cache() {
+        for (cache, expected) in [
+            ("http://nas.lan:4730/main", "http://nas.lan:4730/"),
+            ("https://anchor.example/main/", "https://anchor.example/"),
+            (
+                "https://x.example/granary/main",
+                "https://x.example/granary/",
+            ),
+        ] {
+            assert_eq!(root(cache).unwrap().as_str(), expected);
+        }
+        for wrong in ["main", "file:///main", ""] {
+            assert!(root(wrong).is_err(), "{wrong}");
+        }
+    }
+}
