@@ -218,15 +218,15 @@ impl Admission {
         Identity::from_seed(&self.key.seed())
     }
 
-    /// Talks to one machine that proved to be `peer`.
+    /// Talks to one machine that proved to be `peer`; returns what became of it, as a label of a counter.
     pub async fn attend(
         self: Arc<Admission>,
         mut stream: impl AsyncRead + AsyncWrite + Unpin,
         peer: PeerId,
-    ) {
+    ) -> &'static str {
         let Ok(_permit) = self.attended.try_acquire() else {
             debug!(%peer, "dropped a machine that wanted to join, there are too many");
-            return;
+            return "dropped";
         };
         let talk = async {
             let request = Request::from_bytes(&read_frame(&mut stream).await?);
@@ -236,24 +236,32 @@ impl Admission {
             let reply =
                 tokio::task::spawn_blocking(move || admission.reply(peer, request, unix_time()));
             let reply = reply.await.map_err(io::Error::other)?;
-            match &reply {
+            let outcome = match &reply {
                 Reply::Refused(refused @ (Refused::UnknownTicket | Refused::Pending)) => {
                     debug!(%peer, reason = refused.word(), "refused to admit a machine");
+                    refused.word()
                 }
                 Reply::Refused(refused) => {
-                    warn!(%peer, reason = refused.word(), "refused to admit a machine")
+                    warn!(%peer, reason = refused.word(), "refused to admit a machine");
+                    refused.word()
                 }
-                Reply::Certificate(_) => info!(%peer, "admitted a machine"),
-            }
+                Reply::Certificate(_) => {
+                    info!(%peer, "admitted a machine");
+                    "admitted"
+                }
+            };
             write_frame(&mut stream, &reply.to_bytes()).await?;
-            stream.shutdown().await
+            // It has its answer, and may be gone.
+            let _ = stream.shutdown().await;
+            Ok::<_, io::Error>(outcome)
         };
         match timeout(EXCHANGE_TIMEOUT, talk).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(outcome)) => return outcome,
             // Anybody may do that as often as it likes.
             Ok(Err(error)) => debug!(%peer, %error, "a machine that wanted to join broke off"),
             Err(_) => debug!(%peer, "a machine that wanted to join said nothing in time"),
         }
+        "broken_off"
     }
 
     /// Decides about one request. Reads and writes files.

@@ -515,7 +515,7 @@ impl Start {
         let port = MembersPort::new(
             Entrance {
                 acceptor,
-                newcomers: admission.map(newcomers),
+                newcomers: admission.map(|admission| newcomers(admission, self.endpoint.clone())),
             },
             shared,
             mesh.members(),
@@ -570,8 +570,14 @@ struct Part {
 }
 
 /// Lets those in who want to join.
-fn newcomers(admission: Arc<Admission>) -> Newcomers {
-    Arc::new(move |stream, peer| Box::pin(admission.clone().attend(stream, peer)))
+fn newcomers(admission: Arc<Admission>, endpoint: Arc<Substituter>) -> Newcomers {
+    Arc::new(move |stream, peer| {
+        let (admission, metrics) = (admission.clone(), endpoint.metrics.clone());
+        Box::pin(async move {
+            let outcome = admission.attend(stream, peer).await;
+            metrics.joins.count(outcome);
+        })
+    })
 }
 
 /// What the configuration says about pushing; `None` when nothing is pushed by itself.

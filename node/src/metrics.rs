@@ -14,6 +14,7 @@
 //! | `granary_nars_total` | the same | NARs |
 //! | `granary_nars_mismatched_total` | | NARs whose bytes had another hash than promised |
 //! | `granary_transfers_refused_total` | | connections to the transfer port without admission |
+//! | `granary_joins_total` | `outcome` one of [`JOIN_OUTCOMES`] | machines that asked this one to be admitted |
 //! | `granary_transfer_bytes_total` | `direction`: `sent`, `received` | NAR bytes moved with peers |
 //! | `granary_store_errors_total` | | the local store could not be read |
 //! | `granary_index_errors_total` | | writes of the availability index that failed |
@@ -105,6 +106,8 @@ pub struct Metrics {
     pub nars_mismatched: Counter,
     /// Connections to the transfer port by peers that are not admitted, or that failed the handshake.
     pub transfers_refused: Counter,
+    /// Machines that asked to be admitted, where the mesh key is.
+    pub joins: Joins,
     /// Errors of the local store's database while answering.
     pub store_errors: Counter,
     /// NAR bytes moved with peers.
@@ -137,6 +140,40 @@ pub struct UploadGauges {
     pub paths_pushed: u64,
     pub bytes_pushed: u64,
     pub is_anchor_away: bool,
+}
+
+/// What became of machines that asked to be admitted: the words of a refusal, and what came to no answer.
+pub const JOIN_OUTCOMES: [&str; 11] = [
+    "admitted",
+    "unknown_ticket",
+    "expired_ticket",
+    "used_ticket",
+    "revoked",
+    "no_member",
+    "trouble",
+    "pending",
+    "crowded",
+    // There were too many at once.
+    "dropped",
+    "broken_off",
+];
+
+/// Machines that asked to be admitted, by what became of it.
+#[derive(Debug, Default)]
+pub struct Joins([Counter; JOIN_OUTCOMES.len()]);
+
+impl Joins {
+    /// Counts one; `outcome` is one of [`JOIN_OUTCOMES`].
+    pub fn count(&self, outcome: &str) {
+        let known = JOIN_OUTCOMES.iter().position(|known| *known == outcome);
+        self.0[known.unwrap_or(JOIN_OUTCOMES.len() - 1)].add(1);
+    }
+
+    pub fn counts(&self) -> impl Iterator<Item = (&'static str, u64)> + '_ {
+        JOIN_OUTCOMES
+            .into_iter()
+            .zip(self.0.iter().map(Counter::get))
+    }
 }
 
 /// Requests by route and status.
@@ -256,6 +293,15 @@ impl Metrics {
         ] {
             out.family(name, "counter", help);
             out.sample(name, "", count);
+        }
+        let name = "granary_joins_total";
+        out.family(
+            name,
+            "counter",
+            "Machines that asked this one to be admitted to the mesh.",
+        );
+        for (outcome, count) in self.joins.counts() {
+            out.sample(name, &format!("outcome=\"{outcome}\""), count);
         }
         let moved = self.traffic.total();
         let name = "granary_transfer_bytes_total";

@@ -257,6 +257,11 @@ pub async fn report(sources: Sources<'_>) -> Report {
     if refused > 0 {
         refusals.insert("transfer".to_owned(), refused);
     }
+    for (outcome, count) in metrics.joins.counts() {
+        if outcome != "admitted" && count > 0 {
+            refusals.insert(format!("join_{outcome}"), count);
+        }
+    }
     let mut about = sources.about.clone();
     if let Some(mesh) = &mut about.mesh {
         mesh.certificate = sources.certificate;

@@ -301,3 +301,21 @@ async fn a_busy_provider_is_waited_for() {
     asker.stop().await;
     provider.stop().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_relay_that_changes_a_byte_breaks_the_connection_and_blames_nobody_for_a_lie() {
+    let (mut holder, proxy, mut asker, path) = one_holder().await;
+    proxy.tampers.store(true, Ordering::SeqCst);
+    let answer = asker.get(&path.short());
+    // Nothing that was changed on the way gets out of TLS.
+    assert!(!(answer.status == 200 && answer.is_complete));
+    assert!(path.nar.starts_with(&answer.body));
+    assert_eq!(asker.status().unwrap().nars_mismatched, 0);
+    proxy.tampers.store(false, Ordering::SeqCst);
+    until("the path to be fetched again", || {
+        let answer = asker.get(&path.short());
+        answer.status == 200 && answer.body == path.nar
+    });
+    asker.stop().await;
+    holder.stop().await;
+}

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
 
@@ -17,6 +17,8 @@ pub struct Proxy {
     /// Connections that wait to carry more.
     pub stuck: AtomicU64,
     pub accepted: AtomicU64,
+    /// Changes a byte of every piece of an answer after the first, which is the handshake's.
+    pub tampers: AtomicBool,
     pub open: Mutex<Vec<TcpStream>>,
 }
 
@@ -31,6 +33,7 @@ impl Proxy {
             opened: Condvar::new(),
             stuck: AtomicU64::new(0),
             accepted: AtomicU64::new(0),
+            tampers: AtomicBool::new(false),
             open: Mutex::default(),
         });
         let this = proxy.clone();
@@ -69,6 +72,9 @@ impl Proxy {
                 self.stuck.fetch_sub(1, Ordering::SeqCst);
             }
             drop(allowed);
+            if is_counted && passed > 0 && self.tampers.load(Ordering::SeqCst) {
+                buffer[length / 2] ^= 1;
+            }
             passed += length as u64;
             if to.write_all(&buffer[..length]).is_err() {
                 break;

@@ -8,9 +8,10 @@ use granary::identity::Identity;
 use granary::mesh::links::Limits;
 use granary::mesh::swarm::{Network, NetworkEvent};
 use granary::serve::tls;
-use granary_protocol::certificate::{Certificate, UnixTime};
+use granary_protocol::certificate::{Certificate, SignedCertificate, UnixTime};
 use granary_protocol::message::{Message, PROTOCOL_VERSION};
 use granary_protocol::peer::PeerId;
+use granary_protocol::revocation::Revocations;
 use granary_protocol::signature::SecretKey;
 use granary_protocol::wire;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -26,9 +27,18 @@ fn stranger() -> Identity {
     Identity::from_seed(&[9; 32])
 }
 
-/// A member that shares a path.
+/// A member that shares a path, and knows that the stranger was put out at second 5.
 async fn desktop() -> (Machine, Sample) {
     let mut desktop = Machine::new();
+    let mut list = Revocations {
+        number: 1,
+        ..Revocations::default()
+    };
+    let me = PeerId::from_public_key(stranger().public_key());
+    list.revoke(me, UnixTime(5)).unwrap();
+    desktop.admit();
+    let file = desktop.state().join("revocations");
+    std::fs::write(file, list.sign(&key("mesh")).unwrap().to_text()).unwrap();
     let path = desktop.add("secret", SMALL_BYTES);
     desktop.start().await;
     until("the desktop shares its path", || {
@@ -96,19 +106,30 @@ async fn frames_heard(desktop: &Machine, words: Vec<Message>) -> usize {
 async fn a_stranger_hears_no_word_on_the_control_plane() {
     let (mut desktop, path) = desktop().await;
     let me = PeerId::from_public_key(stranger().public_key());
-    let hello = |mesh: SecretKey, peer: PeerId, not_after: u64| Message::Hello {
-        version: PROTOCOL_VERSION,
-        certificate: Certificate {
+    let signed = |mesh: SecretKey, peer: PeerId, from: u64, not_after: u64, allow: &str| {
+        let certificate = Certificate {
             peer,
             name: "stranger".into(),
-            permissions: "share".parse().unwrap(),
-            not_before: UnixTime(0),
+            permissions: allow.parse().unwrap(),
+            not_before: UnixTime(from),
             not_after: UnixTime(not_after),
             serial: 1,
-        }
-        .sign(&mesh)
-        .unwrap(),
+        };
+        certificate.sign(&mesh).unwrap()
     };
+    let hello_of = |certificate: SignedCertificate| Message::Hello {
+        version: PROTOCOL_VERSION,
+        certificate,
+    };
+    let hello = |mesh: SecretKey, peer: PeerId, not_after: u64| {
+        hello_of(signed(mesh, peer, 0, not_after, "share"))
+    };
+    let knock = |version: u32, certificate: SignedCertificate| Message::Knock {
+        version,
+        badge: certificate.badge().clone(),
+    };
+    // One that would do, but for what is wrong with it below.
+    let good = || signed(key("mesh"), me, 6, u64::MAX, "share");
     let lookup = Message::Lookup {
         request: 1,
         hashes: vec![path.hash.parse().unwrap()],
@@ -138,12 +159,63 @@ async fn a_stranger_hears_no_word_on_the_control_plane() {
             "other_peer",
             vec![hello(key("mesh"), someone, u64::MAX), lookup.clone()],
         ),
-        ("expired", vec![hello(key("mesh"), me, 1), lookup]),
+        ("expired", vec![hello(key("mesh"), me, 1), lookup.clone()]),
+        (
+            "not_yet_valid",
+            vec![hello_of(signed(
+                key("mesh"),
+                me,
+                u64::MAX / 2,
+                u64::MAX,
+                "share",
+            ))],
+        ),
+        (
+            "may_not_share",
+            vec![hello_of(signed(key("mesh"), me, 6, u64::MAX, "vouch"))],
+        ),
+        ("revoked", vec![hello(key("mesh"), me, u64::MAX)]),
+        // The same by the badge alone, of which a member's is answered.
+        (
+            "version",
+            vec![knock(PROTOCOL_VERSION - 1, good()), lookup.clone()],
+        ),
+        (
+            "revoked",
+            vec![knock(
+                PROTOCOL_VERSION,
+                signed(key("mesh"), me, 5, u64::MAX, "share"),
+            )],
+        ),
+        // Recorded from a member, and said again by another key.
+        (
+            "other_peer",
+            vec![knock(
+                PROTOCOL_VERSION,
+                signed(key("mesh"), someone, 6, u64::MAX, "share"),
+            )],
+        ),
+        (
+            "bad_signature",
+            vec![knock(
+                PROTOCOL_VERSION,
+                signed(
+                    SecretKey::from_seed("mesh".parse().unwrap(), [77; 32]),
+                    me,
+                    6,
+                    u64::MAX,
+                    "share",
+                ),
+            )],
+        ),
     ];
+    let mut before = std::collections::BTreeMap::new();
     for (reason, words) in refused {
         assert_eq!(frames_heard(&desktop, words).await, 0, "{reason}");
         let refusals = desktop.status().unwrap().refusals;
-        assert!(refusals.contains_key(reason), "{reason}: {refusals:?}");
+        let count = refusals.get(reason).copied().unwrap_or(0);
+        let before = before.insert(reason, count).unwrap_or(0);
+        assert!(count > before, "{reason}: {refusals:?}");
     }
     desktop.stop().await;
 }

@@ -121,6 +121,10 @@ fn a_ticket_is_good_for_what_it_says_and_not_for_who_was_put_out() {
     let revoke = ["mesh", "revoke", &second.peer_id, "--key-file", key];
     desktop.granary(&revoke).expect_success();
     refused(&second, &twice, "was put out of the mesh");
+    let status = desktop.status();
+    for reason in ["used_ticket", "expired_ticket", "unknown_ticket", "revoked"] {
+        assert_eq!(status.refusals_of(&format!("join_{reason}")), 1, "{status}");
+    }
 }
 
 /// A certificate of this machine, which began and ends so many days from now.
