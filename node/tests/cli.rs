@@ -151,6 +151,39 @@ fn a_mesh_is_made_once_and_its_certificates_verify() {
 }
 
 #[test]
+fn a_mesh_made_here_has_this_machine_as_its_member_and_gives_tickets() {
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path();
+    // Nobody listens on port 1, so no node is asked.
+    let config = "state-dir = \"state\"\n[substituter]\nlisten = \"127.0.0.1:1\"\n";
+    fs::write(folder.join("granary.toml"), config).unwrap();
+    let run =
+        |arguments: &[&str]| run(folder, &[arguments, &["--config", "granary.toml"]].concat());
+    let printed = stdout(&run(&["mesh", "create", "--here", "--name", "home"]));
+    let mesh: PublicKey = printed.lines().next().unwrap().parse().unwrap();
+    for name in ["mesh.key", "identity", "certificate", "joined"] {
+        let mode = fs::metadata(folder.join("state").join(name)).unwrap();
+        assert_eq!(mode.permissions().mode() & 0o777, 0o600, "{name}");
+    }
+    let text = fs::read_to_string(folder.join("state/certificate")).unwrap();
+    let certificate = SignedCertificate::from_text(&text).unwrap();
+    let claims = certificate.claims().unwrap();
+    let peer = stdout(&run(&["identity"]));
+    assert_eq!(claims.peer.to_string(), peer.trim());
+    let verified = certificate.verify(&mesh, &claims.peer, UnixTime(claims.not_before.0));
+    assert_eq!(verified, Ok(claims));
+    let ticket = stdout(&run(&["mesh", "ticket", "--host", "desk.lan"]));
+    assert!(ticket.starts_with("granary-ticket-1:"), "{ticket}");
+    // A second one would leave the members of the first without a key.
+    let again = run(&["mesh", "create", "--here"]);
+    assert!(
+        stderr(&again).contains("belongs to mesh home:"),
+        "{}",
+        stderr(&again)
+    );
+}
+
+#[test]
 fn the_identity_is_made_once_and_kept_secret() {
     let folder = tempfile::tempdir().unwrap();
     let first = stdout(&run(folder.path(), &["identity", "--state-dir", "state"]));
