@@ -217,6 +217,8 @@ pub enum StoreError {
     Layout { path: String, source: LayoutError },
     #[error("{path} is neither a file, a directory nor a symlink: no nar can hold it")]
     Special { path: String },
+    #[error(transparent)]
+    Contents { source: NarError },
     #[error(
         "{path} would make a nar of {found} bytes, the Nix database says {registered}: refusing to serve it; run nix-store --verify --check-contents"
     )]
@@ -275,6 +277,37 @@ impl NixStore {
         }
     }
 
+    /// Reads a small path in one go. Read first, checked second: a collection deletes the row before it touches the
+    /// files, so the bytes of a path that is valid after they were read are its own.
+    async fn read_whole(&self, info: &PathInfo) -> Result<Option<Nar>, StoreError> {
+        let (config, store_path, nar_size) =
+            (self.config.clone(), info.store_path.clone(), info.nar_size);
+        let read = nar::blocking(move || match Opened::open(&config, &store_path, None)? {
+            Some(opened) => opened.read_whole(nar_size),
+            None => Ok(None),
+        });
+        match read.await? {
+            Some(nar) if self.is_valid(info).await? => Ok(Some(nar)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Opens a path and keeps it until the last stream is done. Held first, checked second: a collection that starts
+    /// in between spares the path, and one that was running has deleted the row before it touches the files.
+    async fn hold(&self, info: &PathInfo) -> Result<Option<Nar>, StoreError> {
+        let hold = self.roots.hold(&info.store_path).await;
+        let (config, store_path) = (self.config.clone(), info.store_path.clone());
+        let opened = nar::blocking(move || Opened::open(&config, &store_path, hold)).await?;
+        let Some(opened) = opened else {
+            return Ok(None);
+        };
+        if !self.is_valid(info).await? {
+            return Ok(None);
+        }
+        let layout = self.layouts.layout(&opened, info).await?;
+        Ok(layout.map(|layout| Nar::new(layout, opened)))
+    }
+
     async fn is_valid(&self, info: &PathInfo) -> Result<bool, StoreError> {
         let row = self.path_info(info.store_path.hash()).await?;
         Ok(row.is_some_and(|row| {
@@ -307,18 +340,12 @@ impl LocalStore for NixStore {
 
     fn nar<'a>(&'a self, info: &'a PathInfo) -> BoxFuture<'a, Result<Option<Nar>, StoreError>> {
         Box::pin(async move {
-            // Held first, checked second: a collection that starts in between spares the path,
-            // and one that was running has deleted the row before it touches the files.
-            let hold = self.roots.hold(&info.store_path).await;
-            let Some(opened) = Opened::open(&self.config, &info.store_path, hold).await? else {
-                return Ok(None);
+            let nar = match info.nar_size {
+                ..=nar::WHOLE_BYTES_MAX => self.read_whole(info).await,
+                _ => self.hold(info).await,
             };
-            if !self.is_valid(info).await? {
-                return Ok(None);
-            }
-            match self.layouts.layout(&opened, info).await {
-                Ok(Some(layout)) => Ok(Some(Nar::new(layout, opened))),
-                Ok(None) => Ok(None),
+            match nar {
+                Ok(nar) => Ok(nar),
                 // What looks corrupt may be half collected.
                 Err(error) => match self.is_valid(info).await? {
                     true => Err(error),

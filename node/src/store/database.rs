@@ -13,7 +13,7 @@ use std::{
     fs, io,
     os::unix::fs::MetadataExt,
     path::PathBuf,
-    sync::{Arc, Mutex},
+    sync::Arc,
     thread,
     time::{Duration, UNIX_EPOCH},
 };
@@ -24,7 +24,7 @@ use granary_protocol::{
     store_path::{StorePath, StorePathError, StorePathHash},
 };
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 use super::{PathInfo, StoreConfig, StoreError};
 
@@ -47,7 +47,7 @@ const SCHEMA: &str = "10";
 
 /// The readers of one database. Dropping it ends their threads.
 pub struct Database {
-    queries: mpsc::Sender<Query>,
+    queries: flume::Sender<Query>,
 }
 
 type Query = Box<dyn FnOnce(&mut Reader) + Send>;
@@ -127,8 +127,7 @@ impl Database {
     /// # Errors
     /// [`StoreError::Thread`].
     pub fn start(config: Arc<StoreConfig>) -> Result<Database, StoreError> {
-        let (queries, queue) = mpsc::channel::<Query>(QUEUE_MAX);
-        let queue = Arc::new(Mutex::new(queue));
+        let (queries, queue) = flume::bounded::<Query>(QUEUE_MAX);
         for number in 0..READERS {
             let queue = queue.clone();
             let mut reader = Reader {
@@ -138,11 +137,7 @@ impl Database {
             thread::Builder::new()
                 .name(format!("store-reader-{number}"))
                 .spawn(move || {
-                    // One thread waits in the queue, the others for the lock around it.
-                    while let Some(query) = {
-                        let mut queue = queue.lock().unwrap_or_else(|e| e.into_inner());
-                        queue.blocking_recv()
-                    } {
+                    for query in queue {
                         query(&mut reader);
                     }
                 })
@@ -280,7 +275,7 @@ impl Database {
             let _ = answer.send(reader.run(query));
         });
         self.queries
-            .send(job)
+            .send_async(job)
             .await
             .map_err(|_| StoreError::Stopped)?;
         answered.await.map_err(|_| StoreError::Stopped)?

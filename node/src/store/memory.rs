@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use super::{
     BATCH_MAX, LocalStore, Nar, NarError, PathInfo, StoreError, StoreEvent,
-    nar::{Contents, ReadContents},
+    nar::{Contents, Patience, Progress, ReadContents},
 };
 
 /// Events that a watcher may leave unread: more than any test makes.
@@ -191,10 +191,11 @@ impl ReadContents for Arc<Held> {
         offset: u64,
         length: usize,
         chunk: &mut Vec<u8>,
-    ) -> Result<(), NarError> {
+        _: Patience,
+    ) -> Result<Progress, NarError> {
         let contents = self.tree.contents(layout, file);
         let offset = offset as usize;
         chunk.extend_from_slice(&contents[offset..offset + length]);
-        Ok(())
+        Ok(Progress::Read)
     }
 }

@@ -3,15 +3,17 @@
 //! A path is opened once ([`Opened`]) and everything below it is reached from that descriptor, one
 //! component at a time and never through a symlink, so that nothing outside can be read. A walk
 //! (names and sizes, no contents) gives its [`Layout`]; layouts of recent paths are kept, so a
-//! range of a known path starts at once. A stream then reads in chunks on the blocking pool: each
-//! hop fills one chunk from as many small files as fit, while the chunk before it is being sent.
+//! range of a known path starts at once. A stream then reads in chunks, each filled from as many small
+//! files as fit. What the kernel has in memory is read at once, by calls that never wait for a disk;
+//! for the rest a stream goes to the blocking pool, a chunk ahead of the one that is being sent.
+//! A small path is read whole before it is answered from, and so needs no hold.
 //!
 //! Plain `pread`: store files are mapped by nobody else, and a file truncated under a mapping
 //! would be a SIGBUS. A file whose size is not the one laid out ends the stream in an error.
 
 use std::{
     collections::{BTreeMap, HashMap},
-    io,
+    io::{self, IoSliceMut},
     ops::Range,
     os::fd::OwnedFd,
     sync::{
@@ -29,8 +31,11 @@ use granary_protocol::{
 };
 use rustix::{
     buffer::spare_capacity,
-    fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, Stat, fstat, openat, readlinkat, statat},
-    io::{Errno, pread},
+    fs::{
+        AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2,
+        readlinkat, statat,
+    },
+    io::{Errno, ReadWriteFlags, pread, preadv2},
 };
 use tokio::task::{JoinHandle, spawn_blocking};
 
@@ -49,6 +54,14 @@ const CHUNKS_BYTES: usize = 32 * 1024 * 1024;
 /// The least chunk, however many streams there are.
 const CHUNK_BYTES_MIN: usize = 16 * 1024;
 
+/// A NAR of at most so many bytes is read at once, in the hop that opens it: it is held by nobody meanwhile, and
+/// a thousand clients that take their time with one hold 64 MB.
+pub(super) const WHOLE_BYTES_MAX: u64 = 64 * 1024;
+
+/// Chunks that a stream fetches from the blocking pool, reading ahead, before it looks again whether the kernel
+/// has the next one in memory: the disk is what such a stream waits for, and it should not be left idle.
+const CHUNKS_AHEAD: u32 = 16;
+
 /// Streams of this process. Memory is the process', so this is no part of any store.
 static STREAMS: AtomicUsize = AtomicUsize::new(0);
 
@@ -65,7 +78,14 @@ const READ: OFlags = OFlags::RDONLY
 #[derive(Clone)]
 pub struct Nar {
     layout: Arc<Layout>,
-    contents: Arc<dyn Contents>,
+    source: Source,
+}
+
+#[derive(Clone)]
+enum Source {
+    /// All of its bytes.
+    Whole(Bytes),
+    Contents(Arc<dyn Contents>),
 }
 
 /// Why a stream ended before its last byte.
@@ -96,6 +116,8 @@ pub(super) trait Contents: Send + Sync {
 /// The files of one NAR as one stream reads them, mostly forwards.
 pub(super) trait ReadContents: Send {
     /// Appends bytes of `file` from `offset` on to `chunk`: at least one, at most `length`.
+    ///
+    /// With [`Patience::None`] it never waits for a disk; it may say [`Progress::WouldWait`], having appended nothing.
     fn read(
         &mut self,
         layout: &Layout,
@@ -103,12 +125,42 @@ pub(super) trait ReadContents: Send {
         offset: u64,
         length: usize,
         chunk: &mut Vec<u8>,
-    ) -> Result<(), NarError>;
+        patience: Patience,
+    ) -> Result<Progress, NarError>;
+}
+
+/// Whether a read may wait for a disk. Only the blocking pool has any.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    None,
+    Any,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Progress {
+    Read,
+    WouldWait,
 }
 
 impl Nar {
     pub(super) fn new(layout: Arc<Layout>, contents: Arc<dyn Contents>) -> Nar {
-        Nar { layout, contents }
+        Nar {
+            layout,
+            source: Source::Contents(contents),
+        }
+    }
+
+    /// Reads all of a NAR that has at most [`WHOLE_BYTES_MAX`]; blocks on the disk.
+    pub(super) fn read(layout: Arc<Layout>, contents: Arc<dyn Contents>) -> Result<Nar, NarError> {
+        let mut producer = Producer::new(layout.clone(), contents, 0..layout.nar_size());
+        let mut whole = Vec::new();
+        while !producer.is_done() {
+            whole.extend_from_slice(&producer.fill(Patience::Any)?.unwrap_or_default());
+        }
+        Ok(Nar {
+            layout,
+            source: Source::Whole(whole.into()),
+        })
     }
 
     /// Returns the size of the whole NAR, the one that is registered.
@@ -123,7 +175,7 @@ impl Nar {
 
     /// Streams the bytes in `range` of the NAR, in chunks of at most [`CHUNK_BYTES`].
     ///
-    /// Bytes beyond the end do not exist, so such a range ends early. Reading is one chunk ahead of
+    /// Bytes beyond the end do not exist, so such a range ends early. Reading is at most one chunk ahead of
     /// the receiver. Cancel-safe: dropping the stream ends the reading after the chunk under way.
     /// # Errors
     /// The first [`NarError`] ends the stream; chunks are never padded.
@@ -131,37 +183,53 @@ impl Nar {
         &self,
         range: Range<u64>,
     ) -> impl Stream<Item = Result<Bytes, NarError>> + Send + Unpin + use<> {
-        let producer = Producer {
-            layout: self.layout.clone(),
-            contents: self.contents.clone().reader(),
-            at: range.start,
-            end: range.end.min(self.layout.nar_size()),
-            counted: Counted::new(),
+        let range = range.start..range.end.min(self.layout.nar_size());
+        let next = match &self.source {
+            _ if range.is_empty() => Next::End,
+            // As long as `CHUNK_BYTES` at most, and in memory already.
+            Source::Whole(bytes) => {
+                let (from, to) = (range.start as usize, range.end as usize);
+                Next::Ready(bytes.slice(from..to))
+            }
+            Source::Contents(contents) => {
+                let producer = Producer::new(self.layout.clone(), contents.clone(), range);
+                Next::Idle(producer)
+            }
         };
-        Box::pin(stream::unfold(Next::Start(producer), Next::step))
+        Box::pin(stream::unfold(next, Next::step))
     }
 }
 
 /// The state of a stream between chunks.
 enum Next {
-    Start(Producer),
-    Reading(JoinHandle<(Producer, Result<Bytes, NarError>)>),
+    /// The only chunk.
+    Ready(Bytes),
+    Idle(Producer),
+    /// On the blocking pool, where this many chunks more are to be read.
+    Reading(Reading, u32),
     End,
 }
 
+type Reading = JoinHandle<(Producer, Result<Bytes, NarError>)>;
+
 impl Next {
     async fn step(self) -> Option<(Result<Bytes, NarError>, Next)> {
-        let reading = match self {
-            Next::Start(producer) if producer.is_done() => return None,
-            Next::Start(producer) => spawn_blocking(|| producer.chunk()),
-            Next::Reading(reading) => reading,
+        let (reading, more) = match self {
             Next::End => return None,
+            Next::Ready(bytes) => return Some((Ok(bytes), Next::End)),
+            Next::Idle(mut producer) => match producer.fill(Patience::None) {
+                Ok(Some(chunk)) => return Some((Ok(chunk), producer.rest())),
+                Ok(None) => (spawn_blocking(|| producer.chunk()), CHUNKS_AHEAD),
+                Err(error) => return Some((Err(error), Next::End)),
+            },
+            Next::Reading(reading, more) => (reading, more),
         };
         Some(match reading.await {
             Ok((producer, Ok(chunk))) => {
-                let next = match producer.is_done() {
-                    true => Next::End,
-                    false => Next::Reading(spawn_blocking(|| producer.chunk())),
+                let next = match more {
+                    0 => producer.rest(),
+                    _ if producer.is_done() => Next::End,
+                    _ => Next::Reading(spawn_blocking(|| producer.chunk()), more - 1),
                 };
                 (Ok(chunk), next)
             }
@@ -177,6 +245,8 @@ struct Producer {
     contents: Box<dyn ReadContents>,
     at: u64,
     end: u64,
+    /// The beginning of the next chunk, as far as it could be read without waiting, and how long it is to be.
+    begun: Option<(Vec<u8>, usize)>,
     counted: Counted,
 }
 
@@ -203,20 +273,42 @@ impl Drop for Counted {
 }
 
 impl Producer {
+    fn new(layout: Arc<Layout>, contents: Arc<dyn Contents>, range: Range<u64>) -> Producer {
+        Producer {
+            layout,
+            contents: contents.reader(),
+            at: range.start,
+            end: range.end,
+            begun: None,
+            counted: Counted::new(),
+        }
+    }
+
     fn is_done(&self) -> bool {
         self.at >= self.end
     }
 
-    /// Reads the next chunk; blocks on the disk.
-    fn chunk(mut self) -> (Producer, Result<Bytes, NarError>) {
-        let result = self.fill();
-        (self, result)
+    fn rest(self) -> Next {
+        match self.is_done() {
+            true => Next::End,
+            false => Next::Idle(self),
+        }
     }
 
-    fn fill(&mut self) -> Result<Bytes, NarError> {
-        let size = (self.end - self.at).min(self.counted.chunk_bytes() as u64) as usize;
-        let mut chunk = Vec::with_capacity(size);
-        for segment in self.layout.segments(self.at) {
+    /// Reads the next chunk; blocks on the disk.
+    fn chunk(mut self) -> (Producer, Result<Bytes, NarError>) {
+        let result = self.fill(Patience::Any);
+        // Whoever has patience gets it.
+        (self, result.map(Option::unwrap_or_default))
+    }
+
+    /// Returns the next chunk; `None` when that would mean to wait, and what was read of it is kept.
+    fn fill(&mut self, patience: Patience) -> Result<Option<Bytes>, NarError> {
+        let (mut chunk, size) = self.begun.take().unwrap_or_else(|| {
+            let size = (self.end - self.at).min(self.counted.chunk_bytes() as u64) as usize;
+            (Vec::with_capacity(size), size)
+        });
+        for segment in self.layout.segments(self.at + chunk.len() as u64) {
             match segment {
                 Segment::Framing(framing) => {
                     let length = framing.len().min(size - chunk.len());
@@ -232,8 +324,18 @@ impl Producer {
                     while offset < end && chunk.len() < size {
                         let before = chunk.len();
                         let length = (end - offset).min((size - before) as u64) as usize;
-                        self.contents
-                            .read(&self.layout, file, offset, length, &mut chunk)?;
+                        let read = self.contents.read(
+                            &self.layout,
+                            file,
+                            offset,
+                            length,
+                            &mut chunk,
+                            patience,
+                        );
+                        if read? == Progress::WouldWait {
+                            self.begun = Some((chunk, size));
+                            return Ok(None);
+                        }
                         offset += (chunk.len() - before) as u64;
                     }
                 }
@@ -244,7 +346,7 @@ impl Producer {
         }
         assert_eq!(chunk.len(), size, "a layout covers all of its nar");
         self.at += size as u64;
-        Ok(chunk.into())
+        Ok(Some(chunk.into()))
     }
 }
 
@@ -259,46 +361,65 @@ pub(super) struct Opened {
 }
 
 impl Opened {
-    /// Opens a path of the store on the blocking pool; `None` when there is no such file.
-    pub(super) async fn open(
-        config: &Arc<StoreConfig>,
+    /// Opens a path of the store; `None` when there is no such file. Blocks on the disk.
+    pub(super) fn open(
+        config: &StoreConfig,
         store_path: &StorePath,
         hold: Option<Hold>,
     ) -> Result<Option<Arc<Opened>>, StoreError> {
-        let config = config.clone();
-        let store_path = store_path.clone();
-        blocking(move || {
-            let file = config.real_dir.join(store_path.base_name());
-            let open = |flags| openat(CWD, &file, flags, Mode::empty());
-            let root = match open(READ) {
-                // The path is a symlink: nothing to read, but it can be held.
-                Err(Errno::LOOP) => open(OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC),
-                // A socket.
-                Err(Errno::NXIO) => {
-                    return Err(StoreError::Special {
-                        path: store_path.base_name(),
-                    });
-                }
-                root => root,
-            };
-            let opened = root.and_then(|root| {
-                Ok(Opened {
-                    stat: fstat(&root)?,
-                    root,
-                    store_path,
-                    _hold: hold,
-                })
-            });
-            match opened {
-                Ok(opened) => Ok(Some(Arc::new(opened))),
-                Err(Errno::NOENT) => Ok(None),
-                Err(error) => Err(StoreError::File {
-                    file,
-                    source: error.into(),
-                }),
+        let file = config.real_dir.join(store_path.base_name());
+        let open = |flags| openat(CWD, &file, flags, Mode::empty());
+        let root = match open(READ) {
+            // The path is a symlink: nothing to read, but it can be held.
+            Err(Errno::LOOP) => open(OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC),
+            // A socket.
+            Err(Errno::NXIO) => {
+                return Err(StoreError::Special {
+                    path: store_path.base_name(),
+                });
             }
-        })
-        .await
+            root => root,
+        };
+        let opened = root.and_then(|root| {
+            Ok(Opened {
+                stat: fstat(&root)?,
+                root,
+                store_path: store_path.clone(),
+                _hold: hold,
+            })
+        });
+        match opened {
+            Ok(opened) => Ok(Some(Arc::new(opened))),
+            Err(Errno::NOENT) => Ok(None),
+            Err(error) => Err(StoreError::File {
+                file,
+                source: error.into(),
+            }),
+        }
+    }
+
+    /// Reads a small path whole; `None` when a part of it vanished meanwhile. Blocks on the disk.
+    pub(super) fn read_whole(self: Arc<Self>, nar_size: u64) -> Result<Option<Nar>, StoreError> {
+        let Some(layout) = self.lay_out()? else {
+            return Ok(None);
+        };
+        self.check_size(&layout, nar_size)?;
+        match Nar::read(Arc::new(layout), self) {
+            Ok(nar) => Ok(Some(nar)),
+            Err(NarError::Vanished { .. }) => Ok(None),
+            Err(source) => Err(StoreError::Contents { source }),
+        }
+    }
+
+    fn check_size(&self, layout: &Layout, registered: u64) -> Result<(), StoreError> {
+        match layout.nar_size() {
+            size if size == registered => Ok(()),
+            found => Err(StoreError::Corrupt {
+                path: self.store_path.base_name(),
+                found,
+                registered,
+            }),
+        }
     }
 
     /// Walks the tree; `None` when a part of it vanished meanwhile. Blocks on the disk.
@@ -343,6 +464,7 @@ impl Contents for Opened {
             opened: self,
             file: None,
             directory: None,
+            can_tell: true,
         })
     }
 }
@@ -435,6 +557,8 @@ struct FileReader {
     opened: Arc<Opened>,
     file: Option<(FileIndex, OwnedFd)>,
     directory: Option<(FileIndex, OwnedFd)>,
+    /// Whether this kernel, filesystem and sandbox can tell that a read would wait.
+    can_tell: bool,
 }
 
 impl ReadContents for FileReader {
@@ -445,9 +569,21 @@ impl ReadContents for FileReader {
         offset: u64,
         length: usize,
         chunk: &mut Vec<u8>,
-    ) -> Result<(), NarError> {
-        let result = self.read_file(layout, file, offset, length, chunk);
-        result.map_err(|error| {
+        patience: Patience,
+    ) -> Result<Progress, NarError> {
+        let before = chunk.len();
+        let result = self.read_file(layout, file, offset, length, chunk, patience);
+        let Err(error) = result else {
+            return Ok(Progress::Read);
+        };
+        if patience == Patience::None
+            && let ReadError::Io(errno) = error
+            && self.would_wait(errno)
+        {
+            chunk.truncate(before);
+            return Ok(Progress::WouldWait);
+        }
+        Err({
             let name = self.opened.describe(&layout.path(file));
             match error {
                 ReadError::Io(Errno::NOENT) => NarError::Vanished { file: name },
@@ -484,20 +620,28 @@ impl FileReader {
         offset: u64,
         length: usize,
         chunk: &mut Vec<u8>,
+        patience: Patience,
     ) -> Result<(), ReadError> {
+        if patience == Patience::None && !self.can_tell {
+            return Err(Errno::AGAIN.into());
+        }
         let opened = self.opened.clone();
         let fd = match &self.file {
             _ if file == FileIndex::ROOT => &opened.root,
             Some((open, fd)) if *open == file => fd,
             _ => {
-                let fd = self.open(layout, file)?;
+                let fd = self.open(layout, file, patience)?;
                 &self.file.insert((file, fd)).1
             }
         };
         let before = chunk.len();
         let read = loop {
-            match pread(fd, spare_capacity(chunk), offset) {
-                Err(Errno::INTR) => {}
+            let result = match patience {
+                Patience::Any => pread(fd, spare_capacity(chunk), offset),
+                Patience::None => pread_cached(fd, chunk, length, offset),
+            };
+            match result {
+                Err(Errno::INTR) => chunk.truncate(before),
                 result => break result?,
             }
         };
@@ -514,18 +658,23 @@ impl FileReader {
     }
 
     /// Opens a file and proves that it is the one laid out, as far as its size tells.
-    fn open(&mut self, layout: &Layout, file: FileIndex) -> Result<OwnedFd, ReadError> {
+    fn open(
+        &mut self,
+        layout: &Layout,
+        file: FileIndex,
+        patience: Patience,
+    ) -> Result<OwnedFd, ReadError> {
         let Some(parent) = layout.parent(file) else {
             unreachable!("the root is held open");
         };
         let directory = match &self.directory {
             Some((open, fd)) if *open == parent => fd,
             _ => {
-                let fd = self.open_directory(layout, parent)?;
+                let fd = self.open_directory(layout, parent, patience)?;
                 &self.directory.insert((parent, fd)).1
             }
         };
-        let fd = openat(directory, layout.name(file), READ, Mode::empty())?;
+        let fd = open_below(directory, layout.name(file), READ, patience)?;
         let stat = fstat(&fd)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(Errno::NOENT.into());
@@ -537,7 +686,12 @@ impl FileReader {
     }
 
     /// Opens a directory from the root down, one component at a time.
-    fn open_directory(&self, layout: &Layout, directory: FileIndex) -> Result<OwnedFd, ReadError> {
+    fn open_directory(
+        &self,
+        layout: &Layout,
+        directory: FileIndex,
+        patience: Patience,
+    ) -> Result<OwnedFd, ReadError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mut names = Vec::new();
         let mut at = directory;
@@ -545,12 +699,53 @@ impl FileReader {
             names.push(layout.name(at));
             at = parent;
         }
-        let mut fd = openat(&self.opened.root, c".", flags, Mode::empty())?;
+        let mut fd = open_below(&self.opened.root, b".", flags, patience)?;
         for name in names.into_iter().rev() {
-            fd = openat(&fd, name, flags, Mode::empty())?;
+            fd = open_below(&fd, name, flags, patience)?;
         }
         Ok(fd)
     }
+
+    /// Whether an impatient call failed only because it was one.
+    fn would_wait(&mut self, errno: Errno) -> bool {
+        match errno {
+            Errno::AGAIN => true,
+            // A filesystem (tmpfs, NFS), a kernel before 5.12 or a filter of system calls that does not know such
+            // calls. Whoever waits finds out what else is wrong.
+            Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::PERM => {
+                self.can_tell = false;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+fn open_below(
+    directory: &OwnedFd,
+    name: &[u8],
+    flags: OFlags,
+    patience: Patience,
+) -> Result<OwnedFd, Errno> {
+    match patience {
+        Patience::Any => openat(directory, name, flags, Mode::empty()),
+        Patience::None => openat2(directory, name, flags, Mode::empty(), ResolveFlags::CACHED),
+    }
+}
+
+/// Appends what the page cache has, and at most one byte more than `length`: a file that grew is found out.
+fn pread_cached(
+    fd: &OwnedFd,
+    chunk: &mut Vec<u8>,
+    length: usize,
+    offset: u64,
+) -> Result<usize, Errno> {
+    let before = chunk.len();
+    chunk.resize(before + length + 1, 0);
+    let buffer = &mut [IoSliceMut::new(&mut chunk[before..])];
+    let read = preadv2(fd, buffer, offset, ReadWriteFlags::NOWAIT)?;
+    chunk.truncate(before + read);
+    Ok(read)
 }
 
 /// Layouts of the paths served last.
@@ -588,13 +783,7 @@ impl LayoutCache {
         let Some(layout) = blocking(move || walked.lay_out()).await? else {
             return Ok(None);
         };
-        if layout.nar_size() != info.nar_size {
-            return Err(StoreError::Corrupt {
-                path: info.store_path.base_name(),
-                found: layout.nar_size(),
-                registered: info.nar_size,
-            });
-        }
+        opened.check_size(&layout, info.nar_size)?;
         let layout = Arc::new(layout);
         self.recent().insert(key, layout.clone());
         Ok(Some(layout))
@@ -635,7 +824,7 @@ impl Recent {
     }
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, StoreError> {
     spawn_blocking(work)
@@ -644,34 +833,4 @@ async fn blocking<T: Send + 'static>(
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use granary_protocol::nar::Tree;
-
-    fn key(number: u8) -> Key {
-        let hash = StorePathHash::from_bytes([number; 20]);
-        (hash, granary_protocol::hash::NarHasher::new().finish())
-    }
-
-    #[test]
-    fn layouts_used_least_recently_make_room() {
-        let link = Tree::Symlink {
-            target: vec![b't'; 4000],
-        };
-        let tree = (0..1000).map(|number| (format!("{number:04}").into_bytes(), link.clone()));
-        let layout = Arc::new(Tree::Directory(tree.collect()).layout().unwrap());
-        let fit = LAYOUT_CACHE_BYTES_MAX / layout.memory_bytes();
-        assert!(fit < 100);
-        let mut recent = Recent::default();
-        for number in 0..fit as u8 {
-            recent.insert(key(number), layout.clone());
-        }
-        assert!(recent.get(&key(0)).is_some());
-        recent.insert(key(200), layout.clone());
-        assert!(recent.get(&key(0)).is_some(), "it was used");
-        assert!(recent.get(&key(1)).is_none(), "the oldest went");
-        assert!(recent.get(&key(2)).is_some());
-        assert_eq!(recent.bytes, recent.layouts.len() * layout.memory_bytes());
-        assert_eq!(recent.order.len(), recent.layouts.len());
-    }
-}
+mod tests;

@@ -1,137 +1,24 @@
 //! What an anchor is for: builds outlive the machine that made them, and the anchor's own memory.
 
-use std::fs::{self, File};
+use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
-use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
-use std::process::{Child, Command};
 use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
-use tempfile::TempDir;
 
+use crate::anchor::{Anchor, PORT};
 use crate::http::{self, Reading};
-use crate::machine::{Lan, Machine, SUBSTITUTER_PORT};
-use crate::network::Namespace;
-use crate::process::{self, wait_for};
+use crate::machine::{Lan, SUBSTITUTER_PORT};
+use crate::process::wait_for;
 use crate::proxy::{Fault, Then};
 use crate::s3::S3;
 
-pub const PORT: u16 = 4730;
 /// Where an anchor listens that has something before its port.
 const BEHIND: u16 = 4731;
 
 const DEADLINE: Duration = Duration::from_secs(30);
 /// What a build may take to the anchor.
 const PUSHED: Duration = Duration::from_secs(10);
-
-/// An anchor in a namespace of its own.
-pub struct Anchor {
-    pub namespace: Namespace,
-    folder: TempDir,
-    /// `[anchor-server]`, without its state.
-    settings: String,
-    process: Option<Child>,
-}
-
-impl Anchor {
-    pub fn new(lan: &Lan, name: &str, settings: &str) -> Anchor {
-        Anchor {
-            namespace: lan.plug(name),
-            folder: TempDir::new().expect("temporary folder"),
-            settings: settings.to_owned(),
-            process: None,
-        }
-    }
-
-    fn state(&self) -> PathBuf {
-        self.folder.path().join("state")
-    }
-
-    fn command(&self, arguments: &[&str]) -> Command {
-        let config = self.folder.path().join("granary.toml");
-        let text = format!(
-            "state-dir = {:?}\n[anchor-server]\ndefault-cache = \"\"\n{}",
-            self.state(),
-            self.settings
-        );
-        fs::write(&config, text).expect("write configuration");
-        let mut command = self.namespace.command(env!("CARGO_BIN_EXE_granary"));
-        command.args(arguments).arg("--config").arg(config);
-        command.env("NO_COLOR", "1");
-        command
-    }
-
-    pub fn run(&self, arguments: &[&str]) -> String {
-        process::run(&mut self.command(arguments), DEADLINE).expect_success()
-    }
-
-    pub fn start(&mut self) {
-        let log = self.folder.path().join("log");
-        let log = File::options().create(true).append(true).open(log);
-        let log = log.expect("open log");
-        let mut command = self.command(&["anchor"]);
-        command
-            .stdout(log.try_clone().expect("duplicate log"))
-            .stderr(log);
-        self.process = Some(command.spawn().expect("start the anchor"));
-        wait_for("the anchor answers", DEADLINE, || {
-            let cache = self.get("/team/nix-cache-info");
-            match cache.map(|response| response.status) {
-                // Without the cache as well.
-                Ok(200 | 401 | 404) => Ok(()),
-                other => Err(format!("{other:?}")),
-            }
-        });
-    }
-
-    /// SIGKILL.
-    fn kill(&mut self) {
-        if let Some(mut process) = self.process.take() {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
-    }
-
-    fn get(&self, target: &str) -> std::io::Result<http::Response> {
-        let address = SocketAddr::from((self.namespace.address, PORT));
-        self.namespace.inside(|| http::get(address, target))
-    }
-
-    /// What a machine's configuration says to use it, with a token of its own.
-    pub fn table(&self, machine: &Machine, token: &str) -> String {
-        let file = self.folder.path().join(format!("{}.token", machine.name));
-        fs::write(&file, token).expect("write token");
-        fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("set mode");
-        let address = self.namespace.address;
-        format!("[[anchor]]\nurl = \"http://{address}:{PORT}/team\"\ntoken-file = {file:?}\n")
-    }
-
-    pub fn token(&self) -> String {
-        self.run(&[
-            "token",
-            "create",
-            "--subject",
-            "lan",
-            "--cache",
-            "team",
-            "--allow",
-            "pull,push",
-        ])
-    }
-}
-
-impl Drop for Anchor {
-    fn drop(&mut self) {
-        self.kill();
-        let log = fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
-        if std::thread::panicking() {
-            eprintln!("-- the anchor logged:\n{log}");
-        } else {
-            assert!(!log.contains("ERROR") && !log.contains("panicked"), "{log}");
-        }
-    }
-}
 
 /// An expression for a path that nothing compresses.
 fn noise(name: &str, bytes: u64) -> String {

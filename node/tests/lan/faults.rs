@@ -17,7 +17,7 @@ use std::time::Duration;
 
 use rustix::process::{Signal, kill_process};
 
-use crate::durable::{Anchor, PORT};
+use crate::anchor::{Anchor, PORT};
 use crate::http::{self, Reading};
 use crate::machine::{Lan, MESH_PORT, Machine, SUBSTITUTER_PORT, TRANSFER_PORT};
 use crate::nix;

@@ -21,6 +21,7 @@ mod admission;
 mod status;
 mod proxy;
 mod tap;
+mod anchor;
 #[path = "../anchor/s3.rs"]
 #[allow(dead_code, reason = "the anchor's own tests use all of it")]
 mod s3;
