@@ -58,13 +58,17 @@ impl Place {
         self.folder.path()
     }
 
-    pub fn granary(&self, arguments: &[&str]) -> Output {
-        Command::new(env!("CARGO_BIN_EXE_granary"))
-            .args(arguments)
+    /// The program with this place's configuration.
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_granary"));
+        command
             .env("GRANARY_CONFIG", self.config())
-            .env_remove("RUST_LOG")
-            .output()
-            .unwrap()
+            .env_remove("RUST_LOG");
+        command
+    }
+
+    pub fn granary(&self, arguments: &[&str]) -> Output {
+        self.command().args(arguments).output().unwrap()
     }
 
     /// What a command that must succeed prints.

@@ -1,8 +1,10 @@
 //! `granary anchor import attic`: what an atticd kept, made by hand after its schema, and what became of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Read;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use granary_protocol::hash::{Hash, NarHash, sha256};
 use granary_protocol::signature::SecretKey;
@@ -11,6 +13,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::command::Place;
+use crate::killed::{assert_consistent, rounds, token};
 use crate::rig::{Machine, Sample, hash};
 use crate::s3::S3;
 
@@ -177,6 +180,15 @@ impl Atticd<'_> {
     fn sample(&mut self, cache: i64, sample: &Sample, references: &[&str]) {
         let nar = self.nar(&sample.nar, 3000, &["zstd"]);
         self.object(cache, nar, &sample.path, references);
+    }
+
+    fn command(&self, place: &Place) -> Command {
+        let mut command = place.command();
+        command.args(["anchor", "import", "attic", "--json", "--database"]);
+        command.arg(self.database()).arg("--storage");
+        command.arg(self.storage());
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command
     }
 
     /// Runs an import into a place; returns what it says and its exit status.
@@ -404,6 +416,52 @@ fn what_does_not_prove_right_is_left_out_and_taken_once_it_does() {
     // Nothing of what failed is left.
     let spool = place.path().join("state/anchor/spool");
     assert_eq!(std::fs::read_dir(spool).unwrap().count(), 0);
+}
+
+#[test]
+fn an_import_that_is_killed_again_and_again_goes_on_to_its_end() {
+    let mut attic = Atticd::new(None);
+    let main = attic.cache("main", &key("main", 1), false, &[]);
+    let samples: Vec<_> = (0..24).map(|number| Sample::new(number, 20_000)).collect();
+    for (number, sample) in samples.iter().enumerate() {
+        let below = number
+            .checked_sub(7)
+            .map(|below| samples[below].path.as_str());
+        attic.sample(main, sample, below.as_slice());
+    }
+    let started = Instant::now();
+    let status = attic.command(&Place::new()).status().unwrap();
+    assert!(status.success());
+    let whole = started.elapsed();
+
+    let place = Place::new();
+    let token = token(&place);
+    let rounds = rounds(4);
+    let mut present = BTreeSet::new();
+    for round in 1..=rounds {
+        let mut importing = attic.command(&place).spawn().unwrap();
+        let end = Instant::now() + whole * round as u32 / rounds as u32 / 2;
+        while Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        importing.kill().unwrap();
+        importing.wait().unwrap();
+        let anchor = place.start();
+        assert_consistent(&place, &anchor, &token, &[]);
+        let found = samples.iter().filter(|sample| {
+            let target = format!("/main/{}.narinfo", sample.hash());
+            anchor.get(&target, &token).status == 200
+        });
+        present.insert(found.count());
+    }
+    assert!(
+        present.len() > 1,
+        "the kill came always as early: {present:?}"
+    );
+    let (report, status) = attic.import(&place, &[]);
+    assert_eq!(status, Some(0), "{report}");
+    let anchor = place.start();
+    assert_consistent(&place, &anchor, &token, &samples);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -12,12 +12,12 @@ use granary_protocol::signature::{PublicKey, TrustedKeys};
 use crate::command::{Anchor, Place};
 use crate::rig::{GENEROUS, Sample, ask, bearer};
 
-fn rounds(default: u64) -> u64 {
+pub fn rounds(default: u64) -> u64 {
     let rounds = std::env::var("GRANARY_KILL_ROUNDS").ok();
     rounds.map_or(default, |rounds| rounds.parse().unwrap())
 }
 
-fn token(place: &Place) -> String {
+pub fn token(place: &Place) -> String {
     let _anchor = place.start();
     let allow = "pull,push,delete,configure";
     let token = [
@@ -35,7 +35,7 @@ fn token(place: &Place) -> String {
 
 /// What must hold however the anchor ended: no narinfo without its NAR, and what was acknowledged is
 /// there and right.
-fn assert_consistent(place: &Place, anchor: &Anchor, token: &str, acknowledged: &[Sample]) {
+pub fn assert_consistent(place: &Place, anchor: &Anchor, token: &str, acknowledged: &[Sample]) {
     let storage = place.path().join("state/storage");
     let narinfos = std::fs::read_dir(storage.join("caches/main/narinfo"));
     for entry in narinfos.into_iter().flatten() {
