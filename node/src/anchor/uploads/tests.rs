@@ -8,6 +8,19 @@ use crate::anchor::admin::Changes;
 use crate::anchor::object_store::S3Options;
 use crate::anchor::{Clock, Options};
 
+/// Ends whoever waits for a pipe to be written, should the test fail before it writes it.
+struct Release(std::path::PathBuf);
+
+impl Drop for Release {
+    fn drop(&mut self) {
+        // With both ends nobody is waited for.
+        let _ = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(&self.0);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_is_taken_up_alone_also_when_its_request_is_given_up() {
     let folder = tempfile::tempdir().unwrap();
@@ -40,10 +53,13 @@ async fn an_upload_is_taken_up_alone_also_when_its_request_is_given_up() {
     std::fs::remove_file(&note).unwrap();
     let made = std::process::Command::new("mkfifo").arg(&note).status();
     assert!(made.unwrap().success());
+    let _release = Release(note.clone());
     {
         let mut revive = std::pin::pin!(anchor.revive(&cache, &id));
         // Until it holds the lock and has handed the rest to a thread.
+        let started = Instant::now();
         while anchor.uploads.reviving.try_lock().is_ok() {
+            assert!(started.elapsed() < Duration::from_secs(10), "no lock");
             assert!(futures::poll!(revive.as_mut()).is_pending());
         }
     }
