@@ -9,7 +9,7 @@ pub mod page;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 
 use granary_protocol::mesh::{BreakerView, CacheView, LookupOutcome, PeerState};
 use granary_protocol::narinfo::{Proof, VerifiedNarInfo};
@@ -505,6 +505,19 @@ pub fn to_json(value: &impl Serialize) -> String {
     text
 }
 
+/// Says until when something holds, in the words of HTTP's dates (RFC 9110 §5.6.7); `at` is unix time.
+fn until(at: u64) -> String {
+    // The last that such a date can say is the end of the year 9999.
+    const DATES_END: u64 = 253_402_300_800;
+    match at {
+        DATES_END.. => "for good".to_owned(),
+        _ => {
+            let date = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(at));
+            format!("until {date}")
+        }
+    }
+}
+
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "node      {}", self.about.peer_id)?;
@@ -517,8 +530,10 @@ impl fmt::Display for Report {
                     None => writeln!(f, "member    no: there is no certificate")?,
                     Some(certificate) => writeln!(
                         f,
-                        "member    as {} ({}), until {} (unix time)",
-                        certificate.name, certificate.permissions, certificate.expires
+                        "member    as {} ({}), {}",
+                        certificate.name,
+                        certificate.permissions,
+                        until(certificate.expires)
                     )?,
                 }
             }
@@ -670,6 +685,17 @@ impl fmt::Display for Why {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_end_of_a_certificate_is_a_date_for_people() {
+        assert_eq!(until(1_798_214_377), "until Fri, 25 Dec 2026 15:59:37 GMT");
+        assert_eq!(
+            until(253_402_300_799),
+            "until Fri, 31 Dec 9999 23:59:59 GMT"
+        );
+        assert_eq!(until(253_402_300_800), "for good");
+        assert_eq!(until(u64::MAX), "for good");
+    }
 
     #[test]
     fn paths_base_names_and_hashes_name_the_same() {

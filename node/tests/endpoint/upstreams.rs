@@ -1,7 +1,8 @@
 //! Anchors and upstreams behind the endpoint: packed in every way, slow, silent, lying, cut short.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::net::{SocketAddr, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -383,6 +384,7 @@ async fn an_anchor_is_shown_the_token_and_asked_before_upstreams() {
     let mut machine = Machine::new();
     let token = machine.folder().join("token");
     fs::write(&token, "secret-token\n").unwrap();
+    fs::set_permissions(&token, Permissions::from_mode(0o600)).unwrap();
     machine.extra = format!(
         "{}[[anchor]]\nurl = \"{}\"\ntoken-file = {token:?}\n",
         upstream.as_upstream(),
