@@ -520,7 +520,9 @@ async fn wait_for_a_person(
                 ..
             }) if Instant::now() < deadline => {
                 if !std::mem::replace(&mut is_told, true) {
-                    eprintln!(
+                    // A closed stderr must not end the waiting.
+                    let _ = writeln!(
+                        std::io::stderr(),
                         "this machine is {mine}\nwaiting for a person: where the mesh key is, compare it and run granary mesh admit {mine}"
                     );
                 }
