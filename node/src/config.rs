@@ -550,6 +550,11 @@ impl Config {
         self.state_dir.join("hidden")
     }
 
+    /// What was counted in the last days.
+    pub fn history_file(&self) -> PathBuf {
+        self.state_dir.join("history.json")
+    }
+
     /// What the ticket said by which `granary join` joined, without its secret.
     pub fn joined_file(&self) -> PathBuf {
         self.state_dir.join("joined")

@@ -42,6 +42,7 @@ use crate::store::{LocalStore, NixStore};
 use crate::substituter::{Engine, Joined, Substituter};
 use crate::upload::{TokenFileError, Uploader, read_token, uploader};
 
+mod history;
 mod renewal;
 
 use renewal::Keeper;
@@ -60,6 +61,7 @@ pub struct Daemon {
     /// Where Nix is answered.
     pub listening: Vec<Address>,
     endpoint: Arc<Substituter>,
+    history: Arc<history::Keeper>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
 }
@@ -149,6 +151,8 @@ impl Daemon {
             source,
         })?;
         let identity = Identity::load_or_create(&config.identity_file())?;
+        let history = history::Keeper::new(config.history_file(), endpoint.clone());
+        let history = Arc::new(history);
         let believes_members = config.trust.members && config.mesh.key.is_some();
         let loopback_key = match believes_members {
             true => Some(loopback_key::load_or_create(&config.loopback_key_file())?),
@@ -197,6 +201,13 @@ impl Daemon {
             tasks: tasks.clone(),
         };
         tasks.spawn(start.run(mesh_ports, transfer));
+        let (keeper, end) = (history.clone(), shutdown.clone());
+        tasks.spawn(async move {
+            tokio::select! {
+                () = end.cancelled() => {}
+                () = keeper.run() => {}
+            }
+        });
         for address in &listening {
             info!(%address, "answering Nix");
         }
@@ -205,6 +216,7 @@ impl Daemon {
         Ok(Daemon {
             listening,
             endpoint,
+            history,
             shutdown,
             tasks,
         })
@@ -244,10 +256,16 @@ impl Daemon {
                 "cut the transfers that were still running"
             );
         }
-        if let Some(mesh) = self.mesh() {
-            // A mesh whose disk hangs must not hold up the end.
-            let _ = tokio::time::timeout(DRAIN_TIMEOUT, mesh.shutdown()).await;
-        }
+        let goodbye = async {
+            if let Some(mesh) = self.mesh() {
+                mesh.shutdown().await;
+            }
+        };
+        // A disk that hangs must not hold up the end.
+        let _ = tokio::join!(
+            tokio::time::timeout(DRAIN_TIMEOUT, goodbye),
+            tokio::time::timeout(DRAIN_TIMEOUT, self.history.finish()),
+        );
         self.endpoint.close(DRAIN_TIMEOUT).await;
     }
 

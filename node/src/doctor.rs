@@ -24,7 +24,7 @@ use crate::identity::Identity;
 use crate::loopback;
 use crate::nix_conf::{self, Effective, NEGATIVE_TTL, Wanted};
 use crate::state_folder;
-use crate::status::{Report, human_bytes};
+use crate::status::{Report, counted, form, human_bytes};
 use crate::store::NixStore;
 use crate::upload::{TokenFileError, read_token};
 
@@ -133,7 +133,12 @@ pub async fn examine(patient: &Patient<'_>) -> Vec<Finding> {
         findings.push(match upload.problem {
             None => Finding::fine(
                 "pushes",
-                format!("{} paths wait for {}", upload.paths_waiting, upload.cache),
+                format!(
+                    "{} {} for {}",
+                    counted(upload.paths_waiting, "path"),
+                    form(upload.paths_waiting, "waits", "wait"),
+                    upload.cache
+                ),
             ),
             Some(problem) if upload.retry_in.is_some() => Finding::failed(
                 "pushes",
@@ -410,7 +415,7 @@ fn mesh(config: &Config, report: Option<&Report>) -> Vec<Finding> {
                 {
                     Some(Ok(own)) => {
                         let days = own.not_after.0.saturating_sub(now.0) / SECONDS_PER_DAY;
-                        let found = format!("{}, for {days} days more", own.name);
+                        let found = format!("{}, for {} more", own.name, counted(days, "day"));
                         match days < CERTIFICATE_DAYS_MIN {
                             true => Finding::note("certificate", found, advice),
                             false => Finding::fine("certificate", found),

@@ -4,6 +4,7 @@ pub mod clock;
 pub mod log;
 pub mod identity;
 pub mod metrics;
+pub mod history;
 pub mod activity;
 pub mod secret;
 pub mod state_folder;

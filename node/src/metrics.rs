@@ -12,6 +12,7 @@
 //! | `granary_narinfo_seconds` | `le` | time to an answer about a narinfo |
 //! | `granary_narinfos_total` | `source`: `local`, `peer`, `absent` | narinfos, by where the answer came from |
 //! | `granary_nars_total` | the same | NARs |
+//! | `granary_nar_bytes_total` | `source`: `peer`, `anchor`, `upstream` | NAR bytes brought for Nix, uncompressed |
 //! | `granary_nars_mismatched_total` | | NARs whose bytes had another hash than promised |
 //! | `granary_transfers_refused_total` | | connections to the transfer port without admission |
 //! | `granary_joins_total` | `outcome` one of [`JOIN_OUTCOMES`] | machines that asked this one to be admitted |
@@ -102,6 +103,10 @@ pub struct Metrics {
     pub nars_upstream: Counter,
     /// NARs that were asked for and could not be brought.
     pub nars_absent: Counter,
+    /// NAR bytes brought for Nix, uncompressed, whole or not, by where they came from.
+    pub nar_bytes_peer: Counter,
+    pub nar_bytes_anchor: Counter,
+    pub nar_bytes_upstream: Counter,
     /// NARs whose bytes did not have the promised NarHash.
     pub nars_mismatched: Counter,
     /// Connections to the transfer port by peers that are not admitted, or that failed the handshake.
@@ -259,6 +264,13 @@ impl Metrics {
                 &self.nars_absent,
             ],
         );
+        let name = "granary_nar_bytes_total";
+        let help = "NAR bytes brought for Nix, uncompressed, by where they came from.";
+        out.family(name, "counter", help);
+        for kind in [SourceKind::Peer, SourceKind::Anchor, SourceKind::Upstream] {
+            let labels = format!("source=\"{}\"", kind.word());
+            out.sample(name, &labels, kind.nar_bytes(self).get());
+        }
         for (name, help, count) in [
             (
                 "granary_nars_mismatched_total",
@@ -429,6 +441,14 @@ impl SourceKind {
             SourceKind::Peer => &metrics.nars_peer,
             SourceKind::Anchor => &metrics.nars_anchor,
             SourceKind::Upstream => &metrics.nars_upstream,
+        }
+    }
+
+    pub fn nar_bytes(self, metrics: &Metrics) -> &Counter {
+        match self {
+            SourceKind::Peer => &metrics.nar_bytes_peer,
+            SourceKind::Anchor => &metrics.nar_bytes_anchor,
+            SourceKind::Upstream => &metrics.nar_bytes_upstream,
         }
     }
 }

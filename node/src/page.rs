@@ -88,6 +88,19 @@ pub fn human_bytes(bytes: u64) -> String {
     }
 }
 
+/// A number of things for a person: `1 path`, `2 paths`.
+pub fn counted(number: u64, noun: &str) -> String {
+    format!("{number} {noun}{}", form(number, "", "s"))
+}
+
+/// The form of a verb that goes with a number of things.
+pub fn form<'a>(number: u64, of_one: &'a str, of_several: &'a str) -> &'a str {
+    match number {
+        1 => of_one,
+        _ => of_several,
+    }
+}
+
 /// A time span for a person, in the largest unit of which there are two.
 pub fn human_seconds(seconds: u64) -> String {
     const UNITS: [(u64, &str); 3] = [(86_400, "days"), (3_600, "h"), (60, "min")];
@@ -108,6 +121,13 @@ mod tests {
         assert_eq!(human_bytes(999), "999 B");
         assert_eq!(human_bytes(1024), "1.0 KiB");
         assert_eq!(human_bytes(5 * 1024 * 1024 * 1024), "5.0 GiB");
+    }
+
+    #[test]
+    fn one_thing_is_not_called_several() {
+        assert_eq!(counted(0, "path"), "0 paths");
+        assert_eq!(counted(1, "path"), "1 path");
+        assert_eq!(counted(2, "NAR"), "2 NARs");
     }
 
     #[test]

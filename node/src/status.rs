@@ -4,6 +4,7 @@
 //! `/api/v1/why/<path>`); `granary status` and `granary why` read them there and print them for a
 //! person. The types are the format: fields are added, never renamed.
 
+mod chart;
 pub mod page;
 
 use std::collections::BTreeMap;
@@ -18,9 +19,10 @@ use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
 use serde::{Deserialize, Serialize};
 
 use crate::activity::{Activity, LookupView, TransferView};
+use crate::history::Spans;
 use crate::mesh::MeshHandle;
 use crate::metrics::{Gauges, Metrics, UploadGauges};
-pub use crate::page::human_bytes;
+pub use crate::page::{counted, form, human_bytes};
 use crate::store::LocalStore;
 use crate::store::shared::SharingRules;
 use crate::upload;
@@ -76,6 +78,9 @@ pub struct Report {
     pub bytes: Moved,
     pub narinfos: Answers,
     pub nars: Answers,
+    /// What was counted in the last hours and days, restarts or not.
+    #[serde(default)]
+    pub history: Spans,
     /// NARs whose bytes did not have the promised hash.
     pub nars_mismatched: u64,
     pub store_errors: u64,
@@ -188,6 +193,7 @@ pub struct Sources<'a> {
     pub upload: Option<upload::View>,
     pub metrics: &'a Metrics,
     pub activity: &'a Activity,
+    pub history: Spans,
     /// Whether what members built themselves is believed.
     pub trusts_members: bool,
 }
@@ -293,6 +299,7 @@ pub async fn report(sources: Sources<'_>) -> Report {
             upstream: metrics.nars_upstream.get(),
             absent: metrics.nars_absent.get(),
         },
+        history: sources.history,
         nars_mismatched: metrics.nars_mismatched.get(),
         store_errors: metrics.store_errors.get(),
         index_errors,
@@ -505,17 +512,16 @@ pub fn to_json(value: &impl Serialize) -> String {
     text
 }
 
-/// Says until when something holds, in the words of HTTP's dates (RFC 9110 §5.6.7); `at` is unix time.
+/// Says until when something holds; `at` is unix time.
 fn until(at: u64) -> String {
-    // The last that such a date can say is the end of the year 9999.
+    date(at).map_or_else(|| "for good".to_owned(), |date| format!("until {date}"))
+}
+
+/// A date of HTTP (RFC 9110 §5.6.7); `None` beyond the last that it can say, the end of the year 9999.
+fn date(at: u64) -> Option<String> {
     const DATES_END: u64 = 253_402_300_800;
-    match at {
-        DATES_END.. => "for good".to_owned(),
-        _ => {
-            let date = httpdate::fmt_http_date(UNIX_EPOCH + Duration::from_secs(at));
-            format!("until {date}")
-        }
-    }
+    let at = (at < DATES_END).then(|| UNIX_EPOCH + Duration::from_secs(at));
+    at.map(httpdate::fmt_http_date)
 }
 
 impl fmt::Display for Report {
@@ -538,7 +544,7 @@ impl fmt::Display for Report {
                 }
             }
         }
-        writeln!(f, "shares    {} paths", self.paths_held)?;
+        writeln!(f, "shares    {}", counted(self.paths_held, "path"))?;
         writeln!(
             f,
             "moved     {} sent, {} received",
@@ -553,11 +559,17 @@ impl fmt::Display for Report {
         };
         writeln!(f, "narinfos  {}", answers(&self.narinfos))?;
         writeln!(f, "nars      {}", answers(&self.nars))?;
+        writeln!(
+            f,
+            "saved     {} came from peers in the last 24 hours, {} in 30 days",
+            human_bytes(Spans::total(&self.history.hours).peer_bytes),
+            human_bytes(Spans::total(&self.history.days).peer_bytes),
+        )?;
         if self.nars_mismatched > 0 {
             writeln!(
                 f,
-                "wrong     {} NARs had other bytes than promised",
-                self.nars_mismatched
+                "wrong     {} had other bytes than promised",
+                counted(self.nars_mismatched, "NAR")
             )?;
         }
         for (reason, count) in &self.refusals {
@@ -584,11 +596,11 @@ impl fmt::Display for Report {
         for peer in &self.peers {
             write!(
                 f,
-                "peer      {:<9} {:<16} {:<22} {:>7} paths  ↑ {}  ↓ {}  {}",
+                "peer      {:<9} {:<16} {:<22} {:>13}  ↑ {}  ↓ {}  {}",
                 peer.state,
                 peer.name.as_deref().unwrap_or("-"),
                 peer.address.as_deref().unwrap_or("-"),
-                peer.paths,
+                counted(peer.paths, "path"),
                 human_bytes(peer.bytes_sent),
                 human_bytes(peer.bytes_received),
                 peer.peer_id,
@@ -618,9 +630,10 @@ impl fmt::Display for Report {
         if let Some(upload) = &self.upload {
             writeln!(
                 f,
-                "pushes    {} paths ({}) wait for {}; {} ({}) pushed",
-                upload.paths_waiting,
+                "pushes    {} ({}) {} for {}; {} ({}) pushed",
+                counted(upload.paths_waiting, "path"),
                 human_bytes(upload.bytes_waiting),
+                form(upload.paths_waiting, "waits", "wait"),
                 upload.cache,
                 upload.paths_pushed,
                 human_bytes(upload.bytes_pushed),
@@ -637,8 +650,9 @@ impl fmt::Display for Report {
             if upload.paths_staying > 0 {
                 writeln!(
                     f,
-                    "  staying {} paths that are not to leave this machine",
-                    upload.paths_staying
+                    "  staying {} that {} not to leave this machine",
+                    counted(upload.paths_staying, "path"),
+                    form(upload.paths_staying, "is", "are")
                 )?;
             }
             if let Some(problem) = &upload.problem {

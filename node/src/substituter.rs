@@ -6,7 +6,7 @@
 //! before its last 64 KiB ([`assembly`]). How connections come and go is the [`door`]'s affair.
 
 use std::ops::Range;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use futures::stream;
@@ -26,6 +26,7 @@ use crate::activity::Activity;
 use crate::binary_cache::{PeerCaches, WebCaches};
 use crate::clock::unix_time;
 use crate::config::Config;
+use crate::history::{History, Spans, Tally};
 use crate::listener::Address;
 use crate::mesh::MeshHandle;
 use crate::metrics::{Metrics, SourceKind};
@@ -124,6 +125,7 @@ pub struct Substituter {
     is_in_mesh: bool,
     pub metrics: Arc<Metrics>,
     activity: Arc<Activity>,
+    history: Mutex<History>,
     downloads: Arc<Downloads>,
     tainted: Arc<Tainted>,
     listings: Listings,
@@ -142,6 +144,7 @@ impl Substituter {
             is_in_mesh: config.mesh.key.is_some(),
             metrics: Arc::new(Metrics::default()),
             activity: Arc::default(),
+            history: Mutex::default(),
             downloads: Arc::default(),
             tainted: Arc::default(),
             listings: Listings::default(),
@@ -160,6 +163,18 @@ impl Substituter {
             self.engine.set(engine).is_ok(),
             "the engine is started once"
         );
+    }
+
+    /// Goes on with what was counted before the process began.
+    pub fn remember(&self, history: History) {
+        *self.history.lock().unwrap_or_else(PoisonError::into_inner) = history;
+    }
+
+    /// What was counted until this moment, and before.
+    pub fn history(&self) -> History {
+        let mut history = self.history.lock().unwrap_or_else(PoisonError::into_inner);
+        history.count(Tally::of(&self.metrics), unix_time());
+        history.clone()
     }
 
     pub fn engine(&self) -> Option<&Engine> {
@@ -495,8 +510,13 @@ impl Substituter {
             upload: engine.uploader.get().map(|uploader| uploader.view()),
             metrics: &self.metrics,
             activity: &self.activity,
+            history: self.spans(),
             trusts_members: engine.loopback_key.is_some(),
         }
+    }
+
+    fn spans(&self) -> Spans {
+        self.history().spans(unix_time())
     }
 
     fn store_trouble(&self, error: &dyn std::fmt::Display) {

@@ -18,6 +18,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("secret", &[]),
     ("identity", &["secret"]),
     ("metrics", &[]),
+    // Counts by the hour and day; it is given the time.
+    ("history", &["metrics"]),
     ("activity", &[]),
     ("listener", &[]),
     ("supervisor", &[]),
@@ -67,7 +69,9 @@ const EDGES: &[(&str, &[&str])] = &[
     ("upload", &["store", "clock", "secret", "authority"]),
     (
         "status",
-        &["page", "mesh", "store", "metrics", "activity", "upload"],
+        &[
+            "page", "mesh", "store", "metrics", "activity", "history", "upload",
+        ],
     ),
     (
         "substituter",
@@ -76,6 +80,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "clock",
             // What it does is shown while it does it.
             "activity",
+            "history",
             "mesh",
             "store",
             "binary_cache",
@@ -99,6 +104,8 @@ const EDGES: &[(&str, &[&str])] = &[
         "daemon",
         &[
             "clock",
+            // Whose file is one of the state folder.
+            "history",
             "config",
             "loopback_key",
             "admission",

@@ -27,6 +27,7 @@ use super::object_store::StorageError;
 use super::sizes::Filling;
 use super::{Anchor, NARINFO_BYTES_MAX, nar_key, nar_url, to_its_end};
 use crate::anchor::intake::IntakeError;
+use crate::page::counted;
 
 /// References that an error names; the others are counted.
 const MISSING_SHOWN: usize = 5;
@@ -63,7 +64,8 @@ pub enum IngestError {
         source: Box<granary_protocol::narinfo::FalseContentAddress>,
     },
     #[error(
-        "{path} references {count} paths that cache {cache} does not hold, push them first: {}",
+        "{path} references {} that cache {cache} does not hold, push what it needs first: {}",
+        counted(*.count as u64, "path"),
         list(.missing)
     )]
     MissingReferences {

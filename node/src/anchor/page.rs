@@ -28,7 +28,7 @@ use super::accesses::Access;
 use super::http::{Answer, Refusal, empty, is_secure, small_body};
 use super::sessions::cookie;
 use super::{Anchor, health};
-use crate::page::{self, Frame, human_bytes, human_seconds};
+use crate::page::{self, Frame, counted, human_bytes, human_seconds};
 use crate::serve::respond::{self, TEXT};
 
 /// What those hear who do not ask for HTML.
@@ -491,10 +491,10 @@ fn storage(whole: &Whole) -> Markup {
             h2 { "Storage" }
             dl {
                 dt { "Place" } dd { code { (whole.storage) } }
-                dt { "Holds" } dd { (whole.nars) " NARs, " (human_bytes(whole.file_bytes)) }
+                dt { "Holds" } dd { (counted(whole.nars, "NAR")) ", " (human_bytes(whole.file_bytes)) }
                 dt { "Health" }
                 dd { @match &whole.problem { None => span.good { "well" }, Some(problem) => span.bad { (problem) } } }
-                dt { "Denied" } dd { (whole.requests_denied) " requests without the right to what they named" }
+                dt { "Denied" } dd { (counted(whole.requests_denied, "request")) " without the right to what they named" }
                 dt { "Version" } dd { (env!("CARGO_PKG_VERSION")) }
             }
         }
@@ -509,9 +509,9 @@ fn garbage(whole: &Whole) -> Markup {
                 None => p.dim { "Not collected since the start; that is done every hour." },
                 Some(last) => dl {
                     dt { "Collected" } dd { (human_seconds(last.seconds_ago)) " ago" }
-                    dt { "Took out" } dd { (last.paths) " paths" }
-                    dt { "Deleted" } dd { (last.nars) " NARs, " (human_bytes(last.file_bytes)) }
-                    dt { "Waiting" } dd { (last.waiting) " NARs that no path has, for a day" }
+                    dt { "Took out" } dd { (counted(last.paths, "path")) }
+                    dt { "Deleted" } dd { (counted(last.nars, "NAR")) ", " (human_bytes(last.file_bytes)) }
+                    dt { "Waiting" } dd { (counted(last.waiting, "NAR")) " of no path, for a day" }
                 },
             }
         }

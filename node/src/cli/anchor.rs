@@ -31,7 +31,7 @@ use crate::anchor::tokens::token_key;
 use crate::anchor::{Anchor, Clock, Options, oidc, rebuild};
 use crate::clock::unix_time;
 use crate::config::{self, Config};
-use crate::status::{self, human_bytes};
+use crate::status::{self, counted, form, human_bytes};
 
 /// Days that a token is good for unless told otherwise.
 const TOKEN_DAYS: u64 = 365;
@@ -381,8 +381,10 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         let _lock = StateLock::take(&options.state)?;
         let found = rebuild::rebuild(&options).await?;
         return print(&format!(
-            "found {} caches with {} paths; left out {} objects\n",
-            found.caches, found.paths, found.left_out
+            "found {} with {}; left out {}\n",
+            counted(found.caches as u64, "cache"),
+            counted(found.paths as u64, "path"),
+            counted(found.left_out as u64, "object")
         ));
     }
     if let Some(AnchorCommand::Import(arguments)) = arguments.command {
@@ -437,9 +439,9 @@ pub async fn cache(arguments: CacheArguments) -> Result<()> {
                     "private"
                 };
                 format!(
-                    "{}  {access}  {} paths, {} MiB in storage\n",
+                    "{}  {access}  {}, {} MiB in storage\n",
                     cache.name,
-                    totals.paths,
+                    counted(totals.paths, "path"),
                     totals.file_bytes >> 20
                 )
             });
@@ -524,7 +526,10 @@ fn info(cache: &CacheRow, statistics: &Statistics, server: &str, now: u64) -> St
         text.push_str(&format!("  upstream key      {name}\n"));
     }
     let retention = match settings.retention {
-        Some(seconds) => format!("{} days since last use", seconds / SECONDS_PER_DAY),
+        Some(seconds) => {
+            let days = counted(seconds / SECONDS_PER_DAY, "day");
+            format!("{days} since last use")
+        }
         None => "for ever".to_owned(),
     };
     text.push_str(&format!(
@@ -662,7 +667,8 @@ pub async fn token(arguments: TokenArguments) -> Result<()> {
                     (Some(_), _) => "revoked".to_owned(),
                     (None, Some(expires)) if expires < now => "expired".to_owned(),
                     (None, Some(expires)) => {
-                        format!("{} days left", (expires - now) / SECONDS_PER_DAY)
+                        let days = counted((expires - now) / SECONDS_PER_DAY, "day");
+                        format!("{days} left")
                     }
                     (None, None) => "does not expire".to_owned(),
                 };
@@ -895,18 +901,19 @@ fn collected(collection: &Collection, is_plan: bool) -> String {
             count => format!(", {count} of them for the size cap"),
         };
         text.push_str(&format!(
-            "{}: {verb} {} of {} paths{for_cap}\n",
+            "{}: {verb} {} of {}{for_cap}\n",
             expired.cache,
             expired.paths.len(),
-            expired.of
+            counted(expired.of as u64, "path")
         ));
     }
     text.push_str(&format!(
-        "{verb} {} nars ({} MiB) and {} unknown objects; {} nars without a path wait for a day\n",
-        collection.nars,
+        "{verb} {} ({} MiB) and {}; {} without a path {} for a day\n",
+        counted(collection.nars, "nar"),
         collection.nar_file_bytes >> 20,
-        collection.orphans,
-        collection.waiting,
+        counted(collection.orphans, "unknown object"),
+        counted(collection.waiting, "nar"),
+        form(collection.waiting, "waits", "wait"),
     ));
     text
 }

@@ -16,7 +16,7 @@ use crate::anchor::import::source::Attic;
 use crate::anchor::import::{self, Imported};
 use crate::anchor::object_store::S3Options;
 use crate::anchor::server::StateLock;
-use crate::status::human_bytes;
+use crate::status::{counted, form, human_bytes};
 
 /// How often the line that says how far an import is changes.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -125,8 +125,10 @@ fn imported_text(imported: &Imported) -> String {
             "was here"
         };
         text.push_str(&format!(
-            "cache {}  {made}, {} paths there, key {}\n",
-            cache.name, cache.paths, cache.public_key
+            "cache {}  {made}, {} there, key {}\n",
+            cache.name,
+            counted(cache.paths, "path"),
+            cache.public_key
         ));
         if cache.is_new && cache.has_default_retention {
             text.push_str(&format!(
@@ -149,10 +151,11 @@ fn imported_text(imported: &Imported) -> String {
         text.push_str(&format!("left out {more} more\n"));
     }
     text.push_str(&format!(
-        "took over {} paths ({} of NARs), {} were here\n",
-        imported.paths,
+        "took over {} ({} of NARs), {} {} here\n",
+        counted(imported.paths, "path"),
         human_bytes(imported.nar_bytes),
-        imported.present
+        imported.present,
+        form(imported.present, "was", "were")
     ));
     text
 }

@@ -30,7 +30,7 @@ use crate::mesh::is_reachable;
 use crate::mesh::revocations;
 use crate::secret;
 use crate::state_folder;
-use crate::status::Report;
+use crate::status::{Report, counted};
 
 /// How long a running node may take to close its links to whom it should; it takes milliseconds.
 const NOTICE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -312,9 +312,10 @@ fn admit(
     std::fs::write(out, format!("{text}\n"))
         .with_context(|| format!("cannot write the certificate to {}", out.display()))?;
     print(&format!(
-        "admitted {} as {} for {days} days: {}\n",
+        "admitted {} as {} for {}: {}\n",
         peer,
         certificate.name,
+        counted(days, "day"),
         out.display()
     ))
 }

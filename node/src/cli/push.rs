@@ -16,7 +16,7 @@ use super::{ConfigFile, print};
 use crate::authority::Authorities;
 use crate::config::Config;
 use crate::daemon::{make_state_dir, upload_options};
-use crate::status::human_bytes;
+use crate::status::{counted, form, human_bytes};
 use crate::store::{BATCH_MAX, LocalStore, NixStore};
 use crate::upload::exchange::{self, Proof};
 use crate::upload::progress::{Progress, Stage};
@@ -99,12 +99,14 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         return print(&format!("{}\n", serde_json::to_string(&summary)?));
     }
     print(&format!(
-        "pushed {} of {} paths ({} MiB); {} were there, {} are left to an upstream\n",
+        "pushed {} of {} ({} MiB); {} {} there, {} {} left to an upstream\n",
         summary.pushed,
-        summary.paths,
+        counted(summary.paths as u64, "path"),
         summary.nar_bytes >> 20,
         summary.present,
-        summary.upstream
+        form(summary.present as u64, "was", "were"),
+        summary.upstream,
+        form(summary.upstream as u64, "is", "are")
     ))
 }
 
@@ -143,7 +145,11 @@ async fn queue(
     })?;
     let queue = Queue::open(&options.file, &options.url)?;
     queue.ask(entries).await?;
-    print(&format!("queued {count} paths for {}\n", options.url))
+    print(&format!(
+        "queued {} for {}\n",
+        counted(count as u64, "path"),
+        options.url
+    ))
 }
 
 /// Draws a bar on the terminal for as long as the work takes.

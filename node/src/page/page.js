@@ -12,6 +12,8 @@ async function renew() {
     const old = new Map([...main.children].map((section) => [section.id, section]));
     const renewed = [...page.querySelector("main").children].map((section) => {
       const shown = old.get(section.id);
+      // What was unfolded stays so.
+      for (const fold of section.querySelectorAll("details")) fold.open = !!document.getElementById(fold.id)?.open;
       // Whoever is typing or walking through links is not disturbed.
       const isKept = shown && (shown.contains(document.activeElement) || shown.isEqualNode(section));
       return isKept ? shown : document.adoptNode(section);

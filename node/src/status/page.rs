@@ -5,7 +5,8 @@
 use granary_protocol::certificate::UnixTime;
 use maud::{Markup, html};
 
-use super::{Answers, Cache, Peer, Report, Why, human_bytes};
+use super::chart::history;
+use super::{Answers, Cache, Peer, Report, Why, counted, form, human_bytes};
 use crate::activity::{LookupView, TransferView};
 use crate::page::Frame;
 pub use crate::page::policy;
@@ -38,6 +39,7 @@ pub fn page(report: &Report, now: UnixTime) -> String {
         (trouble(report, now))
         (node(report, now))
         (sources(report))
+        (history(&report.history, now))
         (transfers(report))
         (peers(&report.peers))
         (caches(report))
@@ -169,12 +171,12 @@ fn node(report: &Report, now: UnixTime) -> Markup {
                             dt { "Member" }
                             dd {
                                 "as " strong { (certificate.name) } " (" (certificate.permissions) "), "
-                                @if certificate.expires <= now.0 { span.bad { "until it expired" } } @else { "for " (days(certificate.expires, now)) " more days" }
+                                @if certificate.expires <= now.0 { span.bad { "until it expired" } } @else { "for " (counted(days(certificate.expires, now), "more day")) }
                             }
                         }
                     },
                 }
-                dt { "Offers" } dd { (report.paths_held) " paths" }
+                dt { "Offers" } dd { (counted(report.paths_held, "path")) }
                 dt { "Sent to peers" } dd { (human_bytes(report.bytes.sent)) }
                 dt { "Saved" } dd { (human_bytes(report.bytes.received)) " came from peers, not over the internet" }
                 dt { "Peer id" } dd { code { (report.about.peer_id) } }
@@ -294,7 +296,7 @@ fn caches(report: &Report) -> Markup {
                 @if !report.caches.is_empty() { div.scroll tabindex="0" role="region" aria-label="Anchors and upstreams" { table { @for cache in &report.caches { (row(cache)) } } } }
                 @if let Some(upload) = &report.upload {
                     p {
-                        (upload.paths_waiting) " paths (" (human_bytes(upload.bytes_waiting)) ") wait for " code { (upload.cache) } "; "
+                        (counted(upload.paths_waiting, "path")) " (" (human_bytes(upload.bytes_waiting)) ") " (form(upload.paths_waiting, "waits", "wait")) " for " code { (upload.cache) } "; "
                         (upload.paths_pushed) " (" (human_bytes(upload.bytes_pushed)) ") pushed, " (upload.paths_failed) " refused before."
                     }
                     @for one in &upload.current {

@@ -25,7 +25,7 @@ use crate::binary_cache::{
     HeldBack, Origin, PeerCaches, Transfer, TransferError, Wanted, WebCaches, WrongBytes,
 };
 use crate::mesh::{Fetch, MeshHandle, Order};
-use crate::metrics::{Metrics, SourceKind};
+use crate::metrics::{Counter, Metrics, SourceKind};
 
 /// How often a running transfer is reported to the mind: well within its stall timeout of 2 s.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(250);
@@ -197,7 +197,8 @@ impl Assembly {
                     if !contributors.contains(&origin) {
                         contributors.push(origin);
                     }
-                    self.pump(&mut fetch, attempt, transfer, held, &mut held_up)
+                    let count = self.kind(&from).nar_bytes(&self.sources.metrics);
+                    self.pump(&mut fetch, attempt, transfer, count, held, &mut held_up)
                         .await
                 }
                 Ok(Err(error)) => Attempt::Failed(error),
@@ -286,6 +287,7 @@ impl Assembly {
         fetch: &mut Fetch,
         attempt: u32,
         mut transfer: Transfer<'_>,
+        count: &Counter,
         held: &mut HeldBack,
         held_up: &mut Duration,
     ) -> Attempt {
@@ -303,6 +305,7 @@ impl Assembly {
                 Ok(None) => return Attempt::Complete,
                 Err(error) => return Attempt::Failed(error),
             };
+            count.add(bytes.len() as u64);
             if let Some(peer) = transfer.peer() {
                 self.sources
                     .metrics

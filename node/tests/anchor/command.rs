@@ -321,7 +321,7 @@ fn a_second_anchor_and_a_rebuild_keep_away_from_a_running_one() {
     assert!(
         place
             .run(&["anchor", "rebuild"])
-            .starts_with("found 1 caches with 0 paths")
+            .starts_with("found 1 cache with 0 paths")
     );
     drop(place.start());
 }

@@ -96,8 +96,26 @@ fn busy() -> Value {
             "bytes": {"sent": 3_000_000, "received": 5_000_000_000_u64},
             "narinfos": {"local": 120, "peer": 300, "anchor": 20, "upstream": 60, "absent": 9},
             "nars": {"local": 4, "peer": 280, "anchor": 18, "upstream": 55, "absent": 1},
+            "history": history(),
         }),
     )
+}
+
+/// A day's work on a machine of an office: most from peers, the first of it from an upstream.
+fn history() -> Value {
+    let span = |from: u64, part: u64| {
+        json!({"from": from, "local": 40 * part, "peer": 30 * part, "anchor": 4 * part, "upstream": 6, "absent": part,
+               "peer_bytes": 300_000_000 * part, "anchor_bytes": 40_000_000 * part, "upstream_bytes": 90_000_000})
+    };
+    let hour = NOW.0 / 3600 * 3600;
+    let hours: Vec<_> = [(9, 1), (8, 4), (7, 2), (6, 7), (4, 3), (1, 5), (0, 2)]
+        .map(|(ago, part)| span(hour - ago * 3600, part))
+        .into();
+    let day = NOW.0 / 86_400 * 86_400;
+    let days: Vec<_> = (0..22)
+        .map(|ago| span(day - ago * 86_400, (ago * 7 + 3) % 11 + 1))
+        .collect();
+    json!({"hours": hours, "days": days.into_iter().rev().collect::<Vec<_>>()})
 }
 
 fn failing() -> Value {
@@ -131,6 +149,7 @@ fn a_browser_shows_what_a_person_looks_for() {
                 "No peer was seen yet",
                 "this machine only",
                 "Nothing yet",
+                "Nothing was counted in the last 30 days",
             ][..],
         ),
         (
@@ -148,6 +167,11 @@ fn a_browser_shows_what_a_person_looks_for() {
                 "nobody has it",
                 "3 paths",
                 "2 ms",
+                "Last 24 hours: 6.7 GiB came from peers",
+                "Last 30 days:",
+                "up to 2.3 GiB",
+                "23 h ago",
+                "In numbers",
             ][..],
         ),
         (
@@ -198,6 +222,63 @@ fn a_browser_shows_what_a_person_looks_for() {
         assert_eq!(pages.elsewhere(), 0, "{name}");
     }
     assert!(browser.complaints.is_empty(), "{:?}", browser.complaints);
+}
+
+#[test]
+fn what_was_saved_over_time_is_seen_heard_and_read() {
+    let pages = Pages::new(vec![render(busy())]);
+    let mut browser = Browser::new();
+    browser.look(360, 900, false);
+    browser.open(&pages.url());
+    // The highest bar fills its picture, others are as high as their part of it and a little for what would not be seen.
+    let heights = browser.value(
+        "[...document.querySelectorAll('#history figure:first-of-type svg[role=img]')].map((svg) => {
+           const frame = svg.getBoundingClientRect();
+           return [...svg.querySelectorAll('g')].map((bar) => {
+             const parts = [...bar.querySelectorAll('rect')].map((part) => part.getBoundingClientRect());
+             const inside = parts.every((one) => one.top > frame.top - 1 && one.bottom < frame.bottom + 1 && one.width > 2);
+             return inside ? Math.round(100 * parts.reduce((sum, one) => sum + one.height, 0) / (frame.height - 1)) : 'outside';
+           });
+         })",
+    );
+    assert_eq!(
+        heights,
+        json!([[18, 59, 31, 100, 45, 72, 31], [19, 60, 32, 100, 46, 73, 32]])
+    );
+    let colours = browser.value(
+        "new Set([...document.querySelectorAll('#history figure rect')].map((one) => getComputedStyle(one).fill)).size",
+    );
+    assert_eq!(colours, 5);
+    let heard = browser.value("document.querySelector('#history svg[role=img]').ariaLabel");
+    assert_eq!(
+        heard,
+        "Bytes of NARs, Last 24 hours: at most 2.3 GiB, 6 h ago"
+    );
+    let bar = browser.value("document.querySelector('#history g title').textContent");
+    assert_eq!(
+        bar,
+        "9 h ago: 286.1 MiB from peers, 38.1 MiB from anchors, 85.8 MiB from upstreams"
+    );
+    // By the keyboard alone; and what is unfolded stays so when the page is renewed and another thing focused.
+    browser.value("document.querySelector('#history summary').focus(), 0");
+    browser.enter();
+    browser.wait_for("document.querySelector('#history details').open");
+    let text = browser.text();
+    for expected in ["9 h ago", "30, 286.1 MiB", "this hour", "25 Dec", "today"] {
+        assert!(text.contains(expected), "no {expected:?} in {text}");
+    }
+    browser.value("document.activeElement.blur(), document.querySelector('#history').lastChild.dataset.old = 1, 0");
+    browser.wait_for("document.querySelector('#history').lastChild.dataset.old === undefined");
+    assert_eq!(
+        browser.value("document.querySelector('#history details').open"),
+        true
+    );
+    assert!(!browser.is_too_wide());
+    if let Some(folder) = std::env::var_os("GRANARY_SCREENSHOTS") {
+        browser.picture(&Path::new(&folder).join("node-history-phone.png"));
+    }
+    assert!(browser.complaints.is_empty(), "{:?}", browser.complaints);
+    assert_eq!(pages.elsewhere(), 0);
 }
 
 #[test]

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use granary::config::Config;
 use granary::daemon::Daemon;
+use granary::history::{self, Spans};
 use granary::status;
 
 use crate::machine::{GATE_BYTES, LARGE_BYTES, Machine, SMALL_BYTES, Sample, own_address, until};
@@ -56,6 +57,45 @@ fn unknown(number: u8) -> String {
         "0".repeat(15 + usize::from(number / 4)),
         "1".repeat(16 - usize::from(number / 4))
     )
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_came_from_where_is_known_after_a_restart_and_a_broken_file_is_begun_anew() {
+    let (_web, mut machine, path) = upstream_of("counted", SMALL_BYTES, "none").await;
+    assert_eq!(machine.get(&path.narinfo()).status, 200);
+    assert_eq!(machine.get(&path.short()).status, 200);
+    let size = path.nar.len() as u64;
+    let counted = |machine: &Machine| {
+        let history = machine.status().unwrap().history;
+        let of = |spans: &[history::Span]| {
+            let total = Spans::total(spans);
+            (total.upstream, total.upstream_bytes)
+        };
+        assert_eq!(of(&history.hours), of(&history.days));
+        of(&history.days)
+    };
+    let first = counted(&machine);
+    assert_eq!(first, (1, size));
+    machine.stop().await;
+    machine.start().await;
+    wait_ready(&machine);
+    assert_eq!(counted(&machine), first);
+    assert_eq!(machine.get(&path.narinfo()).status, 200);
+    assert_eq!(counted(&machine), (2, size));
+    machine.stop().await;
+
+    let file = machine.state().join("history.json");
+    assert_eq!(
+        fs::metadata(&file).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    for broken in ["", "{\"hours\": 3}", &"[".repeat(200_000)] {
+        fs::write(&file, broken).unwrap();
+        machine.start().await;
+        wait_ready(&machine);
+        assert_eq!(counted(&machine), (0, 0));
+        machine.stop().await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

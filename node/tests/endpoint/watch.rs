@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
@@ -98,18 +99,47 @@ impl Terminal {
         until(text, || self.lines().join(" ").contains(text));
     }
 
-    /// Types this, upon which the watch must end well and leave the terminal as it was.
-    fn quit(mut self, keys: &[u8]) {
-        let is_raw = |modes: LocalModes| !modes.intersects(LocalModes::ICANON | LocalModes::ECHO);
-        assert!(is_raw(tcgetattr(&self.slave).unwrap().local_modes));
+    fn type_in(&mut self, keys: &[u8]) {
         self.master.write_all(keys).unwrap();
-        let status = self.child.wait().unwrap();
-        assert!(status.success(), "{status}: {}", self.written());
+    }
+
+    fn send(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// The letter that Linux has for what the process does: `T` is stopped.
+    fn state(&self) -> char {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+        let (_, rest) = stat.rsplit_once(") ").unwrap();
+        rest.chars().next().unwrap()
+    }
+
+    /// Whether keys are read as they are typed, without an echo.
+    fn is_taken(&self) -> bool {
+        let modes = tcgetattr(&self.slave).unwrap().local_modes;
+        !modes.intersects(LocalModes::ICANON | LocalModes::ECHO)
+    }
+
+    /// Whoever is in front of the terminal has it as it was.
+    fn assert_given_back(&self) {
         let modes = tcgetattr(&self.slave).unwrap().local_modes;
         assert!(modes.contains(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG));
         until("the terminal's first screen", || {
             self.written().ends_with("\x1b[?25h\x1b[?1049l")
         });
+    }
+
+    /// Asks the watch to end, upon which it must do so well and leave the terminal as it was.
+    fn end(mut self, ask: impl FnOnce(&mut Terminal)) {
+        assert!(self.is_taken());
+        ask(&mut self);
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}: {}", self.written());
+        self.assert_given_back();
+    }
+
+    fn quit(self, keys: &[u8]) {
+        self.end(|terminal| terminal.type_in(keys));
     }
 }
 
@@ -155,6 +185,50 @@ async fn a_watch_follows_the_window_and_the_node() {
     });
     terminal.quit(b"xq");
     machine.stop().await;
+}
+
+#[test]
+fn a_suspended_watch_gives_the_terminal_back_and_takes_it_again() {
+    let mut terminal = Terminal::watch(&machine(), 60, 12);
+    terminal.wait_for("The node is away");
+    for _ in 0..2 {
+        terminal.type_in(b"\x1a");
+        until("a stopped watch", || terminal.state() == 'T');
+        terminal.assert_given_back();
+        let before = terminal.written().len();
+        // The window is another one when it goes on.
+        terminal.resize(40, 12);
+        terminal.send(Signal::CONT);
+        until("a watch that goes on", || terminal.is_taken());
+        until("a picture", || {
+            let written = terminal.written();
+            let fresh = &written[before..];
+            fresh.starts_with("\x1b[?1049h\x1b[?25l") && fresh.contains("q quits")
+        });
+    }
+    assert!(
+        terminal
+            .lines()
+            .iter()
+            .all(|line| line.chars().count() <= 40)
+    );
+    terminal.quit(b"q");
+}
+
+#[test]
+fn a_watch_that_is_told_to_end_leaves_the_terminal_as_it_was() {
+    for signal in [Signal::TERM, Signal::HUP, Signal::INT] {
+        let terminal = Terminal::watch(&machine(), 40, 12);
+        terminal.end(|terminal| terminal.send(signal));
+    }
+    // Stopped from outside, it has no chance to give the terminal back, but ends as soon as it goes on.
+    let terminal = Terminal::watch(&machine(), 40, 12);
+    terminal.send(Signal::STOP);
+    until("a stopped watch", || terminal.state() == 'T');
+    terminal.end(|terminal| {
+        terminal.send(Signal::TERM);
+        terminal.send(Signal::CONT);
+    });
 }
 
 #[test]

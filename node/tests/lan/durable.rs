@@ -88,7 +88,7 @@ fn a_build_outlives_its_machine_and_the_state_of_the_anchor() {
     anchor.kill();
     fs::remove_dir_all(anchor.state()).expect("lose the state");
     let said = anchor.run(&["anchor", "rebuild"]);
-    assert!(said.contains("1 caches with 1 paths"), "{said}");
+    assert!(said.contains("1 cache with 1 path"), "{said}");
     anchor.start();
     laptop.delete(&path);
     assert!(!laptop.is_valid(&path));

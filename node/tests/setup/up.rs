@@ -97,7 +97,7 @@ fn one_command_makes_everything_and_a_second_changes_nothing() {
         status["upload"]["paths_pushed"] == 1
     });
     let listed = machine.run(&["cache", "list"]);
-    assert!(listed.starts_with("main  private  1 paths"), "{listed}");
+    assert!(listed.starts_with("main  private  1 path,"), "{listed}");
     let status = machine.run(&["status"]);
     assert!(status.contains("member    as ") && status.contains("anchor    http://127.0.0.1"));
 
