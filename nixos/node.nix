@@ -28,6 +28,12 @@ let
   numbered = lib.imap0 (position: anchor: { inherit position anchor; }) cfg.anchors;
 
   settings = cfg.settings // {
+    share =
+      cfg.settings.share
+      // (if cfg.share.tokenFile != null then { http-token-file = credential "share-token"; } else { })
+      // (
+        if cfg.share.signKeyFile != null then { http-sign-key-file = credential "share-key"; } else { }
+      );
     mesh =
       cfg.settings.mesh
       // (if cfg.ticketFile != null then { ticket-file = credential "ticket"; } else { });
@@ -80,8 +86,30 @@ in
       default = false;
       description = ''
         Whether peers may reach this machine: the ports of `settings.mesh.listen` and
-        `settings.mesh.transfer` (TCP), and 5353 (UDP) for mDNS.
+        `settings.mesh.transfer` (TCP), and 5353 (UDP) for mDNS; machines without Granary as well, where
+        `settings.share.http` is set.
       '';
+    };
+
+    share = {
+      tokenFile = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "/run/agenix/granary-share-token";
+        description = ''
+          A file on this machine that holds the token which machines without Granary must show at
+          `settings.share.http`; not a path in the Nix store. systemd reads it as root and shows it to the node alone.
+        '';
+      };
+      signKeyFile = mkOption {
+        type = types.nullOr types.str;
+        default = null;
+        example = "/run/agenix/granary-share-key";
+        description = ''
+          A file on this machine that holds the secret key (`nix-store --generate-binary-cache-key`) which signs what
+          they are given; not a path in the Nix store.
+        '';
+      };
     };
 
     ticketFile = mkOption {
@@ -223,6 +251,12 @@ in
             example = [ "^secret-" ];
             description = "Regular expressions; a path whose name matches one stays here.";
           };
+          share.http = mkOption {
+            type = types.either types.str (types.listOf types.str);
+            default = [ ];
+            example = "0.0.0.0:4729";
+            description = "Where machines without Granary read what is shared, over plain HTTP; nowhere by default.";
+          };
           trust.keys = mkOption {
             type = types.listOf types.str;
             default = [ "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=" ];
@@ -265,6 +299,13 @@ in
       {
         assertion = cfg.ticketFile == null || !(lib.hasPrefix "/nix/store/" cfg.ticketFile);
         message = "services.granary.ticketFile is in the Nix store, where everybody may read it.";
+      }
+      {
+        assertion = lib.all (file: file == null || !(lib.hasPrefix "/nix/store/" file)) [
+          cfg.share.tokenFile
+          cfg.share.signKeyFile
+        ];
+        message = "services.granary.share has a file in the Nix store, where everybody may read it.";
       }
     ];
 
@@ -309,6 +350,8 @@ in
         StateDirectoryMode = "0700";
         LoadCredential =
           lib.optional (cfg.ticketFile != null) "ticket:${cfg.ticketFile}"
+          ++ lib.optional (cfg.share.tokenFile != null) "share-token:${cfg.share.tokenFile}"
+          ++ lib.optional (cfg.share.signKeyFile != null) "share-key:${cfg.share.signKeyFile}"
           ++ map (
             { position, anchor }: "${tokenName position}:${anchor.tokenFile}"
           ) (lib.filter ({ anchor, ... }: anchor.tokenFile != null) numbered);
@@ -350,7 +393,9 @@ in
     nix.extraOptions = mkIf trustsMembers "!include ${keyFile}";
 
     networking.firewall = mkIf cfg.openFirewall {
-      allowedTCPPorts = ports (cfg.settings.mesh.listen ++ cfg.settings.mesh.transfer);
+      allowedTCPPorts = ports (
+        cfg.settings.mesh.listen ++ cfg.settings.mesh.transfer ++ lib.toList cfg.settings.share.http
+      );
       allowedUDPPorts = lib.optional cfg.settings.mesh.mdns 5353;
     };
 

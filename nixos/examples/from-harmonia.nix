@@ -12,7 +12,10 @@
   services.granary = {
     enable = true;
     openFirewall = true;
+    # Machines that shall stay without a node read here, at port 4729, instead of at Harmonia's 5000.
+    share.signKeyFile = "/run/agenix/harmonia-key";
     settings = {
+      share.http = "0.0.0.0:4729";
       mesh.key = "home:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
       trust.keys = [
         "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY="

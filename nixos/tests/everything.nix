@@ -9,6 +9,7 @@
     enable = true;
     openFirewall = true;
     nix.negativeTtl = 0;
+    share.tokenFile = "/run/secrets/share-token";
     anchors = [ { url = "https://nas.example/main"; } ];
     settings = {
       state-dir = "/var/lib/other";

@@ -355,6 +355,12 @@ async fn check_config(config: &ConfigFile, offline: bool) -> Result<()> {
             }
         }
     }
+    if !offline {
+        daemon::share::read(&config)?;
+    }
+    for remark in config.remarks() {
+        eprintln!("note: {remark}");
+    }
     print("the configuration is fine\n")
 }
 

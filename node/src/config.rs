@@ -121,7 +121,7 @@ pub struct Mesh {
     pub interfaces: Vec<String>,
 }
 
-/// `[share]`: what other members may fetch.
+/// `[share]`: what others may fetch.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Share {
@@ -129,6 +129,15 @@ pub struct Share {
     /// Regular expressions; a path whose name matches one stays here.
     #[serde(deserialize_with = "parsed_list")]
     pub deny: Vec<Regex>,
+    /// Where machines without Granary read over plain HTTP; nowhere when empty.
+    #[serde(deserialize_with = "one_or_several")]
+    pub http: Vec<SocketAddr>,
+    /// A file with the token that they must show. Everybody may read without.
+    pub http_token_file: Option<PathBuf>,
+    /// A file with the key, in Nix's format, that signs what they are given.
+    pub http_sign_key_file: Option<PathBuf>,
+    /// Names of this machine that they use beside addresses and names of private networks.
+    pub http_hosts: Vec<String>,
 }
 
 /// `[trust]`: whose word counts.
@@ -380,6 +389,10 @@ impl Default for Share {
         Share {
             enable: true,
             deny: Vec::new(),
+            http: Vec::new(),
+            http_token_file: None,
+            http_sign_key_file: None,
+            http_hosts: Vec::new(),
         }
     }
 }
@@ -652,6 +665,25 @@ impl Config {
         keys.chain(&self.own_cache_keys).cloned().collect()
     }
 
+    /// What is allowed and worth a second thought, in sentences.
+    pub fn remarks(&self) -> Vec<String> {
+        let mut remarks = Vec::new();
+        let is_open = |address: &&SocketAddr| !address.ip().is_loopback();
+        if self.share.http_token_file.is_none()
+            && let Some(address) = self.share.http.iter().find(is_open)
+        {
+            remarks.push(format!(
+                "share.http is {address} without share.http-token-file: whoever reaches it may read what is shared"
+            ));
+        }
+        if !self.share.http.is_empty() && self.share.http_sign_key_file.is_none() {
+            remarks.push(
+                "share.http without share.http-sign-key-file gives only paths that carry a signature: what Nix builds here without secret-key-files is not among them".to_owned(),
+            );
+        }
+        remarks
+    }
+
     fn contradiction(&self) -> Option<String> {
         let malformed = |peer: &&String| {
             let port = peer
@@ -664,6 +696,9 @@ impl Config {
         }
         if self.mesh.key.is_some() && self.mesh.listen.is_empty() {
             return Some("mesh.listen is empty, no peer could reach this node; remove mesh.key to serve this machine only".into());
+        }
+        if !self.share.http.is_empty() && !self.share.enable {
+            return Some("share.http is set, but share.enable is false, nothing would be read there; remove one of them".into());
         }
         if self.substituter.listen.is_empty() {
             return Some("substituter.listen is empty, Nix could not ask this node".into());
@@ -941,6 +976,11 @@ mod tests {
         assert!(problem(&format!("[mesh]\nkey = {key:?}\nlisten = []")).contains("mesh.listen"));
         assert!(problem("[limits]\nstreams-per-peer = 0").contains("streams-per-peer"));
         assert!(problem("[[upstream]]\nurl = \"file:///x\"").contains("http://"));
+        let closed = problem("[share]\nenable = false\nhttp = \"0.0.0.0:4729\"");
+        assert!(closed.contains("share.enable"), "{closed}");
+        let remarks = |text: &str| Config::parse(text).unwrap().remarks().len();
+        assert_eq!(remarks("[share]\nhttp = \"0.0.0.0:4729\""), 2);
+        assert_eq!(remarks("[share]\nhttp = \"127.0.0.1:4729\""), 1);
         assert!(problem("[[upstream]]").contains("url"));
         for rate in ["0MB/s", "1", "fast", "1MB", "99999999999999GB/s", "-1kB/s"] {
             assert!(problem(&format!("[upload]\nrate = {rate:?}")).contains("50MB/s"));

@@ -32,20 +32,23 @@ use crate::identity::Identity;
 use crate::listener::{Address, Listener, bind_tcp};
 use crate::loopback_key::{self, LoopbackKeyError};
 use crate::mesh;
+use crate::serve::lan::LanPort;
 use crate::serve::members::{Entrance, MembersPort, Newcomers};
 use crate::serve::tls;
 use crate::state_folder;
 use crate::status::{About, CertificateAbout, MeshAbout};
 use crate::store::hidden::{Hidden, HiddenError};
-use crate::store::shared::{SharedStore, SharingRules};
+use crate::store::shared::{Readers, SharedStore, SharingRules};
 use crate::store::{LocalStore, NixStore};
 use crate::substituter::{Engine, Joined, Substituter};
 use crate::upload::{TokenFileError, Uploader, read_token, uploader};
 
 mod history;
 mod renewal;
+pub mod share;
 
 use renewal::Keeper;
+use share::{Share, ShareError};
 
 /// How often what is missing (a store, a certificate) is looked for again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -84,6 +87,8 @@ pub enum StartError {
     Identity(#[from] crate::identity::IdentityError),
     #[error(transparent)]
     LoopbackKey(#[from] LoopbackKeyError),
+    #[error(transparent)]
+    Share(#[from] ShareError),
     #[error(transparent)]
     Hidden(#[from] HiddenError),
     #[error(transparent)]
@@ -159,6 +164,7 @@ impl Daemon {
             false => None,
         };
         let caches = Arc::new(web_caches(&config)?);
+        let share = Share::prepare(&config)?;
         let mut transfer = Vec::new();
         if config.mesh.key.is_some() {
             for address in &config.mesh.transfer {
@@ -196,6 +202,7 @@ impl Daemon {
             hidden,
             changes: folder,
             caches,
+            share,
             endpoint: endpoint.clone(),
             shutdown: shutdown.clone(),
             tasks: tasks.clone(),
@@ -286,13 +293,14 @@ struct Start {
     /// Of the state folder.
     changes: watch::Receiver<()>,
     caches: Arc<WebCaches>,
+    share: Share,
     endpoint: Arc<Substituter>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
 }
 
 impl Start {
-    async fn run(self, mesh_ports: Vec<SocketAddr>, transfer: Vec<TcpListener>) {
+    async fn run(mut self, mesh_ports: Vec<SocketAddr>, transfer: Vec<TcpListener>) {
         let shutdown = self.shutdown.clone();
         tokio::select! {
             () = shutdown.cancelled() => {}
@@ -300,7 +308,7 @@ impl Start {
         }
     }
 
-    async fn bring_up(&self, mesh_ports: Vec<SocketAddr>, transfer: Vec<TcpListener>) {
+    async fn bring_up(&mut self, mesh_ports: Vec<SocketAddr>, transfer: Vec<TcpListener>) {
         let store = self.open_store().await;
         let rules = Arc::new(SharingRules {
             enabled: self.config.share.enable,
@@ -316,8 +324,9 @@ impl Start {
             self.loopback_key.clone(),
         ));
         self.push_builds(store.clone());
+        self.open_share(store.clone(), rules.clone());
         let voucher = Voucher::new(self.identity.key());
-        let shared = Arc::new(SharedStore::new(store, rules, voucher));
+        let shared = Arc::new(SharedStore::new(store, rules, Readers::Members(voucher)));
         let has_caches = !self.caches.roles().is_empty();
         let Some(mesh_key) = self.config.mesh.key.clone() else {
             match has_caches {
@@ -413,6 +422,22 @@ impl Start {
                 never = uploader.run(store) => match never {},
             }
         });
+    }
+
+    /// Lets machines without Granary read.
+    fn open_share(&mut self, store: Arc<dyn LocalStore>, rules: Arc<SharingRules>) {
+        let share = std::mem::take(&mut self.share);
+        let key = share.key.map(|key| *key);
+        let port = LanPort::new(
+            Arc::new(SharedStore::new(store, rules, Readers::Lan(key))),
+            share.rules,
+            self.endpoint.metrics.clone(),
+            self.shutdown.clone(),
+            self.tasks.clone(),
+        );
+        for listener in share.listeners {
+            self.tasks.spawn(port.clone().accept(listener));
+        }
     }
 
     async fn ask_caches_alone(&self, shared: Arc<dyn LocalStore>) {

@@ -126,6 +126,7 @@ pub async fn examine(patient: &Patient<'_>) -> Vec<Finding> {
     findings.extend(nix(patient));
     let report = node(config, &mut findings).await;
     findings.extend(mesh(config, report.as_ref()));
+    findings.extend(share(config));
     for anchor in &config.anchor {
         findings.extend(self::anchor(config, anchor).await);
     }
@@ -455,6 +456,34 @@ fn mesh(config: &Config, report: Option<&Report>) -> Vec<Finding> {
             findings.push(Finding::note("refusals", found, advice));
         }
     }
+    findings
+}
+
+/// What machines without Granary may read, if anything.
+fn share(config: &Config) -> Vec<Finding> {
+    let subject = "share";
+    if config.share.http.is_empty() {
+        return Vec::new();
+    }
+    let mut findings = Vec::new();
+    findings.push(match crate::daemon::share::read(config) {
+        Ok(_) => {
+            let addresses = config.share.http.iter().map(SocketAddr::to_string);
+            let addresses = addresses.collect::<Vec<_>>().join(", ");
+            let found = format!("machines without Granary read what is shared at {addresses}");
+            Finding::fine(subject, found)
+        }
+        Err(error) => {
+            let advice = "mend that file; the node does not start with it";
+            Finding::failed(subject, error.to_string(), advice)
+        }
+    });
+    let notes = config.remarks().into_iter().map(|remark| {
+        let advice =
+            "see without-granary.md of the manual; nothing is to be done where it is meant so";
+        Finding::note(subject, remark, advice)
+    });
+    findings.extend(notes);
     findings
 }
 

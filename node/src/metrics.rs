@@ -17,6 +17,9 @@
 //! | `granary_transfers_refused_total` | | connections to the transfer port without admission |
 //! | `granary_joins_total` | `outcome` one of [`JOIN_OUTCOMES`] | machines that asked this one to be admitted |
 //! | `granary_transfer_bytes_total` | `direction`: `sent`, `received` | NAR bytes moved with peers |
+//! | `granary_share_requests_total` | `outcome`: `served`, `absent`, `refused` | requests of machines without Granary (`share.http`) |
+//! | `granary_share_nar_bytes_total` | | NAR bytes sent to them |
+//! | `granary_share_connections_dropped_total` | | connections of theirs that were too many |
 //! | `granary_store_errors_total` | | the local store could not be read |
 //! | `granary_index_errors_total` | | writes of the availability index that failed |
 //! | `granary_ready` | | 1 once the store is open |
@@ -38,6 +41,7 @@ use std::time::Duration;
 
 use granary_protocol::mesh::CacheRole;
 use granary_protocol::peer::PeerId;
+use http::StatusCode;
 use serde::Serialize;
 
 /// Peers whose traffic is remembered; more than a mesh has members.
@@ -113,6 +117,8 @@ pub struct Metrics {
     pub transfers_refused: Counter,
     /// Machines that asked to be admitted, where the mesh key is.
     pub joins: Joins,
+    /// What machines without Granary were given over the LAN.
+    pub share: Share,
     /// Errors of the local store's database while answering.
     pub store_errors: Counter,
     /// NAR bytes moved with peers.
@@ -178,6 +184,29 @@ impl Joins {
         JOIN_OUTCOMES
             .into_iter()
             .zip(self.0.iter().map(Counter::get))
+    }
+}
+
+/// What machines without Granary were given over the LAN.
+#[derive(Debug, Default)]
+pub struct Share {
+    served: Counter,
+    absent: Counter,
+    /// For want of a token, or for a foreign name in Host.
+    refused: Counter,
+    pub nar_bytes: Counter,
+    pub connections_dropped: Counter,
+}
+
+impl Share {
+    /// Counts an answer.
+    pub fn count(&self, status: StatusCode) {
+        let counter = match status {
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => &self.refused,
+            status if status.is_success() => &self.served,
+            _ => &self.absent,
+        };
+        counter.add(1);
     }
 }
 
@@ -283,6 +312,16 @@ impl Metrics {
                 self.transfers_refused.get(),
             ),
             (
+                "granary_share_nar_bytes_total",
+                "NAR bytes sent to machines without Granary.",
+                self.share.nar_bytes.get(),
+            ),
+            (
+                "granary_share_connections_dropped_total",
+                "Connections of machines without Granary that were too many.",
+                self.share.connections_dropped.get(),
+            ),
+            (
                 "granary_store_errors_total",
                 "Times that the local store could not be read.",
                 self.store_errors.get(),
@@ -314,6 +353,19 @@ impl Metrics {
         );
         for (outcome, count) in self.joins.counts() {
             out.sample(name, &format!("outcome=\"{outcome}\""), count);
+        }
+        let name = "granary_share_requests_total";
+        out.family(
+            name,
+            "counter",
+            "Requests of machines without Granary, where share.http is set.",
+        );
+        for (outcome, count) in [
+            ("served", &self.share.served),
+            ("absent", &self.share.absent),
+            ("refused", &self.share.refused),
+        ] {
+            out.sample(name, &format!("outcome=\"{outcome}\""), count.get());
         }
         let moved = self.traffic.total();
         let name = "granary_transfer_bytes_total";

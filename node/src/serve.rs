@@ -1,9 +1,9 @@
 //! Serving a store over HTTP: the routes of a binary cache, answered from a
 //! [`LocalStore`](crate::store::LocalStore).
 //!
-//! One set of routes and answers, mounted twice: on loopback for Nix (`substituter.rs` adds the
-//! mesh behind them) and on the members' port behind mutual TLS ([`members`]), where the store is
-//! the shared part of this machine's. Requests are GET or HEAD and have no body; everything in
+//! One set of routes and answers, mounted on loopback for Nix (`substituter.rs` adds the mesh behind
+//! them), on the members' port behind mutual TLS ([`members`]) and on the LAN's port for machines
+//! without Granary ([`lan`]); the store is the shared part of this machine's on both. Requests are GET or HEAD and have no body; everything in
 //! them is parsed strictly and bounded by hyper's limits on the head.
 
 use std::convert::Infallible;
@@ -31,7 +31,10 @@ pub mod trace;
 pub mod debug;
 pub mod browse;
 pub mod members;
+pub mod credentials;
+pub mod lan;
 mod crowd;
+mod turns;
 pub mod tls;
 
 use browse::FilePath;
@@ -272,18 +275,22 @@ pub async fn until_end<I, S>(
 ///
 /// A web page can make a browser resolve its own name to 127.0.0.1, but not send another Host.
 pub fn is_own_host(host: &str, listen: SocketAddr) -> bool {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.parse::<u16>().is_ok() && !name.ends_with(':') => name,
-        _ => host,
-    };
-    let name = name
-        .strip_prefix('[')
-        .and_then(|name| name.strip_suffix(']'))
-        .unwrap_or(name);
+    let name = host_name(host);
     match name.parse::<std::net::IpAddr>() {
         Ok(ip) => ip.is_loopback() || ip == listen.ip(),
         Err(_) => name.eq_ignore_ascii_case("localhost"),
     }
+}
+
+/// A Host header's name or address, without its port and an address's brackets.
+fn host_name(host: &str) -> &str {
+    let name = match host.rsplit_once(':') {
+        Some((name, port)) if port.parse::<u16>().is_ok() && !name.ends_with(':') => name,
+        _ => host,
+    };
+    name.strip_prefix('[')
+        .and_then(|name| name.strip_suffix(']'))
+        .unwrap_or(name)
 }
 
 #[cfg(test)]

@@ -108,6 +108,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "history",
             "config",
             "loopback_key",
+            // A key that signs for the LAN is for its owner alone.
+            "secret",
             "admission",
             "identity",
             "state_folder",

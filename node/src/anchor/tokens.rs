@@ -18,11 +18,8 @@ use data_encoding::BASE64;
 use granary_protocol::certificate::UnixTime;
 use granary_protocol::hash::{FileHash, sha256};
 use granary_protocol::signature::{KeyName, PublicKey, SecretKey};
-use granary_protocol::token::{
-    Algorithm, Claims, Permission, TOKEN_BYTES_MAX, Token, TokenError, Untimely,
-};
+use granary_protocol::token::{Algorithm, Claims, Permission, Token, TokenError, Untimely};
 use http::HeaderMap;
-use http::header::AUTHORIZATION;
 use jsonwebtoken::DecodingKey;
 use rusqlite::{OptionalExtension, params};
 use zeroize::Zeroizing;
@@ -31,6 +28,7 @@ use super::cache::{CacheName, Keys, KeysError, write_secret};
 use super::catalog::{Catalog, CatalogError, signed};
 use crate::anchor::catalog::unsigned;
 use crate::secret::exposed;
+use crate::serve::credentials;
 
 /// Largest key file read; a 4096-bit RSA key has some 3 KiB.
 const KEY_BYTES_MAX: u64 = 64 * 1024;
@@ -380,35 +378,6 @@ fn revocation_id(claims: &Claims, text: &str) -> String {
     }
 }
 
-/// Finds the token in `Authorization: Bearer …`, or the password of `Basic …` (netrc).
 fn token_in(headers: &HeaderMap) -> Result<Option<Zeroizing<String>>, Denied> {
-    let Some(value) = headers.get(AUTHORIZATION) else {
-        return Ok(None);
-    };
-    let invalid = |problem: &str| Denied::TokenInvalid(problem.to_owned());
-    let value = value
-        .to_str()
-        .map_err(|_| invalid("the Authorization header is not text"))?;
-    let (scheme, rest) = value
-        .split_once(' ')
-        .ok_or_else(|| invalid("the Authorization header has one word"))?;
-    if rest.len() > 2 * TOKEN_BYTES_MAX {
-        return Err(invalid("the Authorization header is too long"));
-    }
-    // `attic` writes the scheme in lower case.
-    if scheme.eq_ignore_ascii_case("bearer") {
-        return Ok(Some(Zeroizing::new(rest.trim().to_owned())));
-    }
-    if !scheme.eq_ignore_ascii_case("basic") {
-        return Err(invalid(
-            "the Authorization header is neither Bearer nor Basic",
-        ));
-    }
-    let decoded = BASE64.decode(rest.trim().as_bytes()).ok();
-    let decoded = decoded.and_then(|bytes| String::from_utf8(bytes).ok().map(Zeroizing::new));
-    let password = decoded.as_ref().and_then(|text| text.split_once(':'));
-    match password {
-        Some((_, password)) => Ok(Some(Zeroizing::new(password.to_owned()))),
-        None => Err(invalid("the Basic credentials are malformed")),
-    }
+    credentials::presented(headers).map_err(|problem| Denied::TokenInvalid(problem.to_owned()))
 }

@@ -221,7 +221,7 @@ pub const SECTIONS: &[Section] = &[
     },
     Section {
         header: "[share]",
-        about: "What other members may fetch. `granary hide` keeps single paths here as well.",
+        about: "What others may fetch: members, and with `http` machines without Granary. `granary hide` keeps single paths here as well.",
         keys: &[
             Key {
                 name: "enable",
@@ -238,6 +238,38 @@ pub const SECTIONS: &[Section] = &[
                 unit: "",
                 example: r#"["^secret-"]"#,
                 about: "A path whose name (what follows the hash) matches one stays here.",
+            },
+            Key {
+                name: "http",
+                kind: "address or list of addresses",
+                default: Value("[]"),
+                unit: "`ip:port`, TCP",
+                example: r#""0.0.0.0:4729""#,
+                about: "Where machines without Granary read what is shared, over plain HTTP ([without-granary.md](without-granary.md)). Nothing is fetched for them.",
+            },
+            Key {
+                name: "http-token-file",
+                kind: "path",
+                default: Words("none: everybody may read"),
+                unit: "",
+                example: r#""/etc/granary/share.token""#,
+                about: "A file with the token that they must show, as Bearer or as the password of Basic. Of mode 0600, or a credential of systemd.",
+            },
+            Key {
+                name: "http-sign-key-file",
+                kind: "path",
+                default: Words("none: only paths that carry a signature are given"),
+                unit: "Nix's format",
+                example: r#""/etc/granary/share.key""#,
+                about: "A secret key (`nix-store --generate-binary-cache-key`) that signs all that is given there. Of mode 0600, or a credential of systemd.",
+            },
+            Key {
+                name: "http-hosts",
+                kind: "list of names",
+                default: Value("[]"),
+                unit: "",
+                example: r#"["cache.example.org"]"#,
+                about: "Names by which it is asked without a token, beside addresses, names without a dot, and those below `.local`, `.lan`, `.home.arpa`, `.internal`. Others may be a web page's own.",
             },
         ],
     },

@@ -1,10 +1,10 @@
-//! The crowd: who connected and has not proved yet who it is.
+//! The crowd: who connected and is nobody in particular, for it has not proved yet who it is or need not.
 //!
 //! Strangers have room of their own, so that they take none from members. A handshake takes milliseconds;
 //! so when the room is full the one that has stood there longest goes, first of the address that most of
 //! them came from. A member that knocks meanwhile always gets in.
 //!
-//! Invariant: at most [`STRANGERS_MAX`] stand here, at most [`STRANGERS_PER_ADDRESS_MAX`] of one address.
+//! Invariant: at most [`Bounds::all`] stand here, at most [`Bounds::per_address`] of one address.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv6Addr};
@@ -21,9 +21,29 @@ const STRANGERS_PER_ADDRESS_MAX: usize = 64;
 /// Whoever has one IPv6 address has a network of them, of which this many bits name the network.
 const IPV6_NETWORK_BITS: u32 = 64;
 
+/// How many may stand in a crowd.
+#[derive(Clone, Copy, Debug)]
+pub struct Bounds {
+    pub all: usize,
+    pub per_address: usize,
+}
+
 /// Those who have not proved who they are.
-#[derive(Debug, Default)]
-pub struct Crowd(Mutex<Standing>);
+#[derive(Debug)]
+pub struct Crowd {
+    bounds: Bounds,
+    standing: Mutex<Standing>,
+}
+
+/// The crowd before the members' port.
+impl Default for Crowd {
+    fn default() -> Crowd {
+        Crowd::new(Bounds {
+            all: STRANGERS_MAX,
+            per_address: STRANGERS_PER_ADDRESS_MAX,
+        })
+    }
+}
 
 #[derive(Debug, Default)]
 struct Standing {
@@ -43,6 +63,13 @@ pub struct Stranger {
 }
 
 impl Crowd {
+    pub fn new(bounds: Bounds) -> Crowd {
+        Crowd {
+            bounds,
+            standing: Mutex::default(),
+        }
+    }
+
     /// Takes in a stranger; where there is no room, another one is sent away for it.
     pub fn enter(self: &Arc<Crowd>, address: IpAddr) -> Stranger {
         let address = network(address);
@@ -56,7 +83,7 @@ impl Crowd {
             .entry(address)
             .or_default()
             .insert(number);
-        if let Some(gone) = standing.one_too_many(&address)
+        if let Some(gone) = standing.one_too_many(&address, self.bounds)
             && let Some(token) = standing.leave(gone.0, &gone.1)
         {
             token.cancel();
@@ -71,17 +98,17 @@ impl Crowd {
     }
 
     fn standing(&self) -> MutexGuard<'_, Standing> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Standing {
     /// Who has to go after somebody came from `newest`.
-    fn one_too_many(&self, newest: &IpAddr) -> Option<(u64, IpAddr)> {
+    fn one_too_many(&self, newest: &IpAddr, bounds: Bounds) -> Option<(u64, IpAddr)> {
         let of_newest = self.by_address.get(newest)?;
-        let address = if of_newest.len() > STRANGERS_PER_ADDRESS_MAX {
+        let address = if of_newest.len() > bounds.per_address {
             *newest
-        } else if self.tokens.len() > STRANGERS_MAX {
+        } else if self.tokens.len() > bounds.all {
             let most = self.by_address.iter().max_by_key(|(_, of)| of.len());
             *most?.0
         } else {
@@ -116,7 +143,7 @@ impl Drop for Stranger {
 }
 
 /// What all addresses of one machine have in common.
-fn network(address: IpAddr) -> IpAddr {
+pub fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V4(ip) => IpAddr::V4(ip),
         IpAddr::V6(ip) => {

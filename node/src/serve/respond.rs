@@ -10,7 +10,7 @@ use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
 use http::header::{
     ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE,
-    REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+    REFERRER_POLICY, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
 };
 use http::{HeaderValue, Response, StatusCode};
 use http_body::Frame;
@@ -60,6 +60,22 @@ pub fn method_not_allowed(is_nar: bool) -> Response<Body> {
 pub fn foreign_host(is_nar: bool) -> Response<Body> {
     let text = "this endpoint answers requests to loopback names only\n";
     with_ranges(small(StatusCode::FORBIDDEN, TEXT, text), is_nar)
+}
+
+/// The answer on the LAN to a Host header that may be a web page's own.
+pub fn unknown_host(is_nar: bool) -> Response<Body> {
+    let text = "ask by address or by a name of this network, or add this one to share.http-hosts\n";
+    with_ranges(small(StatusCode::FORBIDDEN, TEXT, text), is_nar)
+}
+
+/// The answer to who shows no token, or a wrong one. Nix takes it for "not here".
+pub fn unauthorized(is_nar: bool) -> Response<Body> {
+    let mut response = small(StatusCode::UNAUTHORIZED, TEXT, "a token is needed\n");
+    response.headers_mut().insert(
+        WWW_AUTHENTICATE,
+        HeaderValue::from_static("Basic realm=\"granary\""),
+    );
+    with_ranges(response, is_nar)
 }
 
 /// The answer to a member that has as many NARs under way as it may have.

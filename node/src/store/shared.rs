@@ -1,6 +1,6 @@
-//! The shared part of a store: what other members may know of and fetch.
+//! The shared part of a store: what others may know of and fetch, members and machines of the LAN.
 //!
-//! Everything that faces peers gets this store instead of the real one, so that a path that is not
+//! Everything that faces others gets this store instead of the real one, so that a path that is not
 //! shared cannot be told from one that is not here. The rules are
 //! [`granary_protocol::sharing`]'s; this gathers their facts.
 
@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use granary_protocol::narinfo::SIGNATURES_MAX;
 use granary_protocol::sharing::{Facts, Sharing};
-use granary_protocol::signature::TrustedKeys;
+use granary_protocol::signature::{SecretKey, TrustedKeys};
 use granary_protocol::store_path::{StoreDir, StorePathHash};
 use granary_protocol::voucher::Voucher;
 use regex::Regex;
@@ -57,20 +57,46 @@ impl SharingRules {
         })
     }
 
-    /// What others are told of a path; `None` when it is not shared.
+    /// What these readers are told of a path; `None` when it is not shared with them.
     ///
-    /// Without the signatures that are meant for this machine alone, and with the voucher for what it
-    /// built itself.
-    fn shown(&self, mut info: PathInfo, dir: &StoreDir, voucher: &Voucher) -> Option<PathInfo> {
+    /// Without the signatures that are meant for this machine alone.
+    fn shown(&self, mut info: PathInfo, dir: &StoreDir, readers: &Readers) -> Option<PathInfo> {
         if !self.decide(&info, dir).is_shared() {
             return None;
         }
         info.drop_own_signatures();
-        if info.ultimate && info.signatures.len() < SIGNATURES_MAX {
-            let fingerprint = info.to_narinfo().fingerprint(dir);
-            info.signatures.push(voucher.sign(&fingerprint));
+        let fingerprint = || info.to_narinfo().fingerprint(dir);
+        let signature = match readers {
+            Readers::Members(voucher) if info.ultimate => Some(voucher.sign(&fingerprint())),
+            Readers::Lan(Some(key)) => Some(key.sign(fingerprint().as_bytes())),
+            Readers::Members(_) | Readers::Lan(None) => None,
+        };
+        if let Some(signature) = signature
+            && info.signatures.len() < SIGNATURES_MAX
+            && !info.signatures.contains(&signature)
+        {
+            info.signatures.push(signature);
         }
-        Some(info)
+        readers.may_have(&info).then_some(info)
+    }
+}
+
+/// Who reads, and so what is said of a path beside the signatures that it has.
+pub enum Readers {
+    /// Other members, to whom this node vouches for what it built, in its own name, whether they let it count or not.
+    Members(Voucher),
+    /// Machines without a node, who know keys alone. What they are given is signed by this key; without it they
+    /// are given what they can prove all the same.
+    Lan(Option<SecretKey>),
+}
+
+impl Readers {
+    /// Whether these readers could prove a shared path.
+    fn may_have(&self, info: &PathInfo) -> bool {
+        match self {
+            Readers::Members(_) | Readers::Lan(Some(_)) => true,
+            Readers::Lan(None) => info.ca.is_some() || !info.signatures.is_empty(),
+        }
     }
 }
 
@@ -78,20 +104,19 @@ impl SharingRules {
 pub struct SharedStore {
     store: Arc<dyn LocalStore>,
     rules: Arc<SharingRules>,
-    voucher: Voucher,
+    readers: Arc<Readers>,
 }
 
 impl SharedStore {
-    /// `voucher` signs in the name of this node, whether others let it count or not.
     pub fn new(
         store: Arc<dyn LocalStore>,
         rules: Arc<SharingRules>,
-        voucher: Voucher,
+        readers: Readers,
     ) -> SharedStore {
         SharedStore {
             store,
             rules,
-            voucher,
+            readers: Arc::new(readers),
         }
     }
 }
@@ -107,7 +132,7 @@ impl LocalStore for SharedStore {
     ) -> BoxFuture<'_, Result<Option<PathInfo>, StoreError>> {
         Box::pin(async move {
             let info = self.store.path_info(hash).await?;
-            Ok(info.and_then(|info| self.rules.shown(info, self.dir(), &self.voucher)))
+            Ok(info.and_then(|info| self.rules.shown(info, self.dir(), &self.readers)))
         })
     }
 
@@ -118,14 +143,14 @@ impl LocalStore for SharedStore {
         Box::pin(async move {
             let mut infos = self.store.path_infos(hashes).await?;
             let (rules, dir) = (self.rules.clone(), self.dir().clone());
-            let voucher = self.voucher.clone();
+            let readers = self.readers.clone();
             // Some 40 µs each, and a peer asks for hundreds: on the mesh's own thread, its timers
             // would wait.
             let decide = move || {
                 for info in &mut infos {
                     *info = info
                         .take()
-                        .and_then(|info| rules.shown(info, &dir, &voucher));
+                        .and_then(|info| rules.shown(info, &dir, &readers));
                 }
                 infos
             };
@@ -137,7 +162,8 @@ impl LocalStore for SharedStore {
 
     fn nar<'a>(&'a self, info: &'a PathInfo) -> BoxFuture<'a, Result<Option<Nar>, StoreError>> {
         Box::pin(async move {
-            match self.rules.decide(info, self.dir()).is_shared() {
+            let is_shared = self.rules.decide(info, self.dir()).is_shared();
+            match is_shared && self.readers.may_have(info) {
                 true => self.store.nar(info).await,
                 false => Ok(None),
             }

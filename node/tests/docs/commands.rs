@@ -32,6 +32,7 @@ documents! {
     install "docs/install.md"
     second_machine "docs/second-machine.md"
     anchor "docs/anchor.md"
+    without_granary "docs/without-granary.md"
     nixos "docs/nixos.md"
     configuration "docs/configuration.md"
     endpoint "docs/endpoint.md"

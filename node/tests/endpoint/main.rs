@@ -18,6 +18,7 @@ mod faults;
 mod page;
 #[path = "../shared/pages.rs"]
 mod pages;
+mod lan;
 mod machine;
 mod process;
 mod proxy;

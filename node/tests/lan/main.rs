@@ -32,6 +32,7 @@ mod strangers;
 mod revocation;
 mod joining;
 mod vouching;
+mod without_granary;
 mod corruption;
 mod garbage;
 mod roaming;
