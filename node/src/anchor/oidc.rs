@@ -1,7 +1,7 @@
 //! OIDC: a job of CI shows what its system says of it, and gets a token of this anchor for an hour.
 //!
-//! `POST /api/v1/oidc/token {"token": jwt}` → `{"token", "expires"}` (seconds since 1970). The token of an issuer that
-//! the configuration names is proved with the issuer's keys (RFC 7517), its claims are compared with rules, and
+//! `POST /api/v1/oidc/token {"token": jwt}` → `{"token", "expires", "expires_in"}` (seconds since 1970, and from
+//! here on). The token of an issuer that the configuration names is proved with the issuer's keys (RFC 7517), its claims are compared with rules, and
 //! the rules that match say what the token of ours allows. No secret is stored at the CI's, and none leaks that is
 //! good for more than an hour.
 //!
@@ -79,6 +79,8 @@ pub struct Options {
     pub jwks_url: Option<Url>,
     /// Certificates (PEM) trusted beside the system's.
     pub ca_file: Option<std::path::PathBuf>,
+    /// For how many seconds a token of ours is good; [`TOKEN_SECONDS`].
+    pub token_seconds: u64,
     pub rules: Vec<Rule>,
 }
 
@@ -271,13 +273,19 @@ pub(super) async fn answer(anchor: &Anchor, parts: &Parts, body: &mut Incoming) 
             // What it says is from outside, and shown with its signs escaped.
             info!(refused = ?refused.to_string(), "gave no token for one of an issuer");
         })?;
-    let expires = claims.expires.map_or(0, |time| time.0);
+    let now = anchor.now();
+    let expires = claims.expires.map_or(now, |time| time.0);
     info!(subject = ?claims.subject, id = claims.id, "gave a token for one of an issuer");
     anchor
         .tokens
-        .traded(claims, ID_PREFIX, UnixTime(anchor.now()))
+        .traded(claims, ID_PREFIX, UnixTime(now))
         .await?;
-    let answer = serde_json::json!({ "token": text, "expires": expires });
+    let answer = serde_json::json!({
+        "token": text,
+        "expires": expires,
+        // A clock that differs from ours does not change this.
+        "expires_in": expires.saturating_sub(now),
+    });
     Ok(respond::json(answer.to_string()))
 }
 
@@ -359,7 +367,7 @@ impl Issuers {
             id: Some(format!("{ID_PREFIX}{}", nix32::encode(&id))),
             subject: subject(shown.text("sub").unwrap_or("a job")),
             not_before: None,
-            expires: Some(UnixTime(now.saturating_add(TOKEN_SECONDS))),
+            expires: Some(UnixTime(now.saturating_add(issuer.options.token_seconds))),
             grants: merged(grants),
         };
         let text = claims.mint(&self.key);

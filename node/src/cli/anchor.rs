@@ -359,6 +359,7 @@ fn issuers(entries: &[config::Oidc]) -> Vec<oidc::Options> {
                 audience: entry.audience.clone(),
                 jwks_url: entry.jwks_url.clone(),
                 ca_file: entry.ca_file.clone(),
+                token_seconds: oidc::TOKEN_SECONDS,
                 rules: vec![rule],
             }),
         }

@@ -18,7 +18,7 @@ use crate::config::Config;
 use crate::daemon::{make_state_dir, upload_options};
 use crate::status::{counted, form, human_bytes};
 use crate::store::{BATCH_MAX, LocalStore, NixStore};
-use crate::upload::exchange::{self, Proof};
+use crate::upload::exchange::{Exchange, Proof};
 use crate::upload::progress::{Progress, Stage};
 use crate::upload::queue::{Entry, Queue};
 use crate::upload::{self, Target};
@@ -79,18 +79,25 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     }
     let place = place(&config, &arguments)?;
     let authorities = Authorities::read(place.ca_file.as_deref())?;
-    let token = match arguments.oidc {
+    let (token, exchange) = match arguments.oidc {
         true => {
             let audience = arguments.oidc_audience.as_deref();
-            exchange::token(&place.url, audience, proof()?, &authorities).await?
+            let exchange = Exchange::new(&place.url, audience, proof()?, &authorities)?;
+            let token = exchange.token().await?;
+            (token.text, Some((exchange, token.life)))
         }
-        false => token(&place, std::env::var_os(TOKEN_VARIABLE))?,
+        false => (token(&place, std::env::var_os(TOKEN_VARIABLE))?, None),
     };
     let target = Target::new(&place.url, token, &authorities)?;
     let is_shown = std::io::stderr().is_terminal() && !arguments.json;
     let progress = Progress::default();
     let trust = config.trusted_keys();
-    let push = upload::push(&store, &target, roots, &trust, &progress);
+    let push = async {
+        tokio::select! {
+            pushed = upload::push(&store, &target, roots, &trust, &progress) => pushed,
+            () = renew(exchange.as_ref(), &target) => unreachable!("it has no end"),
+        }
+    };
     let summary = match is_shown {
         true => with_bar(push, &progress).await,
         false => push.await,
@@ -108,6 +115,14 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         summary.upstream,
         form(summary.upstream as u64, "is", "are")
     ))
+}
+
+/// Keeps the token good that a job of CI got. Has no end.
+async fn renew(exchange: Option<&(Exchange, Duration)>, target: &Target) {
+    match exchange {
+        Some((exchange, life)) => exchange.keep(target, *life).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Puts the paths into the queue of the node, running or not.

@@ -1,8 +1,8 @@
 //! Exchange: a job of CI proves who it is, and gets a token of an anchor for it.
 //!
 //! GitHub Actions tells a job with `permissions: id-token: write` where it gets a proof for an audience; other
-//! systems put one into the environment. The anchor (`anchor/oidc.rs`) looks at it and gives a token for an hour. Nothing
-//! is sent where somebody on the way could read it: the proof goes over HTTPS, or to loopback, except to an
+//! systems put one into the environment. The anchor (`anchor/oidc.rs`) looks at it and gives a token for an hour; a push
+//! that takes longer proves it again in time ([`Exchange::keep`]). Nothing is sent where somebody on the way could read it: the proof goes over HTTPS, or to loopback, except to an
 //! anchor that speaks HTTP, which its tokens do as well.
 
 use std::time::Duration;
@@ -10,8 +10,10 @@ use std::time::Duration;
 use granary_protocol::token::TOKEN_BYTES_MAX;
 use reqwest::{Client, RequestBuilder, StatusCode, Url};
 use serde::Deserialize;
+use tracing::{debug, warn};
 use zeroize::Zeroizing;
 
+use super::Target;
 use crate::authority::{Authorities, is_safe};
 
 /// How long each of the two may take to answer. The anchor asks the issuer meanwhile, which gets 5 s twice.
@@ -19,6 +21,17 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Longest answer read: a token in JSON.
 const ANSWER_BYTES_MAX: usize = TOKEN_BYTES_MAX + 4096;
+
+/// A token is renewed when only this part of its life is left: of an hour twenty minutes, in which an issuer or
+/// anchor that is away may come back.
+const RENEWAL_PART: u32 = 3;
+
+/// Pause after a renewal that failed; of short lives a part, so that several fit.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(60);
+const RENEWAL_PAUSE_PART: u32 = 10;
+
+/// Whatever an anchor says of a token's life, it is asked no more often than this.
+const RENEWAL_PAUSE_MIN: Duration = Duration::from_secs(1);
 
 /// Where a job's proof comes from.
 pub enum Proof {
@@ -61,6 +74,8 @@ struct Given {
 #[derive(Deserialize)]
 struct Traded {
     token: String,
+    /// Seconds from here on in which it is good.
+    expires_in: u64,
 }
 
 #[derive(Deserialize)]
@@ -68,51 +83,106 @@ struct Said {
     message: String,
 }
 
-/// Trades the proof for a token of the anchor that has this cache; `audience` is the anchor's address unless
-/// it goes by another name.
-pub async fn token(
-    cache: &str,
-    audience: Option<&str>,
+/// A job and an anchor, between which proofs are traded for tokens.
+pub struct Exchange {
+    client: Client,
+    /// The anchor's address, with a slash at its end.
+    root: Url,
+    audience: String,
     proof: Proof,
-    authorities: &Authorities,
-) -> Result<Zeroizing<String>, ExchangeError> {
-    let root = root(cache)?;
-    let client = authorities.client(|| {
-        Client::builder()
-            .timeout(ANSWER_TIMEOUT)
-            // A redirect would send the proof elsewhere.
-            .redirect(reqwest::redirect::Policy::none())
-    });
-    let client = client.map_err(|source| ExchangeError::Client { source })?;
-    let proof = match proof {
-        Proof::Given(proof) => proof,
-        Proof::Asked { mut url, bearer } => {
-            let place = place(&url);
-            if !is_safe(&url) {
-                return Err(ExchangeError::Insecure { url: place });
+}
+
+/// A token, and for how long it is good from when it was given.
+pub struct Token {
+    pub text: Zeroizing<String>,
+    pub life: Duration,
+}
+
+impl Exchange {
+    /// Gets ready to prove who this job is to the anchor that has this cache; asks nobody. `audience` is the
+    /// anchor's address unless it goes by another name.
+    pub fn new(
+        cache: &str,
+        audience: Option<&str>,
+        proof: Proof,
+        authorities: &Authorities,
+    ) -> Result<Exchange, ExchangeError> {
+        let root = root(cache)?;
+        let client = authorities.client(|| {
+            Client::builder()
+                .timeout(ANSWER_TIMEOUT)
+                // A redirect would send the proof elsewhere.
+                .redirect(reqwest::redirect::Policy::none())
+        });
+        let client = client.map_err(|source| ExchangeError::Client { source })?;
+        let audience = audience.unwrap_or(root.as_str().trim_end_matches('/'));
+        Ok(Exchange {
+            client,
+            audience: audience.to_owned(),
+            root,
+            proof,
+        })
+    }
+
+    /// Trades the job's proof, asked for anew where that can be done, for a token.
+    pub async fn token(&self) -> Result<Token, ExchangeError> {
+        let proof = match &self.proof {
+            Proof::Given(proof) => proof.clone(),
+            Proof::Asked { url, bearer } => {
+                let place = place(url);
+                if !is_safe(url) {
+                    return Err(ExchangeError::Insecure { url: place });
+                }
+                let mut url = url.clone();
+                url.query_pairs_mut()
+                    .append_pair("audience", &self.audience);
+                let request = self.client.get(url).bearer_auth(bearer.as_str());
+                let bytes = answer(request, &place).await?;
+                let given: Given = read(&bytes, place)?;
+                Zeroizing::new(given.value)
             }
-            let audience = audience.unwrap_or(root.as_str().trim_end_matches('/'));
-            url.query_pairs_mut().append_pair("audience", audience);
-            let request = client.get(url).bearer_auth(bearer.as_str());
-            let bytes = answer(request, &place).await?;
-            let given: Given = read(&bytes, place)?;
-            Zeroizing::new(given.value)
+        };
+        // The root ends in a slash, so this stands below it.
+        let url = self.root.join("api/v1/oidc/token");
+        let url = url.map_err(|_| ExchangeError::NoAddress {
+            cache: self.root.to_string(),
+        })?;
+        let place = place(&url);
+        let question = serde_json::json!({ "token": proof.as_str() });
+        let request = self
+            .client
+            .post(url)
+            .header(reqwest::header::CONTENT_TYPE, "application/json")
+            .body(question.to_string());
+        let bytes = answer(request, &place).await?;
+        let traded: Traded = read(&bytes, place)?;
+        Ok(Token {
+            text: Zeroizing::new(traded.token),
+            life: Duration::from_secs(traded.expires_in),
+        })
+    }
+
+    /// Renews the token of a target again and again, before the one that it has is over. Has no end.
+    ///
+    /// While that fails the push goes on with the token it has, and says so when that one is over. Cancel-safe.
+    pub async fn keep(&self, target: &Target, mut life: Duration) {
+        let mut pause = life - life / RENEWAL_PART;
+        loop {
+            tokio::time::sleep(pause.max(RENEWAL_PAUSE_MIN)).await;
+            pause = match self.token().await {
+                Ok(token) => {
+                    target.renew(token.text);
+                    life = token.life;
+                    debug!("renewed the token");
+                    life - life / RENEWAL_PART
+                }
+                Err(error) => {
+                    warn!(%error, "could not renew the token, trying again until it is over");
+                    RENEWAL_PAUSE.min(life / RENEWAL_PAUSE_PART)
+                }
+            };
         }
-    };
-    // The root ends in a slash, so this stands below it.
-    let url = root.join("api/v1/oidc/token");
-    let url = url.map_err(|_| ExchangeError::NoAddress {
-        cache: cache.to_owned(),
-    })?;
-    let place = place(&url);
-    let question = serde_json::json!({ "token": proof.as_str() });
-    let request = client
-        .post(url)
-        .header(reqwest::header::CONTENT_TYPE, "application/json")
-        .body(question.to_string());
-    let bytes = answer(request, &place).await?;
-    let traded: Traded = read(&bytes, place)?;
-    Ok(Zeroizing::new(traded.token))
+    }
 }
 
 /// The address of the anchor that has a cache: what stands before its last word.

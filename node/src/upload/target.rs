@@ -96,7 +96,8 @@ pub struct Target {
     base: Url,
     /// Ends in `/_api/v1/cache-config/<cache>`.
     config: Url,
-    token: Arc<Zeroizing<String>>,
+    /// Replaced while it is in use, for all who have this target.
+    token: Arc<Mutex<Arc<Zeroizing<String>>>>,
     pace: Option<Arc<Pace>>,
     marks: Option<Arc<Marks>>,
     /// How often a question is asked.
@@ -274,7 +275,7 @@ impl Target {
             client,
             base: below(format!("{root}/api/v1/caches/{cache}/")),
             config: below(format!("{root}/_api/v1/cache-config/{cache}")),
-            token: Arc::new(token),
+            token: Arc::new(Mutex::new(Arc::new(token))),
             pace: None,
             marks: None,
             attempts: ATTEMPTS_MAX,
@@ -284,9 +285,19 @@ impl Target {
     /// The same with another token.
     pub fn with_token(&self, token: Zeroizing<String>) -> Target {
         Target {
-            token: Arc::new(token),
+            token: Arc::new(Mutex::new(Arc::new(token))),
             ..self.clone()
         }
+    }
+
+    /// Sends what begins from here on with this token, here and wherever this target was cloned to.
+    pub fn renew(&self, token: Zeroizing<String>) {
+        *self.token.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(token);
+    }
+
+    fn token(&self) -> Arc<Zeroizing<String>> {
+        let token = self.token.lock().unwrap_or_else(PoisonError::into_inner);
+        token.clone()
     }
 
     /// The same within a limit on what leaves.
@@ -320,7 +331,7 @@ impl Target {
         &self,
         request: reqwest::RequestBuilder,
     ) -> Result<T, PushError> {
-        let request = request.bearer_auth(self.token.as_str());
+        let request = request.bearer_auth(self.token().as_str());
         let unreachable = |source| PushError::Unreachable { source };
         let response = request.send().await.map_err(unreachable)?;
         let status = response.status();

@@ -2,22 +2,23 @@
 //!
 //! The issuer is made here: its keys, its documents, and its bad manners.
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use data_encoding::BASE64URL_NOPAD;
-use granary::anchor::oidc::{Options, Rule};
+use granary::anchor::oidc::{Options, Rule, TOKEN_SECONDS};
 use granary_protocol::token::Grant;
 use granary_protocol::token::Permission::{Pull, Push};
 use jsonwebtoken::jwk::Jwk;
 use jsonwebtoken::{Algorithm, EncodingKey, Header};
 use serde_json::{Value, json};
 
-use crate::rig::{Answer, Machine, Rig, Sample, bearer};
+use crate::rig::{Answer, GENEROUS, Machine, Rig, Sample, bearer};
 
 const AUDIENCE: &str = "https://anchor.example";
 
@@ -188,12 +189,18 @@ fn rule(claims: &[(&str, &str)], pattern: &str) -> Rule {
 }
 
 async fn rig(issuer: &Issuer) -> Rig {
+    rig_for(issuer, TOKEN_SECONDS).await
+}
+
+/// An anchor whose tokens are good for so long.
+async fn rig_for(issuer: &Issuer, token_seconds: u64) -> Rig {
     let mut rig = Rig::new().await;
     rig.oidc = vec![Options {
         issuer: issuer.url.clone(),
         audience: AUDIENCE.to_owned(),
         jwks_url: None,
         ca_file: None,
+        token_seconds,
         rules: vec![
             rule(
                 &[("repository", "^me/project$"), ("ref", "^refs/heads/main$")],
@@ -657,4 +664,136 @@ async fn a_job_of_github_pushes_without_a_secret() {
         assert_eq!(status, Some(2));
     };
     tokio::task::block_in_place(visit);
+}
+
+/// A line to an anchor on which nothing is heard of it, but for tokens, until it is opened.
+#[derive(Default)]
+struct Line {
+    /// How many answers wait, and whether it is open.
+    state: Mutex<(usize, bool)>,
+    changed: Condvar,
+}
+
+impl Line {
+    fn to(anchor: SocketAddr) -> (SocketAddr, Arc<Line>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let line = Arc::new(Line::default());
+        let held = line.clone();
+        thread::spawn(move || {
+            while let Ok((mut client, _)) = listener.accept() {
+                let (line, mut server) = (held.clone(), TcpStream::connect(anchor).unwrap());
+                thread::spawn(move || {
+                    let mut first = [0; 4096];
+                    let length = client.read(&mut first).unwrap();
+                    let is_for_token = first.starts_with(b"POST /api/v1/oidc/token");
+                    server.write_all(&first[..length]).unwrap();
+                    let (mut down, mut up) =
+                        (server.try_clone().unwrap(), client.try_clone().unwrap());
+                    thread::spawn(move || {
+                        if !is_for_token {
+                            // The anchor has looked at the token when it answers.
+                            down.peek(&mut [0]).unwrap();
+                            line.wait();
+                        }
+                        let _ = std::io::copy(&mut down, &mut up);
+                    });
+                    let _ = std::io::copy(&mut client, &mut server);
+                });
+            }
+        });
+        (address, line)
+    }
+
+    fn wait(&self) {
+        let mut state = self.state.lock().unwrap();
+        state.0 += 1;
+        self.changed.notify_all();
+        let open = self.changed.wait_while(state, |state| !state.1);
+        drop(open.unwrap());
+    }
+
+    /// Waits until an answer waits.
+    fn is_in_use(&self) {
+        let state = self.state.lock().unwrap();
+        let used = self
+            .changed
+            .wait_timeout_while(state, GENEROUS, |state| state.0 == 0);
+        assert!(!used.unwrap().1.timed_out(), "nobody asked the anchor");
+    }
+
+    fn open(&self) {
+        self.state.lock().unwrap().1 = true;
+        self.changed.notify_all();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_that_takes_longer_than_a_token_lives_proves_itself_again() {
+    let issuer = Issuer::new();
+    let key = Key::ec("one");
+    issuer.publish(&[&key]);
+    let rig = rig_for(&issuer, 3).await;
+    let builder = Machine::new(&[]);
+    let closure = builder.build();
+    let root = builder.folder().display();
+    let config = builder.folder().join("granary.toml");
+    let text = format!(
+        "[store]\nreal-dir = \"{root}/nix/store\"\ndatabase = \"{root}/nix/var/nix/db/db.sqlite\"\n"
+    );
+    std::fs::write(&config, text).unwrap();
+    let proof = key.sign(&issuer.claims(&rig));
+    issuer.answer("/proof", json!({"value": proof}).to_string());
+    let (anchor, line) = Line::to(rig.address());
+    let log = builder.folder().join("log");
+    let said = || std::fs::read_to_string(&log).unwrap();
+    let wait_for = |words: &str| {
+        let deadline = Instant::now() + GENEROUS;
+        while !said().contains(words) {
+            assert!(Instant::now() < deadline, "no {words:?} in {}", said());
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    tokio::task::block_in_place(|| {
+        let mut push = Command::new(env!("CARGO_BIN_EXE_granary"))
+            .args(["push", "--oidc", "--oidc-audience", AUDIENCE])
+            .arg(format!("http://{anchor}/main"))
+            .arg(&closure[2])
+            .env_clear()
+            .env("GRANARY_CONFIG", &config)
+            .env("XDG_STATE_HOME", builder.folder())
+            .env("RUST_LOG", "granary=debug")
+            .env(
+                "ACTIONS_ID_TOKEN_REQUEST_URL",
+                format!("{}/proof", issuer.url),
+            )
+            .env("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "runner-secret")
+            .stdout(std::process::Stdio::null())
+            .stderr(File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        line.is_in_use();
+        // The token that the push began with is over, and the issuer is away when it is to be renewed first.
+        rig.clock.advance(Duration::from_secs(120));
+        issuer.manners.lock().unwrap().status = Some("500 Internal Server Error".to_owned());
+        wait_for("could not renew the token");
+        issuer.manners.lock().unwrap().status = None;
+        wait_for("renewed the token");
+        line.open();
+        assert!(push.wait().unwrap().success(), "{}", said());
+    });
+    let said = said();
+    assert!(
+        !said.contains("runner-secret") && !said.contains("eyJ"),
+        "{said}"
+    );
+    let hash = &closure[2]["/nix/store/".len()..][..32];
+    let token = rig.token(&[("main", &[Pull])]).await;
+    let found = rig.ask(
+        "GET",
+        &format!("/main/{hash}.narinfo"),
+        &[("Authorization", &bearer(&token))],
+        b"",
+    );
+    assert_eq!(found.status, 200);
 }
