@@ -51,6 +51,7 @@ pub mod sessions;
 pub mod http;
 pub mod page;
 pub mod read;
+pub mod published;
 pub mod put;
 pub mod attic;
 pub mod uploads;

@@ -14,6 +14,7 @@ mod watch;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -21,6 +22,7 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use granary_protocol::peer::PeerId;
 use rustix::process::{Resource, Rlimit};
 
+use crate::anchor::Anchor;
 use crate::clock::unix_time;
 use crate::config::Config;
 use crate::daemon::{self, Daemon};
@@ -197,7 +199,7 @@ impl Command {
 async fn execute(command: Command) -> Result<()> {
     match command {
         Command::Up(arguments) => up::run(arguments).await,
-        Command::Node(config) => node(config.load()?, || Ok(())).await,
+        Command::Node(config) => node(config.load()?, None, || Ok(())).await,
         Command::Identity { config, state_dir } => identity(&config, state_dir),
         Command::Join(arguments) => mesh::join(arguments).await,
         Command::Mesh(command) => mesh::run(command).await,
@@ -264,15 +266,16 @@ impl ConfigFile {
     }
 }
 
-/// Runs a node to its end; `started` is called once Nix is answered.
-async fn node(config: Config, started: impl FnOnce() -> Result<()>) -> Result<()> {
+/// Runs a node to its end, perhaps beside an anchor; `started` is called once Nix is answered.
+async fn node(
+    config: Config,
+    anchor: Option<Arc<Anchor>>,
+    started: impl FnOnce() -> Result<()>,
+) -> Result<()> {
     raise_file_limit();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let inherited = Listener::inherited()?;
-    let daemon = match inherited.is_empty() {
-        true => Daemon::start(config).await?,
-        false => Daemon::start_on(inherited, config).await?,
-    };
+    let daemon = Daemon::start_beside(anchor, inherited, config).await?;
     supervisor::ready();
     started()?;
     let end = async {

@@ -24,6 +24,8 @@ use tracing::{error, info, warn};
 use zeroize::Zeroizing;
 
 use crate::admission::{self, Admission};
+use crate::anchor::Anchor;
+use crate::anchor::published::Published;
 use crate::authority::{Authorities, AuthorityError};
 use crate::binary_cache::{PeerCaches, WebCache, WebCaches, WebSetupError};
 use crate::clock::unix_time;
@@ -39,7 +41,7 @@ use crate::state_folder;
 use crate::status::{About, CertificateAbout, MeshAbout};
 use crate::store::hidden::{Hidden, HiddenError};
 use crate::store::shared::{Readers, SharedStore, SharingRules};
-use crate::store::{LocalStore, NixStore};
+use crate::store::{Beside, LocalStore, NixStore};
 use crate::substituter::{Engine, Joined, Substituter};
 use crate::upload::{TokenFileError, Uploader, read_token, uploader};
 
@@ -113,25 +115,28 @@ impl Daemon {
     /// # Errors
     /// What a person must mend: a port that is taken, a state folder or identity that is unusable.
     pub async fn start(config: Config) -> Result<Daemon, StartError> {
-        let mut listeners = Vec::new();
-        for address in &config.substituter.listen {
-            let listener = Listener::bind(address).map_err(|source| StartError::Listen {
-                address: address.clone(),
-                purpose: "Nix",
-                key: "substituter",
-                source,
-            })?;
-            listeners.push(listener);
-        }
-        Daemon::start_on(listeners, config).await
+        Daemon::start_on(Vec::new(), config).await
     }
 
-    /// Starts a node on these listeners. Returns once Nix is answered; store and mesh follow by
-    /// themselves.
+    /// Starts a node on these listeners, without any where the configuration says. Returns once Nix is answered;
+    /// store and mesh follow by themselves.
     ///
     /// # Errors
     /// As [`Daemon::start`].
     pub async fn start_on(listeners: Vec<Listener>, config: Config) -> Result<Daemon, StartError> {
+        Daemon::start_beside(None, listeners, config).await
+    }
+
+    /// The same beside an anchor of this process, whose public caches the node shares with its mesh.
+    pub async fn start_beside(
+        anchor: Option<Arc<Anchor>>,
+        listeners: Vec<Listener>,
+        config: Config,
+    ) -> Result<Daemon, StartError> {
+        let listeners = match listeners.is_empty() {
+            true => bind(&config.substituter.listen)?,
+            false => listeners,
+        };
         let shutdown = CancellationToken::new();
         // A start that fails leaves nothing behind.
         let guard = shutdown.clone().drop_guard();
@@ -197,6 +202,7 @@ impl Daemon {
         ));
         let start = Start {
             config,
+            anchor,
             identity,
             loopback_key,
             hidden,
@@ -287,6 +293,7 @@ impl Daemon {
 /// What happens after the listener is up.
 struct Start {
     config: Config,
+    anchor: Option<Arc<Anchor>>,
     identity: Identity,
     loopback_key: Option<SecretKey>,
     hidden: watch::Receiver<Arc<Hidden>>,
@@ -326,7 +333,16 @@ impl Start {
         self.push_builds(store.clone());
         self.open_share(store.clone(), rules.clone());
         let voucher = Voucher::new(self.identity.key());
-        let shared = Arc::new(SharedStore::new(store, rules, Readers::Members(voucher)));
+        let readers = Readers::Members(voucher);
+        let own = Arc::new(SharedStore::new(store, rules.clone(), readers));
+        let shared: Arc<dyn LocalStore> = match &self.anchor {
+            None => own,
+            Some(anchor) => {
+                let dir = own.dir().clone();
+                let published = Published::new(anchor.clone(), dir, rules);
+                Arc::new(Beside::new(own, Arc::new(published)))
+            }
+        };
         let has_caches = !self.caches.roles().is_empty();
         let Some(mesh_key) = self.config.mesh.key.clone() else {
             match has_caches {
@@ -711,6 +727,19 @@ async fn follow_hidden(
             Err(_) => return,
         }
     }
+}
+
+/// Listens where Nix is to be answered.
+fn bind(addresses: &[Address]) -> Result<Vec<Listener>, StartError> {
+    let bind = |address: &Address| {
+        Listener::bind(address).map_err(|source| StartError::Listen {
+            address: address.clone(),
+            purpose: "Nix",
+            key: "substituter",
+            source,
+        })
+    };
+    addresses.iter().map(bind).collect()
 }
 
 /// Closes idle connections to peers as they stop being members.

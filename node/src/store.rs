@@ -3,7 +3,8 @@
 //! [`LocalStore`] is the seam. It answers what is known about a path, gives its NAR from any
 //! offset, and tells which paths come and go. [`NixStore`] is the real one: Nix's SQLite database
 //! is the truth about validity, the file system has the contents, inotify only says when to look.
-//! [`MemoryStore`] is its twin for tests; one conformance suite (`tests/store.rs`) holds for both.
+//! [`MemoryStore`] is its twin for tests; what an anchor publishes, and two stores as one ([`Beside`]), stand behind the
+//! same seam. One conformance suite (`tests/store.rs`) holds for all of them.
 //!
 //! Invariants: a path is given only while its row is in the database; a NAR whose size differs
 //! from the registered one is refused before its first byte; a stream that cannot continue ends
@@ -20,6 +21,7 @@ pub mod watcher;
 pub mod memory;
 pub mod hidden;
 pub mod shared;
+pub mod beside;
 pub mod log;
 pub mod trace;
 pub mod debug;
@@ -43,9 +45,10 @@ use granary_protocol::{
 };
 use tokio::sync::mpsc;
 
+pub use beside::Beside;
 pub use database::{Database, RowProblem};
 pub use memory::MemoryStore;
-pub use nar::{Nar, NarError};
+pub use nar::{Kept, Nar, NarError};
 pub use watcher::StoreEvent;
 
 use nar::{LayoutCache, Opened};
@@ -103,7 +106,8 @@ pub struct PathInfo {
     /// Whether this machine built the path itself.
     pub ultimate: bool,
     pub registration_time: SystemTime,
-    /// The row's number: rises with every registration and is never used again by one database.
+    /// The row's number: rises with every registration and is never used again by one database. 0 for what is in
+    /// none of Nix.
     pub id: i64,
 }
 
@@ -219,6 +223,12 @@ pub enum StoreError {
     Special { path: String },
     #[error(transparent)]
     Contents { source: NarError },
+    #[error("cannot read what the anchor publishes: {source}")]
+    Published {
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    #[error("as many stored nars are being read as may be at once")]
+    Busy,
     #[error(
         "{path} would make a nar of {found} bytes, the Nix database says {registered}: refusing to serve it; run nix-store --verify --check-contents"
     )]

@@ -93,16 +93,26 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     // The durable role knows its own files, how answers, ranges and pages are written, numbers for Prometheus,
-    // which files may hold a secret, and whom to trust when it asks an issuer for keys.
+    // which files may hold a secret, and whom to trust when it asks an issuer for keys. What it publishes stands behind
+    // the seam of the store, for the node beside it to share; it unpacks as a node does.
     (
         "anchor",
-        &["page", "serve", "metrics", "secret", "authority"],
+        &[
+            "page",
+            "store",
+            "serve",
+            "binary_cache",
+            "metrics",
+            "secret",
+            "authority",
+        ],
     ),
     ("nix_conf", &[]),
-    // The daemon wires everything, and only the command line and the demo start one.
+    // The daemon wires everything, and only the command line and the demo start one. It may have an anchor beside it.
     (
         "daemon",
         &[
+            "anchor",
             "clock",
             // Whose file is one of the state folder.
             "history",

@@ -1,6 +1,7 @@
 //! Sharing: which of this machine's store paths other members may know of and fetch.
 //!
-//! The default (DESIGN §3): paths that carry a signature by a trusted key, and paths built here.
+//! The default (DESIGN §3): paths that carry a signature by a trusted key, paths built here, and what a public cache of
+//! an anchor beside the node holds.
 //! Derivations, and sources added without a signature (`nix-store --add secret.txt`), stay private.
 //! A path that is not shared is not announced, not served, and for a peer looks like an absent one.
 
@@ -23,6 +24,8 @@ pub struct Facts<'a> {
     pub ultimate: bool,
     /// The first trusted key whose signature over the path verifies.
     pub signed_by: Option<&'a KeyName>,
+    /// A public cache of the anchor beside this node holds it.
+    pub is_published: bool,
 }
 
 /// Whether a path is shared, and the rule that said so.
@@ -30,6 +33,7 @@ pub struct Facts<'a> {
 pub enum Sharing {
     SignedBy(KeyName),
     BuiltHere,
+    Published,
     Disabled,
     Hidden,
     DeniedBy(String),
@@ -52,13 +56,18 @@ impl Sharing {
             Sharing::SignedBy(key.clone())
         } else if facts.ultimate {
             Sharing::BuiltHere
+        } else if facts.is_published {
+            Sharing::Published
         } else {
             Sharing::Unsigned
         }
     }
 
     pub fn is_shared(&self) -> bool {
-        matches!(self, Sharing::SignedBy(_) | Sharing::BuiltHere)
+        matches!(
+            self,
+            Sharing::SignedBy(_) | Sharing::BuiltHere | Sharing::Published
+        )
     }
 }
 
@@ -67,6 +76,7 @@ impl fmt::Display for Sharing {
         match self {
             Sharing::SignedBy(key) => write!(f, "shared: signed by the trusted key {key}"),
             Sharing::BuiltHere => f.write_str("shared: built on this machine"),
+            Sharing::Published => f.write_str("shared: in a public cache of the anchor here"),
             Sharing::Disabled => f.write_str("not shared: share.enable is false"),
             Sharing::Hidden => f.write_str("not shared: hidden by granary hide"),
             Sharing::DeniedBy(expression) => {
@@ -92,6 +102,7 @@ mod tests {
             is_derivation: false,
             ultimate: false,
             signed_by: None,
+            is_published: false,
         }
     }
 
@@ -108,6 +119,13 @@ mod tests {
         assert!(
             Sharing::decide(Facts {
                 signed_by: Some(&key),
+                ..facts()
+            })
+            .is_shared()
+        );
+        assert!(
+            Sharing::decide(Facts {
+                is_published: true,
                 ..facts()
             })
             .is_shared()

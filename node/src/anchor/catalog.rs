@@ -19,7 +19,7 @@ use std::time::Duration;
 use granary_protocol::hash::NarHash;
 use granary_protocol::store_path::StorePathHash;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use super::cache::{CacheName, Settings};
 use super::uses::CachePath;
@@ -39,6 +39,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("catalog/4.sql"),
     include_str!("catalog/5.sql"),
     include_str!("catalog/6.sql"),
+    include_str!("catalog/7.sql"),
 ];
 
 /// Threads that read.
@@ -58,6 +59,7 @@ const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 pub struct Catalog {
     writer: mpsc::Sender<Job>,
     readers: mpsc::Sender<Question>,
+    commits: watch::Receiver<()>,
 }
 
 /// Runs one change; what it returns is told the outcome of the commit.
@@ -184,7 +186,9 @@ impl Catalog {
             });
         }
         let (writer, jobs) = mpsc::channel(QUEUE_MAX);
-        spawn("catalog-writer".to_owned(), move || write(connection, jobs))?;
+        let (committed, commits) = watch::channel(());
+        let work = move || write(connection, jobs, committed);
+        spawn("catalog-writer".to_owned(), work)?;
         let (readers, questions) = mpsc::channel::<Question>(QUEUE_MAX);
         let questions = Arc::new(Mutex::new(questions));
         for number in 0..READERS {
@@ -201,7 +205,16 @@ impl Catalog {
                 }
             })?;
         }
-        Ok(Catalog { writer, readers })
+        Ok(Catalog {
+            writer,
+            readers,
+            commits,
+        })
+    }
+
+    /// Changes with each transaction of this process; others may write as well.
+    pub(super) fn commits(&self) -> watch::Receiver<()> {
+        self.commits.clone()
     }
 
     /// Asks something.
@@ -702,7 +715,7 @@ fn migrate(
 }
 
 /// The writer's thread.
-fn write(mut connection: Connection, mut jobs: mpsc::Receiver<Job>) {
+fn write(mut connection: Connection, mut jobs: mpsc::Receiver<Job>, committed: watch::Sender<()>) {
     let path = connection.path().map(str::to_owned);
     while let Some(first) = jobs.blocking_recv() {
         let transaction =
@@ -725,6 +738,7 @@ fn write(mut connection: Connection, mut jobs: mpsc::Receiver<Job>) {
         for told in told {
             told(outcome.clone());
         }
+        committed.send_replace(());
     }
 }
 
@@ -801,7 +815,7 @@ pub(super) fn path_row(row: &Row<'_>) -> rusqlite::Result<PathRow> {
     })
 }
 
-fn cache_row(row: &Row<'_>) -> rusqlite::Result<CacheRow> {
+pub(super) fn cache_row(row: &Row<'_>) -> rusqlite::Result<CacheRow> {
     let name: String = row.get(1)?;
     let settings: String = row.get(2)?;
     let settings = Settings::from_json(settings.as_bytes()).map_err(malformed)?;

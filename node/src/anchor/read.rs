@@ -325,7 +325,7 @@ async fn frames_from(
 }
 
 /// Reads the table at the end of a NAR's object, in one request: its size follows from the NAR's.
-async fn seek_table(anchor: &Arc<Anchor>, stored: &StoredNar) -> Result<SeekTable, Refusal> {
+pub(super) async fn seek_table(anchor: &Anchor, stored: &StoredNar) -> Result<SeekTable, Refusal> {
     let damaged = |problem: String| {
         error!(nar_hash = %stored.nar_hash, problem, "the seek table of a nar is damaged");
         Refusal::new(

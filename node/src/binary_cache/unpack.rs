@@ -36,11 +36,13 @@ const BROTLI_BUFFER_BYTES: usize = 64 * 1024;
 #[derive(Clone)]
 pub struct Unpackers(Arc<Semaphore>);
 
-impl Unpackers {
-    pub fn new() -> Unpackers {
+impl Default for Unpackers {
+    fn default() -> Unpackers {
         Unpackers(Arc::new(Semaphore::new(UNPACKERS_MAX)))
     }
+}
 
+impl Unpackers {
     /// Starts to unpack `packed` and drops what comes before byte `from`; ends at byte `size`.
     ///
     /// `None` when as many are at work as may be.
@@ -313,7 +315,7 @@ mod tests {
             .map(|chunk| Ok(Bytes::copy_from_slice(chunk)))
             .collect();
         let stream = futures::stream::iter(pieces);
-        let mut unpacked = Unpackers::new()
+        let mut unpacked = Unpackers::default()
             .start(vec![layer], stream, from, size)?
             .unwrap();
         let mut all = Vec::new();
@@ -380,7 +382,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_nobody_reads_any_more_ends_its_thread() {
-        let unpackers = Unpackers::new();
+        let unpackers = Unpackers::default();
         let endless = futures::stream::iter(std::iter::repeat_with(|| {
             Ok(Bytes::from_static(&[0; 4096]))
         }));

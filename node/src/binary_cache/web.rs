@@ -123,7 +123,7 @@ impl WebCaches {
         };
         Ok(WebCaches {
             caches: caches.into_iter().map(known).collect::<Result<_, _>>()?,
-            unpackers: Unpackers::new(),
+            unpackers: Unpackers::default(),
         })
     }
 

@@ -81,7 +81,8 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     let outcome = match prepared {
         Ok(key) => {
             let text = lines(&config, server.address, &key, admits, is_elsewhere)?;
-            node(config, move || print(&text)).await
+            let anchor = Some(server.anchor.clone());
+            node(config, anchor, move || print(&text)).await
         }
         Err(error) => Err(error),
     };

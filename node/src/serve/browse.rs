@@ -87,7 +87,9 @@ pub async fn answer(
     };
     let dir = store.dir().clone();
     let (nar, view) = tokio::task::spawn_blocking(move || {
-        let view = View::of(nar.layout(), &info, &dir, &path);
+        let view = nar
+            .layout()
+            .and_then(|layout| View::of(layout, &info, &dir, &path));
         (nar, view)
     })
     .await

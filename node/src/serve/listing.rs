@@ -61,7 +61,8 @@ pub async fn local(
     let Some(nar) = store.nar(&info).await? else {
         return Ok(Err(place));
     };
-    let text = tokio::task::spawn_blocking(move || text(hash, nar.layout()))
+    let text = move || nar.layout().and_then(|layout| text(hash, layout));
+    let text = tokio::task::spawn_blocking(text)
         .await
         .map_err(|_| StoreError::Stopped)?;
     Ok(Ok(answer(text, place)))

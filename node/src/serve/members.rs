@@ -29,7 +29,7 @@ use super::tls::{Acceptor, Purpose, TlsError};
 use super::{Route, connection, nar};
 use crate::identity;
 use crate::metrics::Metrics;
-use crate::store::LocalStore;
+use crate::store::{LocalStore, StoreError};
 
 /// How long an idle connection of a member is kept; longer than members keep theirs.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -214,6 +214,8 @@ impl MembersPort {
                         response.unwrap_or_else(|| respond::not_found(true))
                     }
                     Ok(None) => respond::not_found(true),
+                    // Nothing is wrong, and the path is still here.
+                    Err(StoreError::Busy) => respond::busy(),
                     Err(error) => self.trouble(&error, true),
                 }
             }

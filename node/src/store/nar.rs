@@ -23,7 +23,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{Stream, stream};
+use futures::{
+    Stream, StreamExt,
+    stream::{self, BoxStream},
+};
 use granary_protocol::{
     hash::NarHash,
     nar::{FileIndex, Layout, LayoutBuilder, LayoutError, Segment},
@@ -77,15 +80,24 @@ const READ: OFlags = OFlags::RDONLY
 /// The NAR of one path. Holds the path open; clones share the descriptor.
 #[derive(Clone)]
 pub struct Nar {
-    layout: Arc<Layout>,
+    size: u64,
     source: Source,
 }
 
 #[derive(Clone)]
 enum Source {
     /// All of its bytes.
-    Whole(Bytes),
-    Contents(Arc<dyn Contents>),
+    Whole(Arc<Layout>, Bytes),
+    Contents(Arc<Layout>, Arc<dyn Contents>),
+    Kept(Arc<dyn Kept>),
+}
+
+/// A NAR that is kept as one, not as a tree of files.
+pub trait Kept: Send + Sync {
+    /// Streams a range of its bytes that is not empty and lies within it, in chunks of at most [`CHUNK_BYTES`].
+    ///
+    /// An error is the last item.
+    fn stream(self: Arc<Self>, range: Range<u64>) -> BoxStream<'static, Result<Bytes, NarError>>;
 }
 
 /// Why a stream ended before its last byte.
@@ -103,6 +115,8 @@ pub enum NarError {
     },
     #[error("cannot read {file}")]
     Read { file: String, source: io::Error },
+    #[error("cannot read the stored nar {nar}")]
+    Kept { nar: String, source: io::Error },
     #[error("the blocking pool is gone")]
     Stopped,
 }
@@ -145,8 +159,16 @@ pub(super) enum Progress {
 impl Nar {
     pub(super) fn new(layout: Arc<Layout>, contents: Arc<dyn Contents>) -> Nar {
         Nar {
-            layout,
-            source: Source::Contents(contents),
+            size: layout.nar_size(),
+            source: Source::Contents(layout, contents),
+        }
+    }
+
+    /// A NAR of `size` bytes that is kept as one.
+    pub fn kept(size: u64, kept: Arc<dyn Kept>) -> Nar {
+        Nar {
+            size,
+            source: Source::Kept(kept),
         }
     }
 
@@ -158,19 +180,22 @@ impl Nar {
             whole.extend_from_slice(&producer.fill(Patience::Any)?.unwrap_or_default());
         }
         Ok(Nar {
-            layout,
-            source: Source::Whole(whole.into()),
+            size: layout.nar_size(),
+            source: Source::Whole(layout, whole.into()),
         })
     }
 
     /// Returns the size of the whole NAR, the one that is registered.
     pub fn size(&self) -> u64 {
-        self.layout.nar_size()
+        self.size
     }
 
-    /// Returns what the NAR holds; [`Layout::listing`] is its `.ls`.
-    pub fn layout(&self) -> &Layout {
-        &self.layout
+    /// Returns what the NAR holds; [`Layout::listing`] is its `.ls`. `None` for one that is kept as one.
+    pub fn layout(&self) -> Option<&Layout> {
+        match &self.source {
+            Source::Whole(layout, _) | Source::Contents(layout, _) => Some(layout),
+            Source::Kept(_) => None,
+        }
     }
 
     /// Streams the bytes in `range` of the NAR, in chunks of at most [`CHUNK_BYTES`].
@@ -183,20 +208,21 @@ impl Nar {
         &self,
         range: Range<u64>,
     ) -> impl Stream<Item = Result<Bytes, NarError>> + Send + Unpin + use<> {
-        let range = range.start..range.end.min(self.layout.nar_size());
+        let range = range.start..range.end.min(self.size);
         let next = match &self.source {
             _ if range.is_empty() => Next::End,
             // As long as `CHUNK_BYTES` at most, and in memory already.
-            Source::Whole(bytes) => {
+            Source::Whole(_, bytes) => {
                 let (from, to) = (range.start as usize, range.end as usize);
                 Next::Ready(bytes.slice(from..to))
             }
-            Source::Contents(contents) => {
-                let producer = Producer::new(self.layout.clone(), contents.clone(), range);
+            Source::Contents(layout, contents) => {
+                let producer = Producer::new(layout.clone(), contents.clone(), range);
                 Next::Idle(producer)
             }
+            Source::Kept(kept) => return kept.clone().stream(range),
         };
-        Box::pin(stream::unfold(next, Next::step))
+        stream::unfold(next, Next::step).boxed()
     }
 }
 

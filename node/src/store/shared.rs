@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use granary_protocol::narinfo::SIGNATURES_MAX;
 use granary_protocol::sharing::{Facts, Sharing};
 use granary_protocol::signature::{SecretKey, TrustedKeys};
-use granary_protocol::store_path::{StoreDir, StorePathHash};
+use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
 use granary_protocol::voucher::Voucher;
 use regex::Regex;
 use tokio::sync::{mpsc, watch};
@@ -54,6 +54,24 @@ impl SharingRules {
                 .trust
                 .verify(fingerprint.as_bytes(), &info.signatures)
                 .map(|key| key.name()),
+            is_published: false,
+        })
+    }
+
+    /// The same for a path that a public cache of the anchor beside this node holds.
+    pub fn decide_published(&self, store_path: &StorePath) -> Sharing {
+        let denied_by = self
+            .deny
+            .iter()
+            .find(|deny| deny.is_match(store_path.name()));
+        Sharing::decide(Facts {
+            enabled: self.enabled,
+            is_hidden: self.is_hidden(&store_path.hash()),
+            denied_by: denied_by.map(Regex::as_str),
+            is_derivation: store_path.is_derivation(),
+            ultimate: false,
+            signed_by: None,
+            is_published: true,
         })
     }
 
