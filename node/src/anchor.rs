@@ -42,6 +42,7 @@ pub mod ingest;
 pub mod sizes;
 pub mod gc;
 pub mod scrub;
+pub mod heal;
 pub mod admin;
 pub mod counts;
 pub mod health;
@@ -116,6 +117,8 @@ pub struct Options {
     pub tls: Option<tls::Files>,
     /// After how long a stored NAR is read again, by and by; never without.
     pub scrub_after: Option<Duration>,
+    /// Whom to ask for NARs that were found damaged, the nearest first.
+    pub heal_from: Vec<heal::Source>,
     pub clock: Clock,
 }
 
@@ -143,6 +146,8 @@ pub enum OpenError {
     TokenKey(#[from] TokenKeyError),
     #[error(transparent)]
     Issuer(#[from] oidc::IssuerError),
+    #[error(transparent)]
+    Sources(#[from] crate::binary_cache::WebSetupError),
     #[error(
         "storage {location} holds caches that the catalog {path} does not know: run granary anchor rebuild",
         path = .path.display()
@@ -179,6 +184,7 @@ pub struct Anchor {
     accesses: accesses::Accesses,
     sessions: sessions::Sessions,
     issuers: Option<oidc::Issuers>,
+    sources: heal::Sources,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -227,6 +233,7 @@ impl Anchor {
         Ok(Arc::new(Anchor {
             tokens: Tokens::new(catalog.clone(), public, attic.transpose()?),
             issuers,
+            sources: heal::Sources::new(options.heal_from)?,
             keys: Keys::in_folder(&options.state),
             trust: options.trust,
             nar_bytes_max: options.nar_bytes_max,

@@ -27,7 +27,7 @@ mod unpack;
 pub use held_back::{HELD_BACK_BYTES, HeldBack, WrongBytes};
 pub use member::PeerCaches;
 pub use unpack::{Unpacked, Unpackers};
-pub use web::{WebCache, WebCaches, WebSetupError};
+pub use web::{FromWeb, WebCache, WebCaches, WebSetupError};
 
 /// From the request to the head of the answer. The mind replaces a source that is silent for 2 s;
 /// this ends what it forgot.

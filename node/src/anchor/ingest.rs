@@ -162,7 +162,7 @@ impl Anchor {
     /// damaged is put right.
     ///
     /// The caller holds the NAR's lock.
-    async fn take_nar(
+    pub(super) async fn take_nar(
         &self,
         cache: &CacheRow,
         taken: &Taken,
@@ -179,7 +179,7 @@ impl Anchor {
         // So that the collector sees it from now on, whatever happens next.
         self.catalog.received(stored, came, self.now()).await?;
         if damaged.is_some() {
-            info!(nar_hash = %stored.nar_hash, "a damaged nar was put right by a push");
+            info!(nar_hash = %stored.nar_hash, "a damaged nar was put right");
             self.counts.healed_nars.add(1);
         }
         Ok((stored, outcome))

@@ -2,8 +2,8 @@
 //!
 //! Disks rot, and buckets are changed behind our back. A scrub reads NARs as a client would, unpacks them
 //! and compares FileHash, NarHash and both sizes with what the catalog promises. One that differs, or is
-//! gone, is *damaged*: its paths are answered 404, so that clients go elsewhere and pushers push, and the
-//! next push of it puts it right. Storage that does not answer damages nothing, nor does storage that is
+//! gone, is *damaged*: its paths are answered 404, so that clients go elsewhere and pushers push. It is put right by
+//! whoever has it ([`super::heal`]), or by the next push of it. Storage that does not answer damages nothing, nor does storage that is
 //! not the one the anchor began with.
 //!
 //! Two ways: [`Anchor::scrub`] goes through all NARs in order, a piece at a time, for `granary anchor scrub`;
@@ -77,6 +77,9 @@ pub struct Damaged {
     pub paths: Vec<String>,
     /// Of how many.
     pub of: u64,
+    /// It was brought again from elsewhere, and is served.
+    #[serde(default)]
+    pub healed: bool,
 }
 
 /// What is known of a NAR that was read.
@@ -156,7 +159,17 @@ impl Anchor {
         self.check_storage().await?;
         let anchor = self.clone();
         match to_its_end(async move { anchor.mark(nar, problem).await }).await {
-            Ok(found) => scrubbed.damaged.extend(found),
+            Ok(None) => {}
+            Ok(Some(mut found)) => {
+                match self.heal(nar).await {
+                    Ok(healed) => found.healed = healed,
+                    // It stays damaged, and is tried again.
+                    Err(error) => {
+                        warn!(nar_hash = %nar.nar_hash, %error, "could not store a damaged nar anew");
+                    }
+                }
+                scrubbed.damaged.push(found);
+            }
             Err(ScrubError::Storage(error)) => return self.unread(nar, error, scrubbed).await,
             Err(error) => return Err(error),
         }
@@ -206,12 +219,13 @@ impl Anchor {
         self.counts.scrubbed_nars.add(1);
         self.counts.scrub_damaged.add(1);
         let (paths, of) = self.catalog.paths_of(nar.nar_hash, PATHS_SHOWN).await?;
-        error!(nar_hash = %nar.nar_hash, problem, paths = of, "a stored nar is damaged, it is not served until it is pushed again");
+        error!(nar_hash = %nar.nar_hash, problem, paths = of, "a stored nar is damaged, it is not served until it is brought or pushed again");
         Ok(Some(Damaged {
             nar_hash: nar.nar_hash.to_string(),
             problem,
             paths,
             of,
+            healed: false,
         }))
     }
 
@@ -436,7 +450,7 @@ impl super::catalog::Catalog {
     }
 
     /// Returns the complete paths that have a NAR.
-    async fn rows_of(
+    pub(super) async fn rows_of(
         &self,
         nar_hash: NarHash,
     ) -> Result<Vec<super::uses::CachePath>, CatalogError> {

@@ -12,7 +12,7 @@ use tracing::{error, info, warn};
 use super::cache::{CacheName, CacheNameError};
 use super::ingest::IngestError;
 use super::tls::{RENEWAL_INTERVAL, Tls, TlsError};
-use super::{Anchor, OpenError, Options, admin, http, scrub, uploads};
+use super::{Anchor, OpenError, Options, admin, heal, http, scrub, uploads};
 
 /// How often uses of paths are written down. A crash loses as much, which retention does not feel.
 const USED_INTERVAL: Duration = Duration::from_secs(30);
@@ -131,6 +131,7 @@ impl Server {
             source,
         })?;
         let scrub_after = options.scrub_after;
+        let may_heal = !options.heal_from.is_empty();
         let anchor = Anchor::open(options).await?;
         anchor.recover().await?;
         if let Some(name) = default_cache {
@@ -160,6 +161,9 @@ impl Server {
         if let Some(after) = scrub_after {
             let scrubbing = scrub::keep_scrubbing(anchor.clone(), after, shutdown.clone());
             tasks.spawn(scrubbing);
+        }
+        if may_heal {
+            tasks.spawn(heal::keep_healing(anchor.clone(), shutdown.clone()));
         }
         if let Some(tls) = &tls {
             tasks.spawn(renew(tls.clone(), shutdown.clone()));

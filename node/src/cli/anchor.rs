@@ -24,13 +24,15 @@ use crate::anchor::catalog::{CacheRow, Totals};
 use crate::anchor::gc::Collection;
 use crate::anchor::object_store::S3Options;
 use crate::anchor::scrub::{Damaged, Scrubbed};
-use crate::anchor::server::{ADDRESS_FILE, Server, StartError, StateLock};
+use crate::anchor::server::{ADDRESS_FILE, Server, StartError, StateLock, nearest};
 use crate::anchor::sizes::Statistics;
 use crate::anchor::tls::Files;
 use crate::anchor::tokens::token_key;
-use crate::anchor::{Anchor, Clock, Options, oidc, rebuild};
+use crate::anchor::{Anchor, Clock, Options, heal, oidc, rebuild};
+use crate::authority::Authorities;
 use crate::clock::unix_time;
 use crate::config::{self, Config};
+use crate::listener::Address;
 use crate::status::{self, counted, form, human_bytes};
 
 /// Days that a token is good for unless told otherwise.
@@ -58,9 +60,9 @@ enum AnchorCommand {
     /// Take over what another server kept, while no anchor runs. Run again, it goes on.
     #[command(subcommand)]
     Import(import::Arguments),
-    /// Read everything that is stored again, and keep back what is damaged until it is pushed again.
+    /// Read everything that is stored again; bring what is damaged from whoever has it, and keep back the rest.
     ///
-    /// Ends with status 1 when something is, or could not be read. Beside a running anchor, or without one.
+    /// Ends with status 1 when something stays damaged, or could not be read. Beside a running anchor, or without one.
     Scrub {
         #[arg(long)]
         json: bool,
@@ -299,9 +301,9 @@ pub struct PinArguments {
     config: ConfigFile,
 }
 
-pub(super) fn options(config: &Config) -> Options {
+pub(super) fn options(config: &Config) -> Result<Options> {
     let server = &config.anchor_server;
-    Options {
+    Ok(Options {
         state: config.anchor_dir(),
         storage: config.anchor_storage(),
         s3: S3Options {
@@ -327,8 +329,31 @@ pub(super) fn options(config: &Config) -> Options {
         scrub_after: server
             .scrub_days
             .map(|days| Duration::from_secs(days * SECONDS_PER_DAY)),
+        heal_from: sources(config)?,
         clock: Clock::default(),
+    })
+}
+
+/// Who may have what storage lost: the node on this machine, whether it runs or not, and upstreams.
+fn sources(config: &Config) -> Result<Vec<heal::Source>> {
+    let mut sources = Vec::new();
+    let tcp = |address: &Address| match address {
+        Address::Tcp(address) => Some(nearest(*address)),
+        Address::Unix(_) => None,
+    };
+    if let Some(address) = config.substituter.listen.iter().find_map(tcp) {
+        sources.push(heal::Source {
+            url: format!("http://{address}").parse()?,
+            authorities: Authorities::default(),
+        });
     }
+    for upstream in &config.upstream {
+        sources.push(heal::Source {
+            url: upstream.url.clone(),
+            authorities: Authorities::read(upstream.ca_file.as_deref())?,
+        });
+    }
+    Ok(sources)
 }
 
 /// Entries about one issuer, made for one audience, share its keys.
@@ -369,7 +394,7 @@ fn issuers(entries: &[config::Oidc]) -> Vec<oidc::Options> {
 
 async fn open(config: &ConfigFile) -> Result<(Config, Arc<Anchor>)> {
     let config = config.load()?;
-    let anchor = Anchor::open(options(&config)).await?;
+    let anchor = Anchor::open(options(&config)?).await?;
     Ok((config, anchor))
 }
 
@@ -378,7 +403,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         return scrub(&config.load()?, json).await;
     }
     if let Some(AnchorCommand::Rebuild(config)) = arguments.command {
-        let options = options(&config.load()?);
+        let options = options(&config.load()?)?;
         let _lock = StateLock::take(&options.state)?;
         let found = rebuild::rebuild(&options).await?;
         return print(&format!(
@@ -395,8 +420,12 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let default_cache =
         Some(config.anchor_server.default_cache.as_str()).filter(|name| !name.is_empty());
-    let server =
-        Server::start(options(&config), config.anchor_server.listen, default_cache).await?;
+    let server = Server::start(
+        options(&config)?,
+        config.anchor_server.listen,
+        default_cache,
+    )
+    .await?;
     tokio::select! {
         _ = terminate.recv() => {}
         interrupted = tokio::signal::ctrl_c() => interrupted?,
@@ -498,7 +527,7 @@ pub async fn cache(arguments: CacheArguments) -> Result<()> {
                     serde_json::from_str::<Rotated>(&answer)?.public_keys
                 }
                 Err(_lock) => {
-                    let anchor = Anchor::open(options(&config)).await?;
+                    let anchor = Anchor::open(options(&config)?).await?;
                     let cache = anchor.rotate_key(&name, key, retire).await?;
                     cache.settings.public_keys
                 }
@@ -775,7 +804,7 @@ impl Running {
 pub async fn rm(arguments: RmArguments) -> Result<()> {
     let config = arguments.config.load()?;
     let running = Running::find(&config)?;
-    let anchor = Anchor::open(options(&config)).await?;
+    let anchor = Anchor::open(options(&config)?).await?;
     let name = &arguments.cache;
     let cache = anchor.catalog.cache(name).await?;
     let cache = cache.with_context(|| format!("there is no cache {name}"))?;
@@ -805,7 +834,7 @@ async fn scrub(config: &Config, json: bool) -> Result<()> {
     let running = Running::find(config)?;
     let own = match &running {
         Ok(_) => None,
-        Err(_lock) => Some(Anchor::open(options(config)).await?),
+        Err(_lock) => Some(Anchor::open(options(config)?).await?),
     };
     let mut all = Scrubbed::default();
     loop {
@@ -846,10 +875,11 @@ async fn scrub(config: &Config, json: bool) -> Result<()> {
             all.file_bytes >> 20
         ))?,
     }
-    match (all.damaged.len(), all.unread) {
+    let damaged = all.damaged.iter().filter(|damaged| !damaged.healed);
+    match (damaged.count(), all.unread) {
         (0, 0) => Ok(()),
         (damaged, unread) => bail!(
-            "{damaged} nars are damaged, {unread} could not be read\nhint: a push of a damaged path puts it right; it is not served until then"
+            "{damaged} nars are damaged, {unread} could not be read\nhint: a damaged path is served again when a machine that has it comes back, or pushes it"
         ),
     }
 }
@@ -860,7 +890,14 @@ fn damaged_line(damaged: &Damaged) -> String {
     if more > 0 {
         paths.push_str(&format!(" and {more} more"));
     }
-    format!("{}: {} ({paths})\n", damaged.nar_hash, damaged.problem)
+    let healed = match damaged.healed {
+        true => ", brought again and served",
+        false => "",
+    };
+    format!(
+        "{}: {}{healed} ({paths})\n",
+        damaged.nar_hash, damaged.problem
+    )
 }
 
 pub async fn gc(arguments: GcArguments) -> Result<()> {
@@ -874,9 +911,9 @@ pub async fn gc(arguments: GcArguments) -> Result<()> {
             let answer = running.ask(method, "collection", String::new()).await?;
             serde_json::from_str(&answer)?
         }
-        (Err(_lock), true) => Anchor::open(options(&config)).await?.plan().await?,
+        (Err(_lock), true) => Anchor::open(options(&config)?).await?.plan().await?,
         (Err(_lock), false) => {
-            let anchor = Anchor::open(options(&config)).await?;
+            let anchor = Anchor::open(options(&config)?).await?;
             anchor.collect().await?
         }
     };

@@ -57,7 +57,7 @@ pub struct AtticArguments {
 }
 
 pub async fn run(Arguments::Attic(arguments): Arguments) -> Result<()> {
-    let options = options(&arguments.config.load()?);
+    let options = options(&arguments.config.load()?)?;
     let _lock = StateLock::take(&options.state)?;
     let s3 = S3Options {
         endpoint: arguments.s3_endpoint,

@@ -76,7 +76,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         );
     }
     let listen = config.anchor_server.listen;
-    let server = Server::start(options(&config), listen, Some(&default_cache)).await?;
+    let server = Server::start(options(&config)?, listen, Some(&default_cache)).await?;
     let prepared = use_own_anchor(&mut config, &server, &default_cache).await;
     let outcome = match prepared {
         Ok(key) => {

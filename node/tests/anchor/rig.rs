@@ -29,6 +29,7 @@ pub struct Rig {
     tls: Option<Files>,
     pub clock: Clock,
     pub oidc: Vec<granary::anchor::oidc::Options>,
+    pub heal_from: Vec<granary::anchor::heal::Source>,
     pub server: Option<Server>,
 }
 
@@ -69,6 +70,7 @@ impl Rig {
             tls,
             clock: Clock::default(),
             oidc: Vec::new(),
+            heal_from: Vec::new(),
             server: None,
         };
         rig.start().await;
@@ -90,6 +92,7 @@ impl Rig {
             nar_bytes_max: 1 << 30,
             tls: self.tls.clone(),
             scrub_after: None,
+            heal_from: self.heal_from.clone(),
             clock: self.clock.clone(),
         }
     }

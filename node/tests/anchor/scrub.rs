@@ -127,6 +127,65 @@ async fn what_is_damaged_is_absent_until_a_push_puts_it_right() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_is_damaged_is_brought_from_who_has_it_and_from_nobody_else() {
+    let [mut rig, liar, elsewhere] = [Rig::new().await, Rig::new().await, Rig::new().await];
+    rig.stop().await;
+    rig.heal_from = [liar.url("main"), elsewhere.url("main")]
+        .map(|url| granary::anchor::heal::Source {
+            url: url.parse().unwrap(),
+            authorities: Default::default(),
+        })
+        .into();
+    rig.start().await;
+    // Of the first everybody has a copy, of the second the one who lies, of the third nobody.
+    let samples = [1, 2, 3].map(|number| Sample::new(number, 5_000_000));
+    for (rig, held) in [(&rig, 3), (&liar, 2), (&elsewhere, 1)] {
+        rig.cache("main", true).await;
+        let token = rig.token(&[("main", &[Push])]).await;
+        for sample in &samples[..held] {
+            assert_eq!(rig.upload(&token, "main", sample).status, 200);
+        }
+    }
+    for sample in &samples {
+        let file = object(&rig, &sample.nar_hash());
+        let mut bytes = std::fs::read(&file).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        std::fs::write(&file, bytes).unwrap();
+    }
+    // Its narinfos are right and its bytes are not: those of the third.
+    let other = std::fs::read(object(&liar, &samples[1].nar_hash())).unwrap();
+    std::fs::write(object(&liar, &samples[0].nar_hash()), &other).unwrap();
+    std::fs::write(
+        object(&liar, &samples[1].nar_hash()),
+        &other[..other.len() / 2],
+    )
+    .unwrap();
+
+    let found = scrub(&rig).await.damaged;
+    let is_healed = |sample: &Sample| {
+        let hash = sample.nar_hash().to_string();
+        let damaged = found.iter().find(|damaged| damaged.nar_hash == hash);
+        damaged.expect("it is found").healed
+    };
+    assert_eq!(samples.each_ref().map(is_healed), [true, false, false]);
+    assert_eq!(narinfo_status(&rig, "main", &samples[0]), 200);
+    assert!(nar(&rig, "main", &samples[0]).unwrap() == samples[0].nar);
+    for sample in &samples[1..] {
+        assert_eq!(narinfo_status(&rig, "main", sample), 404);
+        assert_eq!(nar(&rig, "main", sample), None);
+    }
+    // What one source could not give later another does.
+    let token = elsewhere.token(&[("main", &[Push])]).await;
+    assert_eq!(elsewhere.upload(&token, "main", &samples[2]).status, 200);
+    let found = scrub(&rig).await.damaged;
+    assert_eq!(found.len(), 2);
+    assert_eq!(narinfo_status(&rig, "main", &samples[2]), 200);
+    assert!(nar(&rig, "main", &samples[2]).unwrap() == samples[2].nar);
+    assert_eq!(narinfo_status(&rig, "main", &samples[1]), 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_build_takes_the_place_of_a_damaged_one_and_of_no_other() {
     let mut rig = Rig::new().await;
     rig.cache("main", true).await;

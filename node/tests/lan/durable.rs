@@ -21,7 +21,7 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const PUSHED: Duration = Duration::from_secs(10);
 
 /// An expression for a path that nothing compresses.
-fn noise(name: &str, bytes: u64) -> String {
+pub fn noise(name: &str, bytes: u64) -> String {
     format!(
         r#"derivation {{
           name = "{name}"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";

@@ -113,6 +113,7 @@ impl Lan {
                 extra: String::new(),
             },
             name: name.to_owned(),
+            role: "node",
             may_log_errors: false,
             folder,
         }
@@ -143,6 +144,8 @@ pub struct Machine {
     pub name: String,
     pub peer_id: String,
     pub settings: Settings,
+    /// The command that its node is started with: `node`, or `up` for one with an anchor beside it.
+    pub role: &'static str,
     /// True when this test provokes something that an operator must act on.
     pub may_log_errors: bool,
     folder: Folder,
@@ -176,7 +179,7 @@ impl Machine {
             .expect("open log");
         let mut command = self.namespace.command(env!("CARGO_BIN_EXE_granary"));
         command
-            .arg("node")
+            .arg(self.role)
             .arg("--config")
             .arg(config)
             .env("NO_COLOR", "1");

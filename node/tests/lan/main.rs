@@ -39,3 +39,4 @@ mod roaming;
 mod faults;
 mod office;
 mod durable;
+mod published;

@@ -47,6 +47,7 @@ impl Publishing {
             nar_bytes_max: 1 << 30,
             tls: None,
             scrub_after: None,
+            heal_from: Vec::new(),
             clock: Clock::default(),
         };
         let anchor = run(&runtime, Anchor::open(options)).unwrap();

@@ -34,6 +34,7 @@ async fn an_upload_is_taken_up_alone_also_when_its_request_is_given_up() {
         nar_bytes_max: 1 << 20,
         tls: None,
         scrub_after: None,
+        heal_from: Vec::new(),
         clock: Clock::default(),
     });
     let anchor = anchor.await.unwrap();
