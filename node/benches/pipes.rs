@@ -3,11 +3,13 @@
 //! Both ends in one process, on loopback, so the figures hold the work of both machines. Compare only figures of one
 //! run; plain TCP tells what the machine gave at that moment. Run with `cargo bench -p granary --bench pipes`.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 use divan::Bencher;
 use divan::counter::BytesCount;
+use granary::crowd::Crowd;
 use granary::identity::Identity;
 use granary::mesh::links::{Limits, SendError};
 use granary::mesh::swarm::{Network, NetworkEvent};
@@ -104,9 +106,10 @@ fn link(bencher: Bencher, frame: usize) {
     let runtime = runtime();
     let (mut a, mut b) = runtime.block_on(async {
         let limits = Limits::new(1 << 20);
+        let crowd = || Crowd::before_members(Arc::default());
         let listen = ["127.0.0.1:0".parse().unwrap()];
-        let mut a = Network::new(&Identity::from_seed(&[1; 32]), &listen, limits).unwrap();
-        let mut b = Network::new(&Identity::from_seed(&[2; 32]), &listen, limits).unwrap();
+        let mut a = Network::new(&Identity::from_seed(&[1; 32]), &listen, limits, crowd()).unwrap();
+        let mut b = Network::new(&Identity::from_seed(&[2; 32]), &listen, limits, crowd()).unwrap();
         let NetworkEvent::Listening(address) = b.next().await else {
             panic!("not listening");
         };

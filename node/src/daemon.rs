@@ -30,6 +30,7 @@ use crate::authority::{Authorities, AuthorityError};
 use crate::binary_cache::{PeerCaches, WebCache, WebCaches, WebSetupError};
 use crate::clock::unix_time;
 use crate::config::Config;
+use crate::crowd::Crowd;
 use crate::identity::Identity;
 use crate::listener::{Address, Listener, bind_tcp};
 use crate::loopback_key::{self, LoopbackKeyError};
@@ -544,6 +545,7 @@ impl Start {
             mesh_key: mesh_key.clone(),
             changes: self.changes.clone(),
         });
+        let crowd = Crowd::before_members(self.endpoint.metrics.clone());
         let options = mesh::Options {
             mind: MindConfig {
                 key: self.identity.key(),
@@ -561,6 +563,7 @@ impl Start {
             caches: self.caches.clone(),
             mdns,
             revocations,
+            crowd: crowd.clone(),
             // What one that hears of nobody would keep has nobody to read it.
             index_file: (!is_alone).then(|| self.config.index_file()),
         };
@@ -574,6 +577,7 @@ impl Start {
         let port = MembersPort::new(
             Entrance {
                 acceptor,
+                crowd,
                 newcomers: admission.map(|admission| newcomers(admission, self.endpoint.clone())),
             },
             shared,

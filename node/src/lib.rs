@@ -6,6 +6,8 @@ pub mod identity;
 pub mod metrics;
 pub mod history;
 pub mod activity;
+pub mod allowance;
+pub mod crowd;
 pub mod secret;
 pub mod state_folder;
 pub mod authority;

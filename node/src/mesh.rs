@@ -25,16 +25,18 @@ use granary_protocol::narinfo::VerifiedNarInfo;
 use granary_protocol::peer::PeerId;
 use granary_protocol::store_path::StorePathHash;
 use granary_protocol::wire;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tracing::{debug, info, warn};
 
 use crate::binary_cache::WebCaches;
 use crate::clock::{ALARM_INTERVAL, Alarm, Clock, unix_time};
+use crate::crowd::Crowd;
 use crate::identity::{self, Identity};
 use crate::index::{IndexError, SqliteIndex};
 use crate::store::{LocalStore, StoreEvent};
 
 pub mod discovery;
+mod door;
 mod doubt;
 mod fetch;
 pub mod links;
@@ -42,6 +44,7 @@ pub mod pulse;
 pub mod revocations;
 pub mod roaming;
 pub mod swarm;
+mod turns;
 
 use discovery::{Discovery, DiscoveryEvent};
 use doubt::{ANSWER_PATIENCE, UNSETTLED};
@@ -50,6 +53,7 @@ use links::DownReason;
 use revocations::{RevocationsFile, RevocationsFileError};
 use roaming::Roaming;
 use swarm::{DialError, Network, NetworkError, NetworkEvent};
+use turns::Cost;
 
 /// Commands waiting for the loop; beyond it, those who ask wait.
 const COMMANDS_MAX: usize = 1024;
@@ -57,8 +61,9 @@ const COMMANDS_MAX: usize = 1024;
 /// Orders waiting for one fetch: an attempt is opened, stopped, or failed, one after another.
 const ORDERS_MAX: usize = 8;
 
-/// Database visits for peers under way at once; a peer that asks for more than this waits.
-const LOCAL_READS_MAX: usize = 64;
+/// Database visits for one peer under way at once: both readers and as many that wait for one, so that another
+/// peer's visit, or Nix's, waits behind few.
+const LOCAL_READS_MAX: usize = 4;
 
 /// Refusals that are logged at WARN; further ones are counted and logged at DEBUG.
 const REFUSALS_TOLD_MAX: usize = 256;
@@ -80,6 +85,8 @@ pub struct Options {
     pub index_file: Option<PathBuf>,
     /// `None` keeps no list of revocations.
     pub revocations: Option<RevocationsFile>,
+    /// Where strangers stand.
+    pub crowd: Arc<Crowd>,
     /// What `mind.caches` numbers.
     pub caches: Arc<WebCaches>,
 }
@@ -338,7 +345,8 @@ struct Loop {
     /// Results of tasks that the loop started.
     results_sender: mpsc::Sender<TaskResult>,
     results: mpsc::Receiver<TaskResult>,
-    local_reads: Arc<tokio::sync::Semaphore>,
+    /// Of peers that asked since they were linked.
+    local_reads: BTreeMap<PeerId, Arc<Semaphore>>,
     seeds: Vec<String>,
     /// Addresses of a seed that are being dialled, to know it by when it answers.
     seed_dials: BTreeMap<SocketAddr, usize>,
@@ -370,7 +378,7 @@ impl Loop {
             None => SqliteIndex::in_memory()?,
         };
         let limits = links::Limits::new(wire::FRAME_BYTES_MAX);
-        let mut network = Network::new(identity, &options.listen, limits)?;
+        let mut network = Network::new(identity, &options.listen, limits, options.crowd)?;
         let listening = match options.listen.first() {
             Some(_) => first_address(&mut network).await,
             // A node by itself, which only asks anchors and upstreams.
@@ -406,7 +414,7 @@ impl Loop {
             revocations_number: 0,
             results_sender,
             results,
-            local_reads: Arc::new(tokio::sync::Semaphore::new(LOCAL_READS_MAX)),
+            local_reads: BTreeMap::new(),
             seeds: options.seeds,
             seed_dials: BTreeMap::new(),
             lookups: BTreeMap::new(),
@@ -504,6 +512,9 @@ impl Loop {
             Output::Send { peer, message } => self.send(peer, &message),
             Output::Admitted { peer, certificate } => {
                 info!(%peer, name = %certificate.name, "linked a member");
+                if let Some(id) = identity::peer_id_of(peer.as_public_key()) {
+                    self.network.admitted(&id);
+                }
                 self.members.send_modify(|members| {
                     Arc::make_mut(members).insert(peer);
                 });
@@ -511,6 +522,7 @@ impl Loop {
             Output::KeepRevocations { list } => self.keep_revocations(&list),
             Output::Departed { peer } => {
                 info!(%peer, "lost the link to a member");
+                self.local_reads.remove(&peer);
                 self.members.send_modify(|members| {
                     Arc::make_mut(members).remove(&peer);
                 });
@@ -606,7 +618,11 @@ impl Loop {
     fn read_local(&mut self, peer: PeerId, request: u64, hashes: Vec<StorePathHash>) {
         let shared = self.shared.clone();
         let results = self.results_sender.clone();
-        let permits = self.local_reads.clone();
+        let permits = self
+            .local_reads
+            .entry(peer)
+            .or_insert_with(|| Arc::new(Semaphore::new(LOCAL_READS_MAX)))
+            .clone();
         tokio::spawn(async move {
             let Ok(_permit) = permits.acquire_owned().await else {
                 return;
@@ -796,6 +812,30 @@ impl Loop {
         }
     }
 
+    fn frame(&mut self, id: libp2p::PeerId, bytes: &[u8]) {
+        let Some(key) = identity::ed25519_of(&id) else {
+            return;
+        };
+        let began = Instant::now();
+        let peer = PeerId::from_public_key(key);
+        self.asked.remove(&peer);
+        let mut narinfos = 0;
+        match wire::decode(bytes) {
+            Ok(message) => {
+                if let Message::Lookup { hashes, .. } = &message {
+                    narinfos = hashes.len();
+                }
+                self.think(Input::Received { peer, message });
+            }
+            Err(error) => {
+                debug!(%peer, %error, "received garbage");
+                self.think(Input::Garbage { peer });
+            }
+        }
+        let cost = Cost::of_frame(bytes.len(), began.elapsed(), narinfos);
+        self.network.charge(id, cost);
+    }
+
     fn network_event(&mut self, event: NetworkEvent) {
         match event {
             NetworkEvent::Listening(address) => {
@@ -815,6 +855,7 @@ impl Loop {
                     // Another kind of key cannot be certified.
                     return self.network.hangup(peer);
                 };
+                self.network.charge(peer, Cost::of_link());
                 let seed = self.seed_dials.remove(&remote);
                 let peer = PeerId::from_public_key(key);
                 self.think(Input::LinkUp {
@@ -842,20 +883,7 @@ impl Loop {
                     }
                 }
             }
-            NetworkEvent::Frame { peer, bytes } => {
-                let Some(key) = identity::ed25519_of(&peer) else {
-                    return;
-                };
-                let peer = PeerId::from_public_key(key);
-                self.asked.remove(&peer);
-                match wire::decode(&bytes) {
-                    Ok(message) => self.think(Input::Received { peer, message }),
-                    Err(error) => {
-                        debug!(%peer, %error, "received garbage");
-                        self.think(Input::Garbage { peer });
-                    }
-                }
-            }
+            NetworkEvent::Frame { peer, bytes } => self.frame(peer, &bytes),
             NetworkEvent::DialFailed {
                 peer,
                 addresses,

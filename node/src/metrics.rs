@@ -15,6 +15,7 @@
 //! | `granary_nar_bytes_total` | `source`: `peer`, `anchor`, `upstream` | NAR bytes brought for Nix, uncompressed |
 //! | `granary_nars_mismatched_total` | | NARs whose bytes had another hash than promised |
 //! | `granary_transfers_refused_total` | | connections to the transfer port without admission |
+//! | `granary_refusals_total` | `reason` one of [`Refused`] and the mind's [`Refusal`] | peers, strangers and requests that were refused or made to wait |
 //! | `granary_joins_total` | `outcome` one of [`JOIN_OUTCOMES`] | machines that asked this one to be admitted |
 //! | `granary_transfer_bytes_total` | `direction`: `sent`, `received` | NAR bytes moved with peers |
 //! | `granary_share_requests_total` | `outcome`: `served`, `absent`, `refused` | requests of machines without Granary (`share.http`) |
@@ -39,7 +40,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use granary_protocol::mesh::CacheRole;
+use granary_protocol::mesh::{CacheRole, Refusal};
 use granary_protocol::peer::PeerId;
 use http::StatusCode;
 use serde::Serialize;
@@ -115,6 +116,8 @@ pub struct Metrics {
     pub nars_mismatched: Counter,
     /// Connections to the transfer port by peers that are not admitted, or that failed the handshake.
     pub transfers_refused: Counter,
+    /// What was refused, by the node's hands.
+    pub refusals: Refusals,
     /// Machines that asked to be admitted, where the mesh key is.
     pub joins: Joins,
     /// What machines without Granary were given over the LAN.
@@ -130,7 +133,7 @@ pub struct Metrics {
 }
 
 /// What `/metrics` shows beside the counters: how things stand.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Gauges {
     pub is_ready: bool,
     pub is_mesh_joined: bool,
@@ -138,6 +141,8 @@ pub struct Gauges {
     pub paths_held: u64,
     /// Counted by the mesh.
     pub index_errors: u64,
+    /// Counted by the mind; what is not listed did not happen.
+    pub refusals: Vec<(Refusal, u64)>,
     pub uploads: UploadGauges,
 }
 
@@ -151,6 +156,70 @@ pub struct UploadGauges {
     pub paths_pushed: u64,
     pub bytes_pushed: u64,
     pub is_anchor_away: bool,
+}
+
+/// Why something was refused, or made to wait, before the mind heard of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// A Host header that is not ours: a web page whose name was made to lead here.
+    Host,
+    /// A request to the transfer port by who is no member.
+    NotAdmitted,
+    /// A handshake with the transfer port that led nowhere.
+    Handshake,
+    /// A stranger made room for another one.
+    Crowded,
+    /// An address was a stranger's too often in a short time.
+    TooOften,
+    /// A member has as many connections to the transfer port as it may, or made them too fast.
+    Connections,
+    /// A member has as many NARs under way as it may.
+    Streams,
+    /// A member asked faster than it may on the transfer port, and waited.
+    RequestsSlowed,
+    /// A member, or a stranger, said more than it may on the control plane, and was made to wait.
+    MessagesSlowed,
+}
+
+impl Refused {
+    pub const ALL: [Refused; 9] = [
+        Refused::Host,
+        Refused::NotAdmitted,
+        Refused::Handshake,
+        Refused::Crowded,
+        Refused::TooOften,
+        Refused::Connections,
+        Refused::Streams,
+        Refused::RequestsSlowed,
+        Refused::MessagesSlowed,
+    ];
+
+    /// The label of its counter.
+    pub fn word(self) -> &'static str {
+        match self {
+            Refused::Host => "foreign_host",
+            Refused::NotAdmitted => "not_admitted",
+            Refused::Handshake => "handshake",
+            Refused::Crowded => "crowded",
+            Refused::TooOften => "too_often",
+            Refused::Connections => "connections",
+            Refused::Streams => "streams",
+            Refused::RequestsSlowed => "requests_slowed",
+            Refused::MessagesSlowed => "messages_slowed",
+        }
+    }
+}
+
+/// Counts what was refused.
+#[derive(Debug, Default)]
+pub struct Refusals([Counter; Refused::ALL.len()]);
+
+impl Refusals {
+    pub fn counts(&self) -> impl Iterator<Item = (Refused, u64)> + '_ {
+        Refused::ALL
+            .into_iter()
+            .zip(self.0.iter().map(Counter::get))
+    }
 }
 
 /// What became of machines that asked to be admitted: the words of a refusal, and what came to no answer.
@@ -242,6 +311,16 @@ impl Histogram {
 }
 
 impl Metrics {
+    /// Counts something that was refused.
+    pub fn refused(&self, why: Refused) {
+        // In the order of `ALL`, which is that of the declaration.
+        self.refusals.0[why as usize].add(1);
+    }
+
+    pub fn refused_count(&self, why: Refused) -> u64 {
+        self.refusals.0[why as usize].get()
+    }
+
     /// Writes everything in Prometheus' text format.
     pub fn exposition(&self, gauges: Gauges) -> String {
         let mut out = Exposition::default();
@@ -344,6 +423,20 @@ impl Metrics {
         ] {
             out.family(name, "counter", help);
             out.sample(name, "", count);
+        }
+        let name = "granary_refusals_total";
+        out.family(
+            name,
+            "counter",
+            "Peers, strangers and requests that were refused or made to wait.",
+        );
+        for (refused, count) in self.refusals.counts() {
+            out.sample(name, &format!("reason=\"{}\"", refused.word()), count);
+        }
+        for refusal in Refusal::ALL {
+            let counted = gauges.refusals.iter().find(|(known, _)| *known == refusal);
+            let count = counted.map_or(0, |(_, count)| *count);
+            out.sample(name, &format!("reason=\"{refusal}\""), count);
         }
         let name = "granary_joins_total";
         out.family(

@@ -33,7 +33,6 @@ pub mod browse;
 pub mod members;
 pub mod credentials;
 pub mod lan;
-mod crowd;
 mod turns;
 pub mod tls;
 

@@ -263,6 +263,11 @@ pub async fn report(sources: Sources<'_>) -> Report {
     if refused > 0 {
         refusals.insert("transfer".to_owned(), refused);
     }
+    for (refused, count) in metrics.refusals.counts() {
+        if count > 0 {
+            refusals.insert(refused.word().to_owned(), count);
+        }
+    }
     for (outcome, count) in metrics.joins.counts() {
         if outcome != "admitted" && count > 0 {
             refusals.insert(format!("join_{outcome}"), count);
@@ -341,6 +346,7 @@ pub async fn gauges(
         peers_linked: snapshot.peers.iter().filter(is_linked).count() as u64,
         paths_held: snapshot.paths,
         index_errors: snapshot.index_errors,
+        refusals: snapshot.refusals,
         uploads,
     }
 }

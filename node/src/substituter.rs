@@ -29,7 +29,7 @@ use crate::config::Config;
 use crate::history::{History, Spans, Tally};
 use crate::listener::Address;
 use crate::mesh::MeshHandle;
-use crate::metrics::{Metrics, SourceKind};
+use crate::metrics::{Metrics, Refused, SourceKind};
 use crate::serve::listing::{self, FetchedListing, Listings};
 use crate::serve::log::LogPlaces;
 use crate::serve::nar::{self, Part};
@@ -190,7 +190,10 @@ impl Substituter {
         let route = Route::of(request.uri());
         let word = route.word();
         let mut response = match is_foreign(request.headers(), address) {
-            true => respond::foreign_host(route.is_nar()),
+            true => {
+                self.metrics.refused(Refused::Host);
+                respond::foreign_host(route.is_nar())
+            }
             false => self.route(route, request.method(), request.headers()).await,
         };
         if self.is_retiring() {

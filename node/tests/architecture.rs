@@ -21,6 +21,7 @@ const EDGES: &[(&str, &[&str])] = &[
     // Counts by the hour and day; it is given the time.
     ("history", &["metrics"]),
     ("activity", &[]),
+    ("allowance", &[]),
     ("listener", &[]),
     ("supervisor", &[]),
     // Its files belong to whom secrets belong to.
@@ -38,7 +39,13 @@ const EDGES: &[(&str, &[&str])] = &[
         &["log", "authority", "store", "listener", "state_folder"],
     ),
     ("index", &[]),
-    ("serve", &["store", "identity", "metrics"]),
+    // Who stands there is counted.
+    ("crowd", &["allowance", "metrics"]),
+    // Strangers stand in one crowd, on whatever port they came; members have allowances.
+    (
+        "serve",
+        &["store", "identity", "metrics", "allowance", "crowd"],
+    ),
     ("binary_cache", &["authority", "identity", "serve"]),
     (
         "mesh",
@@ -51,6 +58,9 @@ const EDGES: &[(&str, &[&str])] = &[
             "clock",
             "identity",
             "state_folder",
+            // Who is not admitted stands in the crowd; who says too much waits.
+            "allowance",
+            "crowd",
         ],
     ),
     // It knows newcomers by TLS, and who was put out by the file of revocations.
@@ -117,6 +127,7 @@ const EDGES: &[(&str, &[&str])] = &[
             // Whose file is one of the state folder.
             "history",
             "config",
+            "crowd",
             "loopback_key",
             // A key that signs for the LAN is for its owner alone.
             "secret",

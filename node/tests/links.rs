@@ -1,9 +1,11 @@
 //! Links between real networks on loopback: order, limits, and what hostile or dead peers cause.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use granary::crowd::Crowd;
 use granary::identity::Identity;
 use granary::mesh::links::{DownReason, Limits, SendError};
 use granary::mesh::swarm::{DialError, Network, NetworkError, NetworkEvent};
@@ -31,7 +33,13 @@ fn identities() -> (Identity, Identity) {
 }
 
 async fn network(identity: &Identity, limits: Limits) -> (Network, SocketAddr) {
-    let mut network = Network::new(identity, &["127.0.0.1:0".parse().unwrap()], limits).unwrap();
+    let mut network = Network::new(
+        identity,
+        &["127.0.0.1:0".parse().unwrap()],
+        limits,
+        Crowd::before_members(Arc::default()),
+    )
+    .unwrap();
     match timeout(PATIENCE, network.next()).await.unwrap() {
         NetworkEvent::Listening(address) => (network, address),
         other => panic!("{other:?}"),
@@ -486,7 +494,12 @@ async fn garbage_and_silence_do_no_harm() {
 async fn taken_port_is_an_error_that_names_it() {
     let (one, two) = identities();
     let (_a, address) = network(&one, limits()).await;
-    match Network::new(&two, &[address], limits()) {
+    match Network::new(
+        &two,
+        &[address],
+        limits(),
+        Crowd::before_members(Arc::default()),
+    ) {
         Err(error @ NetworkError::Listen { .. }) => {
             assert!(error.to_string().contains(&address.to_string()), "{error}");
         }

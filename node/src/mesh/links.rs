@@ -13,7 +13,8 @@
 //!
 //! Invariants: a frame that [`Links::send`] accepted arrives, in order and once, or `LinkDown` follows; frames of one
 //! peer reach the consumer between its `LinkUp` and its `LinkDown`; queues are bounded in frames and in bytes, and
-//! when the consumer is slow we stop reading, which stops the sender; nothing is allocated for a length merely declared.
+//! when the consumer is slow, or the peer said more than its share ([`Turns`]), we stop reading, which stops the sender;
+//! nothing is allocated for a length merely declared.
 //!
 //! Frames cross between the connection's task and the behaviour in [`Pipe`], not in libp2p's own event channels:
 //! those are bounded in events, not in bytes, a full one stalls writing along with reading, and a full one towards a
@@ -23,7 +24,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::FutureExt;
@@ -42,6 +43,9 @@ use libp2p::{PeerId, StreamProtocol};
 use tokio::sync::{Notify, mpsc};
 use tokio::time::{Sleep, timeout};
 use tracing::debug;
+
+use super::turns::{Cost, Turns};
+use crate::crowd::Crowd;
 
 /// The name under which both sides negotiate the substream.
 pub const PROTOCOL: StreamProtocol = StreamProtocol::new("/granary/control/1");
@@ -218,6 +222,9 @@ pub struct Links {
     events: VecDeque<ToSwarm<Event, Command>>,
     /// Connections with frames to read, each at most once, in turn: a peer that sends much does not starve others.
     ready: mpsc::UnboundedReceiver<ConnectionId>,
+    turns: Turns,
+    /// Where it is counted when somebody has to wait.
+    crowd: Arc<Crowd>,
     ready_sender: mpsc::UnboundedSender<ConnectionId>,
 }
 
@@ -247,7 +254,7 @@ struct Peer {
 }
 
 impl Links {
-    pub fn new(me: PeerId, limits: Limits) -> Self {
+    pub fn new(me: PeerId, limits: Limits, crowd: Arc<Crowd>) -> Self {
         #[expect(
             clippy::disallowed_methods,
             reason = "holds one token per connection whose bounded queue is not empty, and one for a new link"
@@ -260,6 +267,8 @@ impl Links {
             peers: BTreeMap::new(),
             events: VecDeque::new(),
             ready,
+            turns: Turns::default(),
+            crowd,
             ready_sender,
         }
     }
@@ -287,6 +296,11 @@ impl Links {
                 frames,
                 bytes,
             })
+    }
+
+    /// Takes what something cost from what a peer may take; while it owes, its frames wait.
+    pub fn charge(&mut self, peer: PeerId, cost: Cost) {
+        self.turns.charge(peer, cost, Instant::now());
     }
 
     pub fn is_linked(&self, peer: &PeerId) -> bool {
@@ -453,7 +467,9 @@ impl Links {
         let entry = self.peers.entry(peer).or_default();
         if entry.link == Some(id) {
             entry.link = None;
-            if unread == Unread::Delivered {
+            // Who owes would have by hanging up what it has to wait for.
+            let owes = !self.turns.owed(&peer, Instant::now()).is_zero();
+            if unread == Unread::Delivered && !owes {
                 while let Some((bytes, _)) = connection.pipe.pop_incoming() {
                     self.events
                         .push_back(ToSwarm::GenerateEvent(Event::Frame { peer, bytes }));
@@ -501,6 +517,13 @@ impl Links {
         let connection = self.connections.get(&id)?;
         let peer = connection.peer;
         if self.link_of(&peer) != Some(id) {
+            return None;
+        }
+        let now = Instant::now();
+        let wait = self.turns.owed(&peer, now);
+        if !wait.is_zero() {
+            self.crowd.slowed();
+            self.turns.hold(id, wait, now);
             return None;
         }
         let (bytes, more) = connection.pipe.pop_incoming()?;
@@ -573,6 +596,9 @@ impl NetworkBehaviour for Links {
         loop {
             if let Some(event) = self.events.pop_front() {
                 return Poll::Ready(event);
+            }
+            while let Poll::Ready(id) = self.turns.poll(cx) {
+                let _ = self.ready_sender.send(id);
             }
             match self.ready.poll_recv(cx) {
                 Poll::Ready(Some(id)) => {

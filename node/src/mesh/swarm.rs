@@ -3,14 +3,15 @@
 //! `Network` moves frames and says who is there. Who may stay is the mind's decision: it hears
 //! [`NetworkEvent::LinkUp`] for every stranger and hangs up when the Hello does not convince.
 //!
-//! Invariants: every dial ends in exactly one `LinkUp` of that peer or one [`NetworkEvent::DialFailed`]; whatever a
-//! stranger does costs at most one of [`PENDING_INBOUND_MAX`] places for [`HANDSHAKE_DEADLINE`]; the swarm moves only
+//! Invariants: every dial ends in exactly one `LinkUp` of that peer or one [`NetworkEvent::DialFailed`]; whoever comes
+//! in has a place in the [`Crowd`] until it is [`Network::admitted`], and no other room; the swarm moves only
 //! while [`Network::next`] is awaited, its connections move by themselves within the limits of [`links`].
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -26,19 +27,22 @@ use libp2p::{PeerId, Transport, noise, tcp, yamux};
 use tokio::time::Sleep;
 use tracing::{debug, warn};
 
+use super::door::{Door, Registry};
 use super::links::{self, DownReason, Limits, Links, SendError};
 use super::pulse::{Missed, Pulse};
+use super::turns::Cost;
+use crate::crowd::Crowd;
 use crate::identity::Identity;
 
 /// Connections to one peer: one in use, one from a simultaneous dial, and one of each kind that is still being closed.
 const CONNECTIONS_PER_PEER_MAX: u32 = 4;
 
-/// All connections. Above 64 members the mesh is sparse and links a dozen; the rest is room for strangers until their
-/// Hello is judged. Half of the 1,024 file descriptors that a process has by default.
+/// All connections: 256 links of the mind, and as many strangers until their Hello is judged. Half of the 1,024 file
+/// descriptors that a process has by default.
 const CONNECTIONS_MAX: u32 = 512;
 
-/// Strangers that have connected and not yet proven a key. Beyond it new ones are dropped at once.
-const PENDING_INBOUND_MAX: u32 = 128;
+/// Handshakes with those who came in: never reached, since there are fewer places in the [`Crowd`].
+const PENDING_INBOUND_MAX: u32 = 512;
 
 /// Dials under way. Beyond it a dial fails with [`DialError::Denied`] and the mind tries later.
 const PENDING_OUTBOUND_MAX: u32 = 64;
@@ -135,6 +139,7 @@ pub enum NetworkError {
 pub struct Network {
     me: PeerId,
     swarm: Swarm<Behaviour>,
+    strangers: Registry,
     /// What was decided without the swarm and waits for [`Network::next`].
     events: VecDeque<NetworkEvent>,
     /// Dials that have ended neither in a link nor in a failure; bounded by the connection limits.
@@ -166,6 +171,7 @@ impl Network {
         identity: &Identity,
         listen: &[SocketAddr],
         limits: Limits,
+        crowd: Arc<Crowd>,
     ) -> Result<Self, NetworkError> {
         let me = identity.peer_id();
         let mut yamux = yamux::Config::default();
@@ -177,6 +183,8 @@ impl Network {
             .timeout(HANDSHAKE_DEADLINE)
             .map(|(peer, muxer), _| (peer, StreamMuxerBox::new(ClosesInTime::new(muxer))))
             .boxed();
+        let strangers = Registry::default();
+        let transport = Door::new(transport, crowd.clone(), strangers.clone()).boxed();
         let behaviour = Behaviour {
             limits: connection_limits::Behaviour::new(
                 ConnectionLimits::default()
@@ -186,7 +194,7 @@ impl Network {
                     .with_max_established_per_peer(Some(CONNECTIONS_PER_PEER_MAX)),
             ),
             pulse: Pulse::default(),
-            links: Links::new(me, limits),
+            links: Links::new(me, limits, crowd),
         };
         let config = Config::with_tokio_executor()
             .with_idle_connection_timeout(IDLE_TIMEOUT)
@@ -216,6 +224,7 @@ impl Network {
         Ok(Self {
             me,
             swarm,
+            strangers,
             events: VecDeque::new(),
             dials: HashMap::new(),
         })
@@ -286,6 +295,16 @@ impl Network {
             .allocate_new_port()
             .build();
         self.start_dial(options, None, vec![address]);
+    }
+
+    /// The peer proved to be a member, and its connections take no room from strangers any more.
+    pub fn admitted(&mut self, peer: &PeerId) {
+        self.strangers.admitted(peer);
+    }
+
+    /// Takes what something cost from what a peer may take of the loop's time.
+    pub fn charge(&mut self, peer: PeerId, cost: Cost) {
+        self.swarm.behaviour_mut().links.charge(peer, cost);
     }
 
     /// Queues a frame for a linked peer; see [`Links::send`].
@@ -507,7 +526,7 @@ fn multiaddr_of(address: SocketAddr) -> Multiaddr {
     Multiaddr::from(address.ip()).with(Protocol::Tcp(address.port()))
 }
 
-fn socket_addr_of(address: &Multiaddr) -> Option<SocketAddr> {
+pub(super) fn socket_addr_of(address: &Multiaddr) -> Option<SocketAddr> {
     let mut parts = address.iter();
     let ip: IpAddr = match parts.next()? {
         Protocol::Ip4(ip) => ip.into(),

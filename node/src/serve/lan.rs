@@ -22,12 +22,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use super::crowd::{Bounds, Crowd, network};
 use super::listing::{self, Listings};
 use super::narinfo as narinfo_json;
 use super::respond::{self, Body};
 use super::turns::Turns;
 use super::{Route, connection, credentials, host_name, nar};
+use crate::crowd::{Bounds, Crowd, crowd_of};
 use crate::metrics::Metrics;
 use crate::store::{LocalStore, PathInfo, StoreError};
 
@@ -102,7 +102,7 @@ impl LanPort {
             metrics,
             shutdown,
             tasks,
-            crowd: Arc::new(Crowd::new(CONNECTIONS)),
+            crowd: Crowd::of_anybody(CONNECTIONS),
             turns: Turns::default(),
             listings: Listings::default(),
         })
@@ -133,10 +133,13 @@ impl LanPort {
         if let Err(error) = socket.set_nodelay(true) {
             debug!(%error, "could not set TCP_NODELAY");
         }
-        let stranger = self.crowd.enter(address.ip());
+        // Nothing is held against anybody here, so everybody has a place.
+        let Some(stranger) = self.crowd.enter(address.ip()) else {
+            return;
+        };
         let requests = connection(socket, PATIENCE, self.shutdown.clone(), |request| {
             let port = self.clone();
-            async move { port.answer(network(address.ip()), request).await }
+            async move { port.answer(crowd_of(address.ip()), request).await }
         });
         tokio::select! {
             () = requests => {}

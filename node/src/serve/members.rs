@@ -2,14 +2,15 @@
 //!
 //! A peer is served while it is a member. Admission happens on the control plane; here the peer id
 //! that TLS proved is looked up in the set of linked members, before the first request and for as
-//! long as the connection stands. Everyone else is closed after the handshake without a byte of
+//! long as the connection stands. What one member takes is bounded for itself: connections, how fast it makes them,
+//! streams, and requests in a second, so that a flood slows down who makes it. Everyone else is closed after the handshake without a byte of
 //! application data, and shares a small room with others ([`Crowd`]) until then. Where the mesh key is,
 //! those who ask to join are handed to who admits.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use granary_protocol::cache_info::CacheInfo;
@@ -23,12 +24,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use super::crowd::Crowd;
 use super::respond::{self, Body};
 use super::tls::{Acceptor, Purpose, TlsError};
 use super::{Route, connection, nar};
+use crate::allowance::{Allowance, Rate};
+use crate::crowd::Crowd;
 use crate::identity;
-use crate::metrics::Metrics;
+use crate::metrics::{Metrics, Refused};
 use crate::store::{LocalStore, StoreError};
 
 /// How long an idle connection of a member is kept; longer than members keep theirs.
@@ -40,6 +42,20 @@ const CONNECTIONS_MAX: usize = 1024;
 /// Connections of one member for each stream that it may have: some wait idle for the next request, and
 /// on some is said that there are too many streams. One that opens more takes them from itself alone.
 const CONNECTIONS_PER_STREAM: usize = 2;
+
+/// Connections that one member makes: it keeps those that it has, so a burst is one for each of its streams,
+/// as often as a Wi-Fi takes them all. Each costs us half a millisecond.
+const CONNECTION_RATE: Rate = Rate {
+    burst: 256.0,
+    per_second: 32.0,
+};
+
+/// Requests of one member, whatever they are for: a burst is a closure of small paths, and further ones wait. Nix
+/// on the other side registers some hundred paths in a second; one request costs us a third of a millisecond.
+const REQUEST_RATE: Rate = Rate {
+    burst: 4096.0,
+    per_second: 1024.0,
+};
 
 /// Said to whoever asks; members choose by measurement.
 const PRIORITY: i32 = 10;
@@ -54,6 +70,8 @@ pub type Newcomers =
 /// How connections come in, and who takes those that are not for transfers.
 pub struct Entrance {
     pub acceptor: Acceptor,
+    /// Where strangers stand.
+    pub crowd: Arc<Crowd>,
     /// `None` where the mesh key is not.
     pub newcomers: Option<Newcomers>,
 }
@@ -70,7 +88,6 @@ pub struct MembersPort {
     /// Only members get into it, so it has at most as many entries as there were members.
     rooms: Mutex<BTreeMap<PeerId, Room>>,
     connections: Arc<Semaphore>,
-    crowd: Arc<Crowd>,
 }
 
 /// What one member may take.
@@ -78,6 +95,12 @@ pub struct MembersPort {
 struct Room {
     streams: Arc<Semaphore>,
     connections: Arc<Semaphore>,
+    allowances: Arc<Mutex<Allowances>>,
+}
+
+struct Allowances {
+    connections: Allowance,
+    requests: Allowance,
 }
 
 impl MembersPort {
@@ -100,7 +123,6 @@ impl MembersPort {
             tasks,
             rooms: Mutex::default(),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
-            crowd: Arc::default(),
         })
     }
 
@@ -130,7 +152,11 @@ impl MembersPort {
             identity::ed25519_of(peer)
                 .is_some_and(|key| self.is_member(&PeerId::from_public_key(key)))
         };
-        let stranger = self.crowd.enter(address.ip());
+        let Some(stranger) = self.entrance.crowd.enter(address.ip()) else {
+            self.metrics.transfers_refused.add(1);
+            debug!(%address, "dropped a connection, strangers came from there too often");
+            return;
+        };
         let accepted = tokio::select! {
             accepted = self.entrance.acceptor.accept(socket, is_admitted) => accepted,
             () = stranger.sent_away() => {
@@ -139,14 +165,19 @@ impl MembersPort {
                 return;
             }
         };
-        drop(stranger);
         let (stream, peer, purpose) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 self.metrics.transfers_refused.add(1);
                 match &error {
-                    TlsError::NotAdmitted { .. } => warn!(%error, "refused a transfer"),
-                    _ => debug!(%error, "refused a transfer"),
+                    TlsError::NotAdmitted { .. } => {
+                        self.metrics.refused(Refused::NotAdmitted);
+                        warn!(%error, "refused a transfer");
+                    }
+                    _ => {
+                        self.metrics.refused(Refused::Handshake);
+                        debug!(%error, "refused a transfer");
+                    }
                 }
                 return;
             }
@@ -156,6 +187,8 @@ impl MembersPort {
         };
         let peer = PeerId::from_public_key(key);
         if purpose == Purpose::Joining {
+            // A stranger still, but no longer on its way in: who admits has room of its own.
+            drop(stranger);
             if let Some(newcomers) = &self.entrance.newcomers {
                 newcomers(stream, peer).await;
             }
@@ -163,11 +196,14 @@ impl MembersPort {
         }
         let room = self.room(peer);
         let all = self.connections.clone().try_acquire_owned();
-        let (Ok(_own), Ok(_one_of_all)) = (room.connections.try_acquire_owned(), all) else {
+        let own = room.connections.clone().try_acquire_owned();
+        let (Ok(_own), Ok(_one_of_all), true) = (own, all, room.may_connect()) else {
             self.metrics.transfers_refused.add(1);
+            self.metrics.refused(Refused::Connections);
             debug!(%peer, %address, "dropped a connection of a member, there are too many");
             return;
         };
+        stranger.prove();
         let requests = connection(stream, PATIENCE, self.shutdown.clone(), |request| {
             let port = self.clone();
             async move { port.answer(peer, request).await }
@@ -183,6 +219,12 @@ impl MembersPort {
         peer: PeerId,
         request: Request<Incoming>,
     ) -> Response<Body> {
+        let wait = self.room(peer).request();
+        if !wait.is_zero() {
+            // At most one request of each of its connections waits.
+            self.metrics.refused(Refused::RequestsSlowed);
+            tokio::time::sleep(wait).await;
+        }
         match Route::of(request.uri()) {
             Route::CacheInfo => {
                 let info = CacheInfo {
@@ -199,6 +241,7 @@ impl MembersPort {
             },
             Route::Nar(url) => {
                 let Some(permit) = self.stream_permit(peer) else {
+                    self.metrics.refused(Refused::Streams);
                     return respond::busy();
                 };
                 match nar::open(&self.shared, &url).await {
@@ -268,10 +311,72 @@ impl MembersPort {
     fn room(&self, peer: PeerId) -> Room {
         let mut rooms = self.rooms.lock().unwrap_or_else(PoisonError::into_inner);
         let streams = self.streams_per_peer;
-        let room = rooms.entry(peer).or_insert_with(|| Room {
+        let room = rooms.entry(peer).or_insert_with(|| Room::new(streams));
+        room.clone()
+    }
+}
+
+impl Room {
+    fn new(streams: usize) -> Room {
+        Room {
             streams: Arc::new(Semaphore::new(streams)),
             connections: Arc::new(Semaphore::new(streams * CONNECTIONS_PER_STREAM)),
-        });
-        room.clone()
+            allowances: Arc::new(Mutex::new(Allowances {
+                connections: Allowance::new(CONNECTION_RATE, Instant::now()),
+                requests: Allowance::new(REQUEST_RATE, Instant::now()),
+            })),
+        }
+    }
+
+    /// Takes one connection, unless too many were made in a short time.
+    fn may_connect(&self) -> bool {
+        let mut allowances = self.allowances();
+        let (connections, now) = (&mut allowances.connections, Instant::now());
+        let may = connections.owed(CONNECTION_RATE, now).is_zero();
+        if may {
+            connections.take(CONNECTION_RATE, 1.0, now);
+        }
+        may
+    }
+
+    /// Takes one request, and returns how long it has to wait.
+    fn request(&self) -> Duration {
+        let now = Instant::now();
+        self.allowances().requests.take(REQUEST_RATE, 1.0, now)
+    }
+
+    fn allowances(&self) -> MutexGuard<'_, Allowances> {
+        self.allowances
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn room() -> Room {
+        Room::new(1)
+    }
+
+    #[test]
+    fn a_member_that_asks_without_end_waits_and_one_that_asks_much_does_not() {
+        let room = room();
+        let waits = (0..5_000).map(|_| room.request());
+        let at_once = waits.take_while(Duration::is_zero).count();
+        assert!((4_096..4_500).contains(&at_once), "{at_once}");
+        for _ in 0..1_024 {
+            room.request();
+        }
+        let last = room.request();
+        assert!(last > Duration::from_millis(500), "{last:?}");
+    }
+
+    #[test]
+    fn a_member_that_connects_again_and_again_is_refused() {
+        let room = room();
+        let came = (0..1_000).take_while(|_| room.may_connect()).count();
+        assert!((256..300).contains(&came), "{came}");
     }
 }

@@ -15,6 +15,7 @@ mod conformance;
 #[allow(dead_code, reason = "tests of documentation look at families")]
 mod exposition;
 mod faults;
+mod floods;
 mod page;
 #[path = "../shared/pages.rs"]
 mod pages;

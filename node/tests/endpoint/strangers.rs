@@ -1,9 +1,11 @@
 //! Whoever holds a key of their own and no certificate of this mesh, and follows every protocol.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use granary::crowd::Crowd;
 use granary::identity::Identity;
 use granary::mesh::links::Limits;
 use granary::mesh::swarm::{Network, NetworkEvent};
@@ -78,7 +80,13 @@ async fn frames_heard(desktop: &Machine, words: Vec<Message>) -> usize {
     let address = SocketAddr::from((desktop.address, MESH_PORT));
     let listen = [SocketAddr::from(([127, 0, 0, 1], 0))];
     let limits = Limits::new(wire::FRAME_BYTES_MAX);
-    let mut network = Network::new(&stranger(), &listen, limits).unwrap();
+    let mut network = Network::new(
+        &stranger(),
+        &listen,
+        limits,
+        Crowd::before_members(Arc::default()),
+    )
+    .unwrap();
     network.dial_unknown(address);
     let mut heard = 0;
     let conversation = async {
@@ -285,7 +293,13 @@ async fn a_stranger_that_is_dialled_learns_neither_name_nor_permissions() {
     let place = own_address();
     let listen = [SocketAddr::from((place, MESH_PORT))];
     let limits = Limits::new(wire::FRAME_BYTES_MAX);
-    let mut network = Network::new(&stranger(), &listen, limits).unwrap();
+    let mut network = Network::new(
+        &stranger(),
+        &listen,
+        limits,
+        Crowd::before_members(Arc::default()),
+    )
+    .unwrap();
     let mut desktop = Machine::new();
     // As it would dial whoever announces its mesh's tag.
     desktop.peers = vec![place];

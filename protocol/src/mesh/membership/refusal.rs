@@ -26,6 +26,24 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    pub const ALL: [Refusal; 15] = [
+        Refusal::OtherMesh,
+        Refusal::BadSignature,
+        Refusal::OtherPeer,
+        Refusal::NotYetValid,
+        Refusal::Expired,
+        Refusal::MalformedCertificate,
+        Refusal::MayNotShare,
+        Refusal::Revoked,
+        Refusal::NoHello,
+        Refusal::OutOfTurn,
+        Refusal::Garbage,
+        Refusal::Version,
+        Refusal::OtherStoreDir,
+        Refusal::TooManyPeers,
+        Refusal::OldRevocations,
+    ];
+
     pub fn word(self) -> &'static str {
         match self {
             Refusal::OtherMesh => "other_mesh",
