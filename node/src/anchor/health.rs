@@ -1,16 +1,17 @@
 //! Health: whether storage and catalog answer, and the spool has room, asked by whoever watches the anchor.
 //!
 //! One probe is under way at a time, whoever asks: storage that hangs holds one thread, not one for each
-//! question, and those who ask are told so within [`PROBE_TIMEOUT`].
+//! question, and those who ask are told so within [`PROBE_TIMEOUT`]. The log is told of changes, not of questions: an
+//! open page asks every two seconds.
 
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ::http::StatusCode;
 use granary_protocol::seekable::FRAME_RAW_BYTES;
-use tracing::{error, warn};
+use tracing::{error, info, warn};
 
 use super::http::{Answer, Refusal};
 use super::ingest::IngestError;
@@ -28,8 +29,33 @@ const PROBE_FRESH: Duration = Duration::from_secs(1);
 /// once.
 const SPOOL_FREE_MIN: u64 = super::INTAKES_PARALLEL as u64 * FRAME_RAW_BYTES as u64;
 
-/// When the last probe went well; held by the one that is under way.
-pub type Health = Arc<tokio::sync::Mutex<Option<Instant>>>;
+/// How the anchor is.
+#[derive(Default)]
+pub struct Health {
+    /// When the last probe went well; held by the one that is under way.
+    well: Arc<tokio::sync::Mutex<Option<Instant>>>,
+    /// What the log was told last.
+    told: Mutex<State>,
+}
+
+/// As far as the log tells them apart.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Well,
+    /// No room for pushes.
+    Full,
+    /// Storage or catalog fails, or does not answer.
+    Failing,
+}
+
+impl Health {
+    /// Notes a state; whether the log is to be told of it.
+    fn is_news(&self, state: State) -> bool {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *told, state) != state
+    }
+}
 
 #[derive(Debug, thiserror::Error)]
 enum ProbeError {
@@ -83,17 +109,32 @@ async fn answer_within(anchor: &Arc<Anchor>, timeout: Duration) -> Answer {
 /// What is wrong, in words for whoever may ask; the log has the rest.
 pub async fn problem(anchor: &Arc<Anchor>, timeout: Duration) -> Option<String> {
     match tokio::time::timeout(timeout, probe(anchor)).await {
-        Ok(Ok(())) => None,
+        Ok(Ok(())) => {
+            if anchor.health.is_news(State::Well) {
+                info!(
+                    storage = anchor.storage.location(),
+                    "the anchor is well again"
+                );
+            }
+            None
+        }
         Ok(Err(problem @ ProbeError::Full { .. })) => {
-            error!(spool = %anchor.spool.display(), %problem, "nothing can be taken in");
+            if anchor.health.is_news(State::Full) {
+                error!(spool = %anchor.spool.display(), %problem, "nothing can be taken in");
+            }
             Some("the disk of the spool is full".to_owned())
         }
         Ok(Err(problem)) => {
-            error!(storage = anchor.storage.location(), %problem, "storage or catalog is not well");
+            if anchor.health.is_news(State::Failing) {
+                error!(storage = anchor.storage.location(), %problem, "storage or catalog is not well");
+            }
             Some("storage or catalog failed, see the log".to_owned())
         }
         Err(_) => {
-            warn!(?timeout, "storage or catalog did not answer");
+            // Who waits for less than a probe may take does not know yet.
+            if timeout >= PROBE_TIMEOUT && anchor.health.is_news(State::Failing) {
+                warn!(?timeout, "storage or catalog did not answer");
+            }
             Some(format!(
                 "storage or catalog did not answer within {timeout:?}"
             ))
@@ -102,7 +143,7 @@ pub async fn problem(anchor: &Arc<Anchor>, timeout: Duration) -> Option<String> 
 }
 
 async fn probe(anchor: &Arc<Anchor>) -> Result<(), ProbeError> {
-    let mut well = anchor.health.clone().lock_owned().await;
+    let mut well = anchor.health.well.clone().lock_owned().await;
     if well.is_some_and(|at| at.elapsed() < PROBE_FRESH) {
         return Ok(());
     }

@@ -73,6 +73,8 @@ pub struct CacheView {
     pub nar_bytes: u64,
     pub size_cap: Option<u64>,
     pub quota: Option<u64>,
+    /// What each subject may have in it, and what this one has.
+    pub own: Option<Share>,
     /// Seconds since its last use that a path is kept.
     pub retention: Option<u64>,
     pub pins: usize,
@@ -82,6 +84,14 @@ pub struct CacheView {
     pub absent: u64,
     pub sent_bytes: u64,
     pub pushed: u64,
+}
+
+/// What of a cache came by one subject.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Share {
+    pub quota: u64,
+    /// Bytes in storage.
+    pub held: u64,
 }
 
 /// What is not of one cache alone.
@@ -261,6 +271,13 @@ async fn view(anchor: &Arc<Anchor>, claims: &Claims) -> Result<View, Refusal> {
             continue;
         }
         let totals = sizes.caches.get(&cache.name).cloned().unwrap_or_default();
+        let own = match cache.settings.subject_quota {
+            None => None,
+            Some(quota) => Some(Share {
+                quota,
+                held: anchor.held_by(cache.id, &claims.subject).await?,
+            }),
+        };
         let allowed = Permission::ALL
             .into_iter()
             .filter(|permission| claims.allows(name, *permission));
@@ -274,6 +291,7 @@ async fn view(anchor: &Arc<Anchor>, claims: &Claims) -> Result<View, Refusal> {
             nar_bytes: totals.nar_bytes,
             size_cap: cache.settings.size_cap,
             quota: cache.settings.quota,
+            own,
             retention: cache.settings.retention,
             pins: cache.settings.pins.len(),
             public_keys: cache.settings.public_keys,
@@ -402,11 +420,18 @@ fn trouble(view: &View) -> Markup {
                 cache.name
             ));
         }
-        let percent = cache.quota.map(|quota| percent(cache.file_bytes, quota));
-        if let Some(percent) = percent.filter(|percent| *percent >= FULL_PERCENT) {
+        let full = cache.quota.map(|quota| percent(cache.file_bytes, quota));
+        if let Some(percent) = full.filter(|percent| *percent >= FULL_PERCENT) {
             said.push(format!(
                 "Cache {} is {percent} % full; pushes that do not fit are refused.",
                 cache.name
+            ));
+        }
+        let full = cache.own.map(|own| percent(own.held, own.quota));
+        if let Some(percent) = full.filter(|percent| *percent >= FULL_PERCENT) {
+            said.push(format!(
+                "{} has {percent} % of what each may have in cache {}; pushes that do not fit are refused.",
+                view.subject, cache.name
             ));
         }
     }
@@ -458,6 +483,7 @@ fn cache_row(cache: &CacheView) -> Markup {
         (None, Some(cap)) => Some((cap, "cap")),
         (None, None) => None,
     };
+    let own = cache.own;
     html! {
         tr {
             td { strong { (cache.name) } @if cache.is_public { " " span.dim { "public" } } }
@@ -469,7 +495,12 @@ fn cache_row(cache: &CacheView) -> Markup {
                         span.dim { (human_bytes(bytes)) " " (word) }
                         progress value=(cache.file_bytes.min(bytes)) max=(bytes.max(1)) aria-label={ "of the " (word) " of " (cache.name) } {}
                     },
-                    None => span.dim { "none" },
+                    None if own.is_none() => span.dim { "none" },
+                    None => {}
+                }
+                @if let Some(Share { quota, held }) = own {
+                    span.dim { (human_bytes(quota)) " each, " (human_bytes(held)) " yours" }
+                    progress value=(held.min(quota)) max=(quota.max(1)) aria-label={ "of your share of " (cache.name) } {}
                 }
             }
             td.keeps {

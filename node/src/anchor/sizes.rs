@@ -148,6 +148,11 @@ impl Anchor {
         Ok(held)
     }
 
+    /// Returns the bytes in storage of what came by a subject, as its quota counts them.
+    pub(super) async fn held_by(&self, cache: i64, subject: &str) -> Result<u64, CatalogError> {
+        self.held((cache, Some(subject.to_owned()))).await
+    }
+
     /// Notes that a path was published.
     pub(super) fn filled(&self, cache: &CacheRow, subject: Option<&str>, filling: Filling) {
         self.fullness.add(&(cache.id, None), filling.cache);

@@ -181,6 +181,22 @@ impl Anchor {
         }
     }
 
+    /// How many lines of the log have this in them; waits until there are so many.
+    pub fn logged_times(&self, text: &str, least: usize) -> usize {
+        let started = Instant::now();
+        loop {
+            let lines = {
+                let log = self.log.lock().unwrap();
+                log.lines().filter(|line| line.contains(text)).count()
+            };
+            if lines >= least {
+                return lines;
+            }
+            assert!(started.elapsed() < GENEROUS, "logged {lines} times: {text}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub fn get(&self, target: &str, token: &str) -> Answer {
         ask(
             self.address,

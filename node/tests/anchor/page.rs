@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use granary::anchor::admin::Changes;
 use granary::anchor::page::{
-    AccessView, CacheView, Collected, UploadView, View, Whole, login, render,
+    AccessView, CacheView, Collected, Share, UploadView, View, Whole, login, render,
 };
 use granary::page::policy;
 use granary_protocol::token::Permission::{Configure, Pull, Push};
@@ -338,6 +338,10 @@ fn busy() -> View {
             cache("main", true, 104_020, 310_000_000_000),
             CacheView {
                 quota: Some(250_000_000_000),
+                own: Some(Share {
+                    quota: 20_000_000_000,
+                    held: 3_000_000_000,
+                }),
                 retention: Some(90 * 86_400),
                 pins: 12,
                 ..cache("team", false, 18_204, 81_000_000_000)
@@ -438,6 +442,7 @@ fn what_a_person_looks_for_stands_on_the_page_in_any_window() {
                 "104020",
                 "75.4 GiB",
                 "232.8 GiB quota",
+                "18.6 GiB each, 2.8 GiB yours",
                 "90 days, 12 pinned",
                 "for ever",
                 "linux-6.18",
@@ -542,6 +547,20 @@ async fn the_page_names_a_cache_that_is_nearly_full() {
     let shown = page(&rig, &session(&rig, &token));
     assert!(
         shown.contains("Cache main is") && shown.contains("% full"),
+        "{shown}"
+    );
+    let changes = Changes {
+        quota: Some(None),
+        subject_quota: Some(Some(stored + 1)),
+        ..Changes::default()
+    };
+    anchor
+        .configure_cache(&"main".parse().unwrap(), &changes)
+        .await
+        .unwrap();
+    let shown = page(&rig, &session(&rig, &token));
+    assert!(
+        !shown.contains("% full") && shown.contains("% of what each may have in cache main"),
         "{shown}"
     );
 }

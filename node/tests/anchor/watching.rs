@@ -134,6 +134,34 @@ async fn an_anchor_is_not_well_when_its_storage_is_another() {
     assert_eq!(rig.get("/health").status, 200);
 }
 
+#[test]
+fn the_log_tells_once_that_storage_fails_and_once_that_it_is_well_however_often_it_is_asked() {
+    let place = Place::new();
+    let anchor = place.start();
+    let format = place.path().join("state/storage/granary.json");
+    let aside = place.path().join("granary.json");
+    let ask_until = |status| {
+        let deadline = Instant::now() + crate::rig::GENEROUS;
+        while anchor.get("/health", "").status != status {
+            assert!(Instant::now() < deadline, "it is not {status}");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    };
+    for round in 1..=2 {
+        std::fs::rename(&format, &aside).unwrap();
+        ask_until(503);
+        for _ in 0..10 {
+            assert_eq!(anchor.get("/health", "").status, 503);
+        }
+        let told = anchor.logged_times("storage or catalog is not well", round);
+        assert_eq!(told, round);
+        std::fs::rename(&aside, &format).unwrap();
+        ask_until(200);
+        let told = anchor.logged_times("the anchor is well again", round);
+        assert_eq!(told, round);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn storage_that_hangs_makes_an_anchor_unwell_in_bounded_time_and_is_asked_once() {
     let s3 = S3::start().await;
