@@ -53,12 +53,15 @@ pub mod http;
 pub mod page;
 pub mod read;
 pub mod published;
+pub mod repack;
 pub mod put;
 pub mod attic;
 pub mod uploads;
 pub mod rebuild;
 pub mod import;
 pub mod server;
+
+use crate::binary_cache::{Unpackers, WebSetupError};
 
 use self::object_store::{ObjectStore, S3Options, SetupError, StorageError};
 use cache::Keys;
@@ -147,7 +150,7 @@ pub enum OpenError {
     #[error(transparent)]
     Issuer(#[from] oidc::IssuerError),
     #[error(transparent)]
-    Sources(#[from] crate::binary_cache::WebSetupError),
+    Sources(#[from] WebSetupError),
     #[error(
         "storage {location} holds caches that the catalog {path} does not know: run granary anchor rebuild",
         path = .path.display()
@@ -185,6 +188,7 @@ pub struct Anchor {
     sessions: sessions::Sessions,
     issuers: Option<oidc::Issuers>,
     sources: heal::Sources,
+    unpackers: Unpackers,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -234,6 +238,7 @@ impl Anchor {
             tokens: Tokens::new(catalog.clone(), public, attic.transpose()?),
             issuers,
             sources: heal::Sources::new(options.heal_from)?,
+            unpackers: Unpackers::default(),
             keys: Keys::in_folder(&options.state),
             trust: options.trust,
             nar_bytes_max: options.nar_bytes_max,

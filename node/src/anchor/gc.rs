@@ -290,7 +290,12 @@ impl Anchor {
         let due: Vec<(NarHash, u64)> = self
             .catalog
             .write(move |transaction| {
-                transaction.execute("DELETE FROM received WHERE at <= ?1", [cutoff])?;
+                // The name by which a client sent the NAR of a path that is here is asked for again (repack.rs).
+                transaction.execute(
+                    "DELETE FROM received WHERE at <= ?1 AND NOT EXISTS (
+                     SELECT 1 FROM paths WHERE paths.nar_hash = received.nar_hash AND paths.cache = received.cache)",
+                    [cutoff],
+                )?;
                 transaction.execute(
                     "UPDATE nars SET unused_since = NULL WHERE unused_since IS NOT NULL AND (
                      EXISTS (SELECT 1 FROM paths WHERE paths.nar_hash = nars.nar_hash)

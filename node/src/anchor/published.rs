@@ -28,7 +28,7 @@ use super::cache::CacheName;
 use super::catalog::{CacheRow, Catalog, CatalogError, StoredNar, cache_row, signed, unsigned};
 use super::read::seek_table;
 use super::{Anchor, nar_key};
-use crate::binary_cache::{Unpacked, Unpackers};
+use crate::binary_cache::Unpacked;
 use crate::store::shared::SharingRules;
 use crate::store::{BATCH_MAX, Kept, LocalStore, Nar, NarError, PathInfo, StoreError, StoreEvent};
 
@@ -47,7 +47,6 @@ pub struct Published {
     dir: StoreDir,
     rules: Arc<SharingRules>,
     streams: Arc<Semaphore>,
-    unpackers: Unpackers,
 }
 
 /// A path, and which caches hold it.
@@ -64,7 +63,6 @@ impl Published {
             dir,
             rules,
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
-            unpackers: Unpackers::default(),
         }
     }
 
@@ -146,7 +144,6 @@ impl LocalStore for Published {
                 anchor: self.anchor.clone(),
                 stored,
                 cache: cache.name,
-                unpackers: self.unpackers.clone(),
                 _permit: permit.map_err(|_| StoreError::Busy)?,
             };
             Ok(Some(Nar::kept(stored.nar_size, Arc::new(kept))))
@@ -312,7 +309,6 @@ struct KeptNar {
     anchor: Arc<Anchor>,
     stored: StoredNar,
     cache: CacheName,
-    unpackers: Unpackers,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -321,7 +317,7 @@ impl Kept for KeptNar {
         let opening = self.clone();
         let opened = stream::once(async move { opening.open(range).await });
         opened
-            .map_ok(|unpacked| stream::unfold(unpacked, next))
+            .map_ok(Unpacked::into_stream)
             .try_flatten()
             .map_err(move |source| NarError::Kept {
                 nar: self.stored.nar_hash.to_string(),
@@ -329,11 +325,6 @@ impl Kept for KeptNar {
             })
             .boxed()
     }
-}
-
-async fn next(mut unpacked: Unpacked) -> Option<(io::Result<Bytes>, Unpacked)> {
-    let next = unpacked.next().await?;
-    Some((next, unpacked))
 }
 
 impl KeptNar {
@@ -362,7 +353,8 @@ impl KeptNar {
             .map_err(io::Error::other);
         let length = range.end - range.start;
         let unpacked =
-            self.unpackers
+            self.anchor
+                .unpackers
                 .start(vec![Compression::Zstd], packed, skip, skip + length)?;
         unpacked.ok_or_else(|| io::ErrorKind::ResourceBusy.into())
     }

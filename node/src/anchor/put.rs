@@ -120,7 +120,7 @@ async fn nar(
 }
 
 /// Reads `<hash>.nar`, `<hash>.nar.xz` and so on.
-fn name_of_nar(file: &str) -> Result<(FileHash, Encoding), Refusal> {
+pub(super) fn name_of_nar(file: &str) -> Result<(FileHash, Encoding), Refusal> {
     let refuse = || Refusal::bad_request(format!("{file:?} is no name of a nar"));
     let (hash, extension) = file.split_once(".nar").ok_or_else(refuse)?;
     let hash = FileHash::from_nix32(hash).map_err(|_| refuse())?;

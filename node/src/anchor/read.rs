@@ -9,6 +9,7 @@
 //! S3 itself, by a redirect to a signed link. The answer is 200 with whole zstd frames up to the end, and says in
 //! `Granary-Skip` how many raw bytes come before the offset in the first of them.
 
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -21,10 +22,12 @@ use bytes::Bytes;
 use futures::TryStreamExt;
 use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::hash::{FileHash, NarHash, sha256};
+use granary_protocol::narinfo::Compression;
 use granary_protocol::nix32;
 use granary_protocol::seekable::{FOOTER_BYTES, FRAME_RAW_BYTES, SeekTable};
 use granary_protocol::store_path::StorePathHash;
 use granary_protocol::token::Permission;
+use http_body_util::BodyDataStream;
 use hyper::body::Incoming;
 use serde::{Deserialize, Serialize};
 use tracing::error;
@@ -32,8 +35,9 @@ use tracing::error;
 use super::cache::CacheName;
 use super::catalog::{CacheRow, CatalogError, PathRow, StoredNar};
 use super::http::{Answer, Refusal, empty, json_body, set};
-use super::put::{FILE_BYTES_MAX, FileName, StoredFile};
-use super::{Anchor, nar_key};
+use super::intake::Encoding;
+use super::put::{FILE_BYTES_MAX, FileName, StoredFile, name_of_nar};
+use super::{Anchor, nar_key, repack};
 use crate::serve::nar::Part;
 use crate::serve::respond::{self, Body};
 
@@ -218,17 +222,73 @@ async fn nar(anchor: &Arc<Anchor>, parts: &Parts, cache: &CacheRow, file: &str) 
             None => whole(anchor, parts, cache, &stored).await,
         };
     }
-    // What `nix copy --to` has put is there for its own question, and read under another name.
-    if parts.method == Method::HEAD
-        && anchor
+    // What `nix copy --to` has put is there for its own question.
+    if parts.method == Method::HEAD {
+        let received = anchor
             .catalog
             .hold_received(cache.id, file.to_owned(), anchor.now())
-            .await?
-            .is_some()
-    {
-        return Ok(empty(StatusCode::OK));
+            .await?;
+        return received.map(|_| empty(StatusCode::OK)).ok_or_else(not_here);
     }
-    Err(not_here())
+    match anchor
+        .catalog
+        .received_as(cache.id, file.to_owned())
+        .await?
+    {
+        Some(stored)
+            if anchor
+                .catalog
+                .cache_has_nar(cache.id, stored.nar_hash)
+                .await? =>
+        {
+            as_received(anchor, parts, cache, &stored, file).await
+        }
+        _ => Err(not_here()),
+    }
+}
+
+/// Answers with a NAR under the name, and in the packing, in which a client put it.
+async fn as_received(
+    anchor: &Arc<Anchor>,
+    parts: &Parts,
+    cache: &CacheRow,
+    stored: &StoredNar,
+    file: &str,
+) -> Answer {
+    let encoding = match name_of_nar(file)? {
+        // The name is the hash of the file: one of the NAR itself was not packed.
+        (hash, Encoding::Bare) if hash.as_bytes() == stored.nar_hash.as_bytes() => Encoding::None,
+        (_, Encoding::Bare) => Encoding::Gzip,
+        (_, encoding) => encoding,
+    };
+    let file = object_body(anchor, parts, cache, stored, 0..stored.file_size).await?;
+    let body = match encoding {
+        Encoding::Zstd => file,
+        encoding => {
+            let frames = BodyDataStream::new(file).map_err(io::Error::other);
+            let size = stored.nar_size;
+            let started = anchor
+                .unpackers
+                .start(vec![Compression::Zstd], frames, 0, size);
+            let unpacked = started
+                .map_err(|error| Refusal::ours(&error))?
+                .ok_or_else(busy)?;
+            respond::stream(repack::packed(unpacked.into_stream(), encoding))
+        }
+    };
+    // Its length is known when it was made, and it is made anew each time: no ranges, no tag.
+    let mut response = Response::new(body);
+    let nar = HeaderValue::from_static("application/x-nix-nar");
+    response.headers_mut().insert(CONTENT_TYPE, nar);
+    Ok(response)
+}
+
+fn busy() -> Refusal {
+    Refusal::new(
+        StatusCode::SERVICE_UNAVAILABLE,
+        "Busy",
+        "too many nars are being packed for clients, try again later",
+    )
 }
 
 async fn whole(

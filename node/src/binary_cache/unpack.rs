@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::thread;
 
 use bytes::{Buf, Bytes};
+use futures::stream::BoxStream;
 use futures::{Stream, StreamExt};
 use granary_protocol::narinfo::Compression;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -91,6 +92,12 @@ impl Unpacked {
     /// The next bytes; `None` at the end. Cancel-safe.
     pub async fn next(&mut self) -> Option<io::Result<Bytes>> {
         self.pieces.recv().await
+    }
+
+    /// The same as a stream.
+    pub fn into_stream(self) -> BoxStream<'static, io::Result<Bytes>> {
+        let next = async |mut unpacked: Unpacked| Some((unpacked.next().await?, unpacked));
+        futures::stream::unfold(self, next).boxed()
     }
 }
 

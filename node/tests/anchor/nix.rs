@@ -76,6 +76,20 @@ async fn every_compression_we_take_is_taken_and_another_is_refused_with_a_reason
             "{}",
             narinfo.text()
         );
+        // Who pushed it remembers the narinfo that it wrote, and asks for its own file.
+        let nars = closure.iter().map(|path| builder.nar(path));
+        let nars: Vec<_> = nars.collect();
+        let url = rig.url(&name);
+        tokio::task::block_in_place(|| {
+            let [a, b, top] = [&closure[0], &closure[1], &closure[2]];
+            builder.nix("nix-store", &["--delete", top, b, a]);
+            let days = ["--option", "narinfo-cache-positive-ttl", "2592000"];
+            let copy = ["copy", "--no-check-sigs", "--from", &url, top];
+            builder.nix("nix", &[&copy[..], &days[..]].concat());
+        });
+        for (path, nar) in closure.iter().zip(nars) {
+            assert!(builder.nar(path) == nar, "{compression} {path}");
+        }
     }
     // One NAR, whatever it came as and wherever it went.
     let nars = rig
