@@ -21,11 +21,13 @@ use crate::serve::tls::TlsError;
 
 mod held_back;
 mod member;
+mod strangers;
 mod web;
 mod unpack;
 
 pub use held_back::{HELD_BACK_BYTES, HeldBack, WrongBytes};
 pub use member::PeerCaches;
+pub use strangers::Strangers;
 pub use unpack::{Unpacked, Unpackers};
 pub use web::{FromWeb, WebCache, WebCaches, WebSetupError};
 
@@ -75,6 +77,8 @@ pub enum TransferError {
     Silent { origin: Origin },
     #[error("transfer from {peer} broke off: {source}")]
     Broken { peer: PeerId, source: hyper::Error },
+    #[error("{peer} answered for a narinfo with something that is none")]
+    NoNarInfo { peer: PeerId },
     #[error("{peer} is named by no valid key")]
     NoKey { peer: PeerId },
     #[error("{cache} could not be asked: {source}")]
@@ -124,6 +128,8 @@ pub struct Wanted {
 /// The rest of a NAR on its way. Dropping it aborts the transfer.
 pub enum Transfer<'a> {
     Member(member::FromMember<'a>),
+    /// From a node of another mesh.
+    Stranger(member::FromMember<'a>),
     Web(web::FromWeb),
 }
 
@@ -132,14 +138,14 @@ impl Transfer<'_> {
     pub fn peer(&self) -> Option<PeerId> {
         match self {
             Transfer::Member(transfer) => Some(transfer.peer()),
-            Transfer::Web(_) => None,
+            Transfer::Stranger(_) | Transfer::Web(_) => None,
         }
     }
 
     /// The next bytes; `None` at the end of what was promised. Cancel-safe.
     pub async fn next(&mut self) -> Result<Option<Bytes>, TransferError> {
         match self {
-            Transfer::Member(transfer) => transfer.next().await,
+            Transfer::Member(transfer) | Transfer::Stranger(transfer) => transfer.next().await,
             Transfer::Web(transfer) => transfer.next().await,
         }
     }

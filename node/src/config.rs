@@ -5,6 +5,7 @@
 //! names of files. What the keys are for stands in [`keys`], of which the manual is made.
 
 pub mod keys;
+mod check;
 mod oidc;
 
 pub use oidc::{Oidc, Shape};
@@ -119,6 +120,8 @@ pub struct Mesh {
     pub peers: Vec<String>,
     /// Names of network interfaces to discover on; all but loopback when empty.
     pub interfaces: Vec<String>,
+    /// Whether nodes of other meshes that share in public are asked for what nobody else has.
+    pub strangers: bool,
 }
 
 /// `[share]`: what others may fetch.
@@ -138,6 +141,10 @@ pub struct Share {
     pub http_sign_key_file: Option<PathBuf>,
     /// Names of this machine that they use beside addresses and names of private networks.
     pub http_hosts: Vec<String>,
+    /// Whether strangers, nodes of other meshes, may fetch what a key of `public_keys` signed.
+    pub public: bool,
+    #[serde(deserialize_with = "parsed_list")]
+    pub public_keys: Vec<PublicKey>,
 }
 
 /// `[trust]`: whose word counts.
@@ -243,9 +250,6 @@ pub struct Limits {
     /// NARs sent to one peer at once. Nix fetches 16 at a time.
     pub streams_per_peer: usize,
 }
-
-/// Days between two looks at a stored NAR: more often than daily wears disks out, and in ten years none is new.
-const SCRUB_DAYS: std::ops::RangeInclusive<u64> = 1..=3650;
 
 /// `[anchor-server]`: what `granary anchor` runs.
 #[derive(Clone, Debug, Deserialize)]
@@ -380,6 +384,7 @@ impl Default for Mesh {
             mdns_port: 5353,
             peers: Vec::new(),
             interfaces: Vec::new(),
+            strangers: false,
         }
     }
 }
@@ -393,22 +398,26 @@ impl Default for Share {
             http_token_file: None,
             http_sign_key_file: None,
             http_hosts: Vec::new(),
+            public: false,
+            public_keys: vec![nixos_key()],
         }
     }
 }
 
 impl Default for Trust {
-    /// cache.nixos.org: its key is public knowledge and in every Nix's default configuration.
     fn default() -> Trust {
-        let key = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
         Trust {
-            keys: vec![
-                key.parse()
-                    .expect("the key of cache.nixos.org is well-formed"),
-            ],
+            keys: vec![nixos_key()],
             members: true,
         }
     }
+}
+
+/// That of cache.nixos.org, which is public knowledge and in every Nix's default configuration.
+fn nixos_key() -> PublicKey {
+    let key = "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+    key.parse()
+        .expect("the key of cache.nixos.org is well-formed")
 }
 
 impl Default for Limits {
@@ -663,87 +672,6 @@ impl Config {
         let upstreams = self.upstream.iter().flat_map(|one| &one.public_keys);
         let keys = self.trust.keys.iter().chain(anchors).chain(upstreams);
         keys.chain(&self.own_cache_keys).cloned().collect()
-    }
-
-    /// What is allowed and worth a second thought, in sentences.
-    pub fn remarks(&self) -> Vec<String> {
-        let mut remarks = Vec::new();
-        let is_open = |address: &&SocketAddr| !address.ip().is_loopback();
-        if self.share.http_token_file.is_none()
-            && let Some(address) = self.share.http.iter().find(is_open)
-        {
-            remarks.push(format!(
-                "share.http is {address} without share.http-token-file: whoever reaches it may read what is shared"
-            ));
-        }
-        if !self.share.http.is_empty() && self.share.http_sign_key_file.is_none() {
-            remarks.push(
-                "share.http without share.http-sign-key-file gives only paths that carry a signature: what Nix builds here without secret-key-files is not among them".to_owned(),
-            );
-        }
-        remarks
-    }
-
-    fn contradiction(&self) -> Option<String> {
-        let malformed = |peer: &&String| {
-            let port = peer
-                .rsplit_once(':')
-                .and_then(|(_, port)| port.parse::<u16>().ok());
-            port.is_none_or(|port| port == 0)
-        };
-        if let Some(peer) = self.mesh.peers.iter().find(malformed) {
-            return Some(format!("mesh.peers has {peer:?}, expected host:port"));
-        }
-        if self.mesh.key.is_some() && self.mesh.listen.is_empty() {
-            return Some("mesh.listen is empty, no peer could reach this node; remove mesh.key to serve this machine only".into());
-        }
-        if !self.share.http.is_empty() && !self.share.enable {
-            return Some("share.http is set, but share.enable is false, nothing would be read there; remove one of them".into());
-        }
-        if self.substituter.listen.is_empty() {
-            return Some("substituter.listen is empty, Nix could not ask this node".into());
-        }
-        if let Some(cache) = &self.upload.cache {
-            match self.anchor_of(cache) {
-                None => {
-                    return Some(format!(
-                        "upload.cache is {cache:?}, but no [[anchor]] has a url that ends in it"
-                    ));
-                }
-                Some(anchor) if anchor.token_file.is_none() => {
-                    return Some(format!(
-                        "upload.cache is {cache:?}, but its [[anchor]] {} has no token-file, which must allow to push",
-                        anchor.url
-                    ));
-                }
-                Some(_) => {}
-            }
-        }
-        let server = &self.anchor_server;
-        if server
-            .scrub_days
-            .is_some_and(|days| !SCRUB_DAYS.contains(&days))
-        {
-            return Some(format!(
-                "anchor-server.scrub-days is {}, expected {} to {}",
-                server.scrub_days.unwrap_or_default(),
-                SCRUB_DAYS.start(),
-                SCRUB_DAYS.end()
-            ));
-        }
-        if let Some(problem) = server.oidc.iter().find_map(Oidc::contradiction) {
-            return Some(problem);
-        }
-        if server.tls_cert.is_some() != server.tls_key.is_some() {
-            return Some(
-                "of anchor-server.tls-cert and anchor-server.tls-key one is set; TLS needs both"
-                    .into(),
-            );
-        }
-        if self.limits.streams_per_peer == 0 {
-            return Some("limits.streams-per-peer is 0, nobody could fetch; use share.enable = false to share nothing".into());
-        }
-        None
     }
 }
 

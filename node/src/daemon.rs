@@ -27,7 +27,7 @@ use crate::admission::{self, Admission};
 use crate::anchor::Anchor;
 use crate::anchor::published::Published;
 use crate::authority::{Authorities, AuthorityError};
-use crate::binary_cache::{PeerCaches, WebCache, WebCaches, WebSetupError};
+use crate::binary_cache::{PeerCaches, Strangers, WebCache, WebCaches, WebSetupError};
 use crate::clock::unix_time;
 use crate::config::Config;
 use crate::crowd::Crowd;
@@ -35,7 +35,7 @@ use crate::identity::Identity;
 use crate::listener::{Address, Listener, bind_tcp};
 use crate::loopback_key::{self, LoopbackKeyError};
 use crate::mesh;
-use crate::serve::lan::LanPort;
+use crate::serve::lan::{LanPort, Rules};
 use crate::serve::members::{Entrance, MembersPort, Newcomers};
 use crate::serve::tls;
 use crate::state_folder;
@@ -169,7 +169,7 @@ impl Daemon {
             true => Some(loopback_key::load_or_create(&config.loopback_key_file())?),
             false => None,
         };
-        let caches = Arc::new(web_caches(&config)?);
+        let caches = Arc::new(web_caches(&config, &identity)?);
         let share = Share::prepare(&config)?;
         let mut transfer = Vec::new();
         if config.mesh.key.is_some() {
@@ -333,6 +333,7 @@ impl Start {
         ));
         self.push_builds(store.clone());
         self.open_share(store.clone(), rules.clone());
+        let public = self.public(store.clone(), &rules);
         let voucher = Voucher::new(self.identity.key());
         let readers = Readers::Members(voucher);
         let own = Arc::new(SharedStore::new(store, rules.clone(), readers));
@@ -379,6 +380,7 @@ impl Start {
             mesh_ports,
             transfer,
             admission,
+            public,
         };
         match self.join(part, shared).await {
             Ok(mesh) => {
@@ -449,12 +451,32 @@ impl Start {
             Arc::new(SharedStore::new(store, rules, Readers::Lan(key))),
             share.rules,
             self.endpoint.metrics.clone(),
+            self.endpoint.metrics.lan.clone(),
             self.shutdown.clone(),
             self.tasks.clone(),
         );
         for listener in share.listeners {
             self.tasks.spawn(port.clone().accept(listener));
         }
+    }
+
+    /// What answers strangers, if something is shared in public.
+    fn public(&self, store: Arc<dyn LocalStore>, rules: &SharingRules) -> Option<Arc<LanPort>> {
+        if !self.config.share.public {
+            return None;
+        }
+        let rules = SharingRules {
+            trust: self.config.share.public_keys.iter().cloned().collect(),
+            ..rules.clone()
+        };
+        Some(LanPort::new(
+            Arc::new(SharedStore::new(store, Arc::new(rules), Readers::Strangers)),
+            Rules::default(),
+            self.endpoint.metrics.clone(),
+            self.endpoint.metrics.strangers.clone(),
+            self.shutdown.clone(),
+            self.tasks.clone(),
+        ))
     }
 
     async fn ask_caches_alone(&self, shared: Arc<dyn LocalStore>) {
@@ -502,6 +524,7 @@ impl Start {
             mesh_ports: Vec::new(),
             transfer: Vec::new(),
             admission: None,
+            public: None,
         };
         self.join(part, shared).await.map(drop)
     }
@@ -518,6 +541,7 @@ impl Start {
             mesh_ports,
             transfer,
             admission,
+            public,
         } = part;
         let me = PeerId::from_public_key(self.identity.public_key());
         if let Err(problem) = certificate.verify(&mesh_key, &me, unix_time()) {
@@ -534,6 +558,7 @@ impl Start {
             mesh_tag: mesh_tag(&mesh_key),
             transfer_port: transfer_port.unwrap_or(0),
             port: self.config.mesh.mdns_port,
+            is_public: public.is_some(),
             interfaces: self.config.mesh.interfaces.clone(),
         });
         let seeds = match is_alone {
@@ -568,7 +593,10 @@ impl Start {
             index_file: (!is_alone).then(|| self.config.index_file()),
         };
         let admitting = admission.as_deref().map(Admission::identity);
-        let acceptor = tls::acceptor(&self.identity, admitting.as_ref(), HANDSHAKE_TIMEOUT)?;
+        let mut acceptor = tls::acceptor(&self.identity, admitting.as_ref(), HANDSHAKE_TIMEOUT)?;
+        if public.is_some() {
+            acceptor.open_to_strangers();
+        }
         let connector = tls::connector(&self.identity, HANDSHAKE_TIMEOUT)?;
         let mesh = mesh::start(&self.identity, shared.clone(), options).await?;
         if !is_alone {
@@ -579,6 +607,7 @@ impl Start {
                 acceptor,
                 crowd,
                 newcomers: admission.map(|admission| newcomers(admission, self.endpoint.clone())),
+                public,
             },
             shared,
             mesh.members(),
@@ -630,6 +659,8 @@ struct Part {
     mesh_ports: Vec<SocketAddr>,
     transfer: Vec<TcpListener>,
     admission: Option<Arc<Admission>>,
+    /// Answers strangers.
+    public: Option<Arc<LanPort>>,
 }
 
 /// Lets those in who want to join.
@@ -661,7 +692,7 @@ pub fn upload_options(config: &Config) -> Option<uploader::Options> {
 }
 
 /// The caches of the configuration, anchors first.
-fn web_caches(config: &Config) -> Result<WebCaches, StartError> {
+fn web_caches(config: &Config, identity: &Identity) -> Result<WebCaches, StartError> {
     let mut caches = Vec::new();
     for anchor in &config.anchor {
         let token = match &anchor.token_file {
@@ -683,7 +714,11 @@ fn web_caches(config: &Config) -> Result<WebCaches, StartError> {
             authorities: Authorities::read(upstream.ca_file.as_deref())?,
         });
     }
-    Ok(WebCaches::new(caches)?)
+    let strangers = match config.mesh.strangers {
+        true => Some(Strangers::new(tls::stranger(identity, HANDSHAKE_TIMEOUT)?)),
+        false => None,
+    };
+    Ok(WebCaches::new(caches, strangers)?)
 }
 
 /// Reads the token for an anchor as the value of the header that carries it.

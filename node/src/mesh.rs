@@ -97,6 +97,8 @@ pub struct Mdns {
     pub transfer_port: u16,
     pub port: u16,
     pub interfaces: Vec<String>,
+    /// Whether strangers are told that this node shares in public.
+    pub is_public: bool,
 }
 
 /// Why there is no mesh.
@@ -386,7 +388,7 @@ impl Loop {
         };
         let discovery = options
             .mdns
-            .and_then(|mdns| discover(identity.peer_id(), mdns, listening.port()));
+            .and_then(|mdns| discover(identity.peer_id(), mdns, listening.port(), &options.caches));
         let mut seed = [0u8; 8];
         getrandom::fill(&mut seed).map_err(MeshError::NoRandomness)?;
         let now = clock.now();
@@ -809,6 +811,21 @@ impl Loop {
                     });
                 }
             }
+            DiscoveryEvent::FoundStranger { peer, address } => {
+                if let (Some(strangers), Some(key)) =
+                    (self.caches.strangers(), identity::ed25519_of(&peer))
+                {
+                    debug!(%peer, %address, "found a node of another mesh that shares in public");
+                    strangers.found(PeerId::from_public_key(key), address);
+                }
+            }
+            DiscoveryEvent::LostStranger { peer } => {
+                if let (Some(strangers), Some(key)) =
+                    (self.caches.strangers(), identity::ed25519_of(&peer))
+                {
+                    strangers.lost(&PeerId::from_public_key(key));
+                }
+            }
         }
     }
 
@@ -921,7 +938,12 @@ pub fn is_reachable(ip: IpAddr) -> bool {
     !(ip.is_loopback() || ip.is_unspecified() || is_link_local)
 }
 
-fn discover(me: libp2p::PeerId, mdns: Mdns, listen_port: u16) -> Option<Discovery> {
+fn discover(
+    me: libp2p::PeerId,
+    mdns: Mdns,
+    listen_port: u16,
+    caches: &WebCaches,
+) -> Option<Discovery> {
     let config = discovery::Config {
         me,
         version: PROTOCOL_VERSION,
@@ -929,6 +951,8 @@ fn discover(me: libp2p::PeerId, mdns: Mdns, listen_port: u16) -> Option<Discover
         listen_port,
         transfer_port: mdns.transfer_port,
         mdns_port: mdns.port,
+        is_public: mdns.is_public,
+        finds_strangers: caches.strangers().is_some(),
         interfaces: mdns.interfaces,
     };
     match Discovery::new(config) {

@@ -18,9 +18,9 @@
 //! | `granary_refusals_total` | `reason` one of [`Refused`] and the mind's [`Refusal`] | peers, strangers and requests that were refused or made to wait |
 //! | `granary_joins_total` | `outcome` one of [`JOIN_OUTCOMES`] | machines that asked this one to be admitted |
 //! | `granary_transfer_bytes_total` | `direction`: `sent`, `received` | NAR bytes moved with peers |
-//! | `granary_share_requests_total` | `outcome`: `served`, `absent`, `refused` | requests of machines without Granary (`share.http`) |
-//! | `granary_share_nar_bytes_total` | | NAR bytes sent to them |
-//! | `granary_share_connections_dropped_total` | | connections of theirs that were too many |
+//! | `granary_share_requests_total` | `to`: `lan`, `strangers`; `outcome`: `served`, `absent`, `refused` | requests of machines without Granary (`share.http`), and of strangers (`share.public`) |
+//! | `granary_share_nar_bytes_total` | `to` | NAR bytes sent to them |
+//! | `granary_share_connections_dropped_total` | `to` | connections of theirs that were too many |
 //! | `granary_store_errors_total` | | the local store could not be read |
 //! | `granary_index_errors_total` | | writes of the availability index that failed |
 //! | `granary_ready` | | 1 once the store is open |
@@ -37,7 +37,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use granary_protocol::mesh::{CacheRole, Refusal};
@@ -121,7 +121,9 @@ pub struct Metrics {
     /// Machines that asked to be admitted, where the mesh key is.
     pub joins: Joins,
     /// What machines without Granary were given over the LAN.
-    pub share: Share,
+    pub lan: Arc<Share>,
+    /// What strangers were given.
+    pub strangers: Arc<Share>,
     /// Errors of the local store's database while answering.
     pub store_errors: Counter,
     /// NAR bytes moved with peers.
@@ -256,7 +258,7 @@ impl Joins {
     }
 }
 
-/// What machines without Granary were given over the LAN.
+/// What those were given who are no members.
 #[derive(Debug, Default)]
 pub struct Share {
     served: Counter,
@@ -391,16 +393,6 @@ impl Metrics {
                 self.transfers_refused.get(),
             ),
             (
-                "granary_share_nar_bytes_total",
-                "NAR bytes sent to machines without Granary.",
-                self.share.nar_bytes.get(),
-            ),
-            (
-                "granary_share_connections_dropped_total",
-                "Connections of machines without Granary that were too many.",
-                self.share.connections_dropped.get(),
-            ),
-            (
                 "granary_store_errors_total",
                 "Times that the local store could not be read.",
                 self.store_errors.get(),
@@ -447,19 +439,7 @@ impl Metrics {
         for (outcome, count) in self.joins.counts() {
             out.sample(name, &format!("outcome=\"{outcome}\""), count);
         }
-        let name = "granary_share_requests_total";
-        out.family(
-            name,
-            "counter",
-            "Requests of machines without Granary, where share.http is set.",
-        );
-        for (outcome, count) in [
-            ("served", &self.share.served),
-            ("absent", &self.share.absent),
-            ("refused", &self.share.refused),
-        ] {
-            out.sample(name, &format!("outcome=\"{outcome}\""), count.get());
-        }
+        self.shares(&mut out);
         let moved = self.traffic.total();
         let name = "granary_transfer_bytes_total";
         out.family(name, "counter", "NAR bytes moved with peers.");
@@ -514,6 +494,37 @@ impl Metrics {
     }
 }
 
+impl Metrics {
+    fn shares(&self, out: &mut Exposition) {
+        let shares = [("lan", &self.lan), ("strangers", &self.strangers)];
+        let name = "granary_share_requests_total";
+        let help =
+            "Requests of machines without Granary (share.http), and of strangers (share.public).";
+        out.family(name, "counter", help);
+        for (to, share) in shares {
+            for (outcome, count) in [
+                ("served", &share.served),
+                ("absent", &share.absent),
+                ("refused", &share.refused),
+            ] {
+                let labels = format!("to=\"{to}\",outcome=\"{outcome}\"");
+                out.sample(name, &labels, count.get());
+            }
+        }
+        let name = "granary_share_nar_bytes_total";
+        out.family(name, "counter", "NAR bytes sent to them.");
+        for (to, share) in shares {
+            out.sample(name, &format!("to=\"{to}\""), share.nar_bytes.get());
+        }
+        let name = "granary_share_connections_dropped_total";
+        out.family(name, "counter", "Connections of theirs that were too many.");
+        for (to, share) in shares {
+            let dropped = share.connections_dropped.get();
+            out.sample(name, &format!("to=\"{to}\""), dropped);
+        }
+    }
+}
+
 /// The text format as it is written. Writing to text does not fail.
 #[derive(Default)]
 pub struct Exposition(String);
@@ -561,7 +572,7 @@ impl SourceKind {
     pub fn of(role: Option<&CacheRole>) -> SourceKind {
         match role {
             Some(CacheRole::Anchor) => SourceKind::Anchor,
-            Some(CacheRole::Upstream) | None => SourceKind::Upstream,
+            Some(CacheRole::Upstream | CacheRole::Strangers) | None => SourceKind::Upstream,
         }
     }
 

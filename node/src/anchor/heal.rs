@@ -54,7 +54,7 @@ impl Sources {
             token: None,
             authorities: source.authorities,
         };
-        let caches = WebCaches::new(sources.into_iter().map(cache).collect())?;
+        let caches = WebCaches::new(sources.into_iter().map(cache).collect(), None)?;
         Ok(Sources(caches, known))
     }
 }

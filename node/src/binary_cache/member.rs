@@ -1,6 +1,7 @@
 //! Member: the transfer port of another node as a binary cache, over mutual TLS.
 //!
-//! One GET under the canonical URL, from any offset: members serve NARs as they are.
+//! One GET under the canonical URL, from any offset: members serve NARs as they are. Of nodes of other meshes, which
+//! share in public, it is the same port.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -8,11 +9,12 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use granary_protocol::narinfo::nar_url;
+use granary_protocol::narinfo::{NARINFO_BYTES_MAX, nar_url};
 use granary_protocol::peer::PeerId;
+use granary_protocol::store_path::StorePathHash;
 use http::header::{CONTENT_ENCODING, CONTENT_RANGE, HOST, RANGE};
 use http::{Request, StatusCode};
-use http_body_util::{BodyExt, Empty};
+use http_body_util::{BodyExt, Empty, Limited};
 use hyper::body::{Body, Incoming};
 use hyper::client::conn::http1::{Builder, SendRequest};
 use hyper_util::rt::TokioIo;
@@ -99,6 +101,43 @@ impl PeerCaches {
             connection,
             body: response.into_body(),
         })
+    }
+
+    /// Asks `peer` for the narinfo of a path, which members tell on the control plane and strangers here; `None` when
+    /// it has none.
+    pub async fn narinfo(
+        &self,
+        peer: PeerId,
+        address: SocketAddr,
+        hash: StorePathHash,
+    ) -> Result<Option<String>, TransferError> {
+        let broken = |source| TransferError::Broken { peer, source };
+        let url = format!("/{hash}.narinfo");
+        let from_idle = match self.take_idle(&peer, address) {
+            // The server may just have closed it; then nothing was sent and a new one is due.
+            Some(connection) => send(connection, address, &url, 0).await.ok(),
+            None => None,
+        };
+        let (connection, response) = match from_idle {
+            Some(answer) => answer,
+            None => {
+                let connection = self.connect(peer, address).await?;
+                send(connection, address, &url, 0).await.map_err(broken)?
+            }
+        };
+        let status = response.status();
+        let body = Limited::new(response.into_body(), NARINFO_BYTES_MAX);
+        let body = body.collect().await;
+        let body = body.map_err(|_| TransferError::NoNarInfo { peer })?;
+        self.keep_idle(peer, address, connection);
+        match status {
+            StatusCode::OK => match String::from_utf8(body.to_bytes().to_vec()) {
+                Ok(text) => Ok(Some(text)),
+                Err(_) => Err(TransferError::NoNarInfo { peer }),
+            },
+            StatusCode::NOT_FOUND => Ok(None),
+            _ => Err(TransferError::NoNarInfo { peer }),
+        }
     }
 
     async fn connect(
@@ -190,20 +229,29 @@ impl FromMember<'_> {
 }
 
 async fn ask(
-    mut connection: Connection,
+    connection: Connection,
     address: SocketAddr,
     wanted: Wanted,
     from: u64,
 ) -> Result<(Connection, http::Response<Incoming>), hyper::Error> {
-    connection.ready().await?;
     let url = format!("/{}", nar_url(&wanted.store_path_hash, &wanted.nar_hash));
+    send(connection, address, &url, from).await
+}
+
+async fn send(
+    mut connection: Connection,
+    address: SocketAddr,
+    url: &str,
+    from: u64,
+) -> Result<(Connection, http::Response<Incoming>), hyper::Error> {
+    connection.ready().await?;
     let mut request = Request::get(url).header(HOST, address.to_string());
     if from > 0 {
         request = request.header(RANGE, format!("bytes={from}-"));
     }
     let request = request
         .body(Empty::new())
-        .expect("a NAR's URL and an address are valid in HTTP");
+        .expect("our URLs and an address are valid in HTTP");
     let response = connection.send_request(request).await?;
     Ok((connection, response))
 }

@@ -20,8 +20,9 @@ use reqwest::{Client, Response, Url};
 use tokio::sync::Semaphore;
 use tracing::debug;
 
+use super::strangers::{self, Strangers};
 use super::unpack::{self, Unpacked, Unpackers};
-use super::{Origin, RESPONSE_TIMEOUT, SILENCE_TIMEOUT, TransferError};
+use super::{Origin, RESPONSE_TIMEOUT, SILENCE_TIMEOUT, Transfer, TransferError, Wanted};
 use crate::authority::Authorities;
 
 /// Time for name resolution, TCP and TLS. The mind waits for nobody that long; a connection that
@@ -54,9 +55,11 @@ pub struct WebCache {
 #[error("cannot set up HTTP for anchors and upstreams: {0}")]
 pub struct WebSetupError(#[from] reqwest::Error);
 
-/// Asks the caches of the configuration, by their number.
+/// Asks the caches of the configuration, by their number. The number after the last one is that of all strangers, where
+/// they are asked.
 pub struct WebCaches {
     caches: Vec<Known>,
+    strangers: Option<Strangers>,
     unpackers: Unpackers,
 }
 
@@ -106,7 +109,10 @@ fn client(authorities: &Authorities) -> Result<Client, WebSetupError> {
 }
 
 impl WebCaches {
-    pub fn new(caches: Vec<WebCache>) -> Result<WebCaches, WebSetupError> {
+    pub fn new(
+        caches: Vec<WebCache>,
+        strangers: Option<Strangers>,
+    ) -> Result<WebCaches, WebSetupError> {
         let shared = client(&Authorities::default())?;
         let known = |cache: WebCache| {
             Ok::<_, WebSetupError>(Known {
@@ -123,18 +129,35 @@ impl WebCaches {
         };
         Ok(WebCaches {
             caches: caches.into_iter().map(known).collect::<Result<_, _>>()?,
+            strangers,
             unpackers: Unpackers::default(),
         })
     }
 
     /// The roles, for the mind.
     pub fn roles(&self) -> Vec<CacheRole> {
-        self.caches.iter().map(|cache| cache.role).collect()
+        let roles = self.caches.iter().map(|cache| cache.role);
+        let strangers = self.strangers.iter().map(|_| CacheRole::Strangers);
+        roles.chain(strangers).collect()
     }
 
     /// What a cache is called in logs and status.
     pub fn name(&self, cache: usize) -> Option<Arc<str>> {
-        self.caches.get(cache).map(|cache| cache.name.clone())
+        match self.caches.get(cache) {
+            Some(cache) => Some(cache.name.clone()),
+            None => self.strangers_of(cache).map(|_| strangers::NAME.into()),
+        }
+    }
+
+    /// Nodes of other meshes, where they are asked.
+    pub fn strangers(&self) -> Option<&Strangers> {
+        self.strangers.as_ref()
+    }
+
+    fn strangers_of(&self, cache: usize) -> Option<&Strangers> {
+        self.strangers
+            .as_ref()
+            .filter(|_| cache == self.caches.len())
     }
 
     /// Asks for narinfos; answers come as they arrive. What fails is left out, and when the cache
@@ -145,6 +168,10 @@ impl WebCaches {
         hashes: Vec<StorePathHash>,
     ) -> impl Stream<Item = Answer> + '_ {
         let asked = hashes.into_iter().map(move |hash| async move {
+            if let Some(strangers) = self.strangers_of(cache) {
+                let narinfo = strangers.narinfo(hash).await;
+                return Some(Ok(Answer { hash, narinfo }));
+            }
             let known = self.caches.get(cache)?;
             let answer = tokio::time::timeout(RESPONSE_TIMEOUT, self.narinfo(known, hash)).await;
             let answer = answer.unwrap_or(Err(NarInfoRequestError::TimedOut));
@@ -203,6 +230,26 @@ impl WebCaches {
         }
         let text = String::from_utf8(body).map_err(|_| NarInfoRequestError::NoText)?;
         Ok(Some(text))
+    }
+
+    /// Asks a cache, or strangers, for the NAR of a narinfo that they gave, from byte `from` of the NAR.
+    ///
+    /// Returns when the head of the answer has arrived.
+    pub async fn transfer(
+        &self,
+        cache: usize,
+        narinfo: &NarInfo,
+        from: u64,
+    ) -> Result<Transfer<'_>, TransferError> {
+        let Some(strangers) = self.strangers_of(cache) else {
+            return self.nar(cache, narinfo, from).await.map(Transfer::Web);
+        };
+        let wanted = Wanted {
+            store_path_hash: narinfo.store_path.hash(),
+            nar_hash: narinfo.nar_hash,
+            nar_size: narinfo.nar_size,
+        };
+        strangers.nar(wanted, from).await.map(Transfer::Stranger)
     }
 
     /// Asks a cache for the NAR of a narinfo that it gave, from byte `from` of the NAR.

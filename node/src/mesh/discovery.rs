@@ -1,7 +1,7 @@
 //! Discovery: neighbours on the local network, by mDNS service discovery (RFC 6762, RFC 6763).
 //!
 //! A node announces `_granary._tcp` with four TXT values: its peer id, the protocol version, a tag that tells its mesh
-//! from others (a hash, not the key), and the port of its data plane. Names of the instance and of the host are made
+//! from others (a hash, not the key), and the port of its data plane; and a fifth, `public`, if it shares in public. Names of the instance and of the host are made
 //! from the peer id, so a listener in a café learns that a node is there, and nothing about the machine or its owner.
 //!
 //! What is found is a hint: anybody may announce anything. The Noise handshake proves the peer id, Hello the membership.
@@ -33,6 +33,9 @@ pub const PEERS_MAX: usize = 1024;
 /// Addresses taken from one announcement, best first. A machine with more has bridges that lead nowhere.
 pub const ADDRESSES_MAX: usize = 8;
 
+/// The TXT value of a node that shares in public; it is 1, or not there.
+const PUBLIC: &str = "public";
+
 /// Characters of a TXT value. A peer id has 52, a tag is a hash in base 32 or 16.
 const TXT_VALUE_MAX: usize = 64;
 
@@ -60,6 +63,10 @@ pub struct Config {
     pub transfer_port: u16,
     /// [`mdns_sd::MDNS_PORT`], another one in tests.
     pub mdns_port: u16,
+    /// Whether strangers may ask this node for what is shared in public.
+    pub is_public: bool,
+    /// Whether nodes of other meshes that share in public are told of.
+    pub finds_strangers: bool,
     /// Names of the interfaces to use, loopback only if it is named here; empty means all but loopback.
     pub interfaces: Vec<String>,
 }
@@ -77,7 +84,17 @@ pub enum DiscoveryEvent {
         version: u32,
     },
     /// It said goodbye, or its announcement expired.
-    Lost { peer: PeerId },
+    Lost {
+        peer: PeerId,
+    },
+    /// A node of another mesh that shares in public, and where its data plane is.
+    FoundStranger {
+        peer: PeerId,
+        address: SocketAddr,
+    },
+    LostStranger {
+        peer: PeerId,
+    },
 }
 
 /// Why there is no discovery. The node goes on without.
@@ -104,6 +121,8 @@ pub struct Discovery {
     has_warned: bool,
     /// By the full name of the service, which is all that a removal tells.
     found: BTreeMap<String, Found>,
+    /// Nodes of other meshes that share in public, in the same way.
+    strangers: BTreeMap<String, (PeerId, SocketAddr)>,
     foreign: u64,
     malformed: u64,
 }
@@ -137,6 +156,7 @@ impl Discovery {
             has_warned: false,
             config,
             found: BTreeMap::new(),
+            strangers: BTreeMap::new(),
             foreign: 0,
             malformed: 0,
         })
@@ -210,7 +230,7 @@ impl Discovery {
                 info!("looked for neighbours again, the events had been cut off");
                 self.browser = browser;
                 // Who left in the meantime is not told; who is there is found again.
-                self.found.clear();
+                self.forget();
             }
             Err(error) => debug!(%error, "failed to look for neighbours again"),
         }
@@ -227,10 +247,15 @@ impl Discovery {
                 self.monitor = daemon.monitor().ok();
                 self.daemon = daemon;
                 self.browser = browser;
-                self.found.clear();
+                self.forget();
             }
             Err(error) => debug!(%error, "failed to start mDNS again"),
         }
+    }
+
+    fn forget(&mut self) {
+        self.found.clear();
+        self.strangers.clear();
     }
 
     fn start_again(&mut self) {
@@ -264,14 +289,14 @@ impl Discovery {
         }
         if announced.mesh_tag != self.config.mesh_tag {
             self.foreign += 1;
+            if self.config.finds_strangers && announced.is_public {
+                let address = usable(addresses_of(service), announced.transfer_port);
+                return self.stranger(&service.fullname, announced.peer, *address.first()?);
+            }
             debug!(peer = %announced.peer, "ignored node of another mesh");
             return self.removed(&service.fullname);
         }
-        let ips: BTreeSet<_> = service
-            .addresses
-            .iter()
-            .map(|address| address.to_ip_addr())
-            .collect();
+        let ips = addresses_of(service);
         let addresses = usable(ips, service.port);
         if addresses.is_empty() {
             // Addresses arrive one by one; a link-local one may be the first.
@@ -301,7 +326,24 @@ impl Discovery {
         })
     }
 
+    fn stranger(
+        &mut self,
+        name: &str,
+        peer: PeerId,
+        address: SocketAddr,
+    ) -> Option<DiscoveryEvent> {
+        match self.strangers.get(name) {
+            Some(known) if *known == (peer, address) => return None,
+            None if self.strangers.len() >= PEERS_MAX => return None,
+            _ => self.strangers.insert(name.to_owned(), (peer, address)),
+        };
+        Some(DiscoveryEvent::FoundStranger { peer, address })
+    }
+
     fn removed(&mut self, name: &str) -> Option<DiscoveryEvent> {
+        if let Some((peer, _)) = self.strangers.remove(name) {
+            return Some(DiscoveryEvent::LostStranger { peer });
+        }
         let Found { peer, .. } = self.found.remove(name)?;
         // The same peer under another name is still there.
         if self.found.values().any(|other| other.peer == peer) {
@@ -344,6 +386,7 @@ struct Announced {
     version: u32,
     mesh_tag: String,
     transfer_port: u16,
+    is_public: bool,
 }
 
 impl Announced {
@@ -377,8 +420,14 @@ impl Announced {
             version: number(value("v")?)?,
             mesh_tag,
             transfer_port,
+            is_public: value(PUBLIC) == Some("1"),
         })
     }
+}
+
+fn addresses_of(service: &ResolvedService) -> BTreeSet<IpAddr> {
+    let addresses = service.addresses.iter();
+    addresses.map(|address| address.to_ip_addr()).collect()
 }
 
 /// A decimal number without sign or leading zeros: one form for each.
@@ -421,12 +470,15 @@ fn announcement(config: &Config) -> Result<ServiceInfo, mdns_sd::Error> {
     let id = config.me.to_string();
     let version = config.version.to_string();
     let transfer = config.transfer_port.to_string();
-    let txt = [
+    let mut txt = vec![
         ("id", id.as_str()),
         ("v", &version),
         ("mesh", &config.mesh_tag),
         ("transfer", &transfer),
     ];
+    if config.is_public {
+        txt.push((PUBLIC, "1"));
+    }
     // DNS labels have at most 63 bytes; a peer id of an ed25519 key has 52.
     let host = format!("granary-{}.local.", id.to_ascii_lowercase());
     let mut service =
@@ -487,6 +539,8 @@ mod tests {
             listen_port: 4700 + u16::from(seed),
             transfer_port: 4800 + u16::from(seed),
             mdns_port,
+            is_public: false,
+            finds_strangers: false,
             interfaces: vec!["lo".to_owned()],
         }
     }
@@ -555,6 +609,38 @@ mod tests {
         // And one of ours is still found.
         let _other = Discovery::new(config(3, "red", port)).unwrap();
         expect_found(next(&mut red).await, 3);
+    }
+
+    #[tokio::test]
+    async fn node_of_another_mesh_that_shares_in_public_is_found_by_who_wants_that() {
+        let port = free_port();
+        let mut red = Discovery::new(Config {
+            finds_strangers: true,
+            ..config(1, "red", port)
+        });
+        let red = red.as_mut().unwrap();
+        let _silent = Discovery::new(config(2, "blue", port)).unwrap();
+        let public = Discovery::new(Config {
+            is_public: true,
+            ..config(3, "blue", port)
+        });
+        let wanted = config(3, "blue", port);
+        match next(red).await {
+            DiscoveryEvent::FoundStranger { peer, address } => {
+                assert_eq!(peer, wanted.me);
+                assert_eq!(address.port(), wanted.transfer_port);
+            }
+            other => panic!("{other:?}"),
+        }
+        public.unwrap().shutdown().await;
+        loop {
+            match next(red).await {
+                DiscoveryEvent::LostStranger { peer } => return assert_eq!(peer, wanted.me),
+                // The other family's addresses may have come in between.
+                DiscoveryEvent::FoundStranger { peer, .. } => assert_eq!(peer, wanted.me),
+                other => panic!("{other:?}"),
+            }
+        }
     }
 
     #[tokio::test]

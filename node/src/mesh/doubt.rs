@@ -38,6 +38,10 @@ impl Loop {
         }
         if let Some(discovery) = &mut self.discovery {
             discovery.restart();
+            // Those who are here will be found again.
+            if let Some(strangers) = self.caches.strangers() {
+                strangers.clear();
+            }
         }
     }
 

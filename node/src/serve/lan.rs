@@ -1,4 +1,5 @@
-//! The LAN's port: the shared part of the store over plain HTTP, for machines without Granary.
+//! The LAN's port: the shared part of the store over plain HTTP, for machines without Granary; and over TLS on the
+//! members' port, for strangers, what is shared in public.
 //!
 //! It gives what is in this machine's store and shared ([`Readers::Lan`](crate::store::shared::Readers)), and asks
 //! nobody else; what is hidden or denied cannot be told from what is not there. Off unless `share.http` is set.
@@ -17,7 +18,8 @@ use granary_protocol::hash::sha256;
 use http::header::HOST;
 use http::{HeaderMap, Request, Response};
 use hyper::body::Incoming;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -27,14 +29,15 @@ use super::narinfo as narinfo_json;
 use super::respond::{self, Body};
 use super::turns::Turns;
 use super::{Route, connection, credentials, host_name, nar};
-use crate::crowd::{Bounds, Crowd, crowd_of};
-use crate::metrics::Metrics;
+use crate::crowd::{Bounds, Crowd, Stranger, crowd_of};
+use crate::metrics::{Metrics, Share};
 use crate::store::{LocalStore, PathInfo, StoreError};
 
 /// How long an idle connection is kept. curl keeps its own for 118 s, and opens another one.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Connections at once. Nix opens 25 per process, and several machines may stand behind one router.
+/// Connections of machines of the LAN, and of strangers, at once. Nix opens 25 per process, and several machines may
+/// stand behind one router.
 const CONNECTIONS: Bounds = Bounds {
     all: 512,
     per_address: 128,
@@ -81,6 +84,7 @@ pub struct LanPort {
     shared: Arc<dyn LocalStore>,
     rules: Rules,
     metrics: Arc<Metrics>,
+    counts: Arc<Share>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
     crowd: Arc<Crowd>,
@@ -93,6 +97,7 @@ impl LanPort {
         shared: Arc<dyn LocalStore>,
         rules: Rules,
         metrics: Arc<Metrics>,
+        counts: Arc<Share>,
         shutdown: CancellationToken,
         tasks: TaskTracker,
     ) -> Arc<LanPort> {
@@ -100,6 +105,7 @@ impl LanPort {
             shared,
             rules,
             metrics,
+            counts,
             shutdown,
             tasks,
             crowd: Crowd::of_anybody(CONNECTIONS),
@@ -117,9 +123,17 @@ impl LanPort {
             };
             match accepted {
                 Ok((socket, address)) => {
+                    if let Err(error) = socket.set_nodelay(true) {
+                        debug!(%error, "could not set TCP_NODELAY");
+                    }
+                    // Here, so that the crowd has them in the order in which they came.
+                    // Nothing is held against anybody here, so everybody has a place.
+                    let Some(stranger) = self.crowd.enter(address.ip()) else {
+                        continue;
+                    };
                     let port = self.clone();
                     self.tasks
-                        .spawn(async move { port.serve(socket, address).await });
+                        .spawn(async move { port.serve(socket, address, stranger).await });
                 }
                 Err(error) => {
                     warn!(%error, "could not accept a connection from the LAN");
@@ -129,22 +143,29 @@ impl LanPort {
         }
     }
 
-    async fn serve(self: &Arc<LanPort>, socket: TcpStream, address: SocketAddr) {
-        if let Err(error) = socket.set_nodelay(true) {
-            debug!(%error, "could not set TCP_NODELAY");
-        }
+    /// Answers on a connection that was accepted elsewhere, until it ends.
+    pub async fn attend<S>(self: &Arc<LanPort>, stream: S, address: SocketAddr)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
         // Nothing is held against anybody here, so everybody has a place.
-        let Some(stranger) = self.crowd.enter(address.ip()) else {
-            return;
-        };
-        let requests = connection(socket, PATIENCE, self.shutdown.clone(), |request| {
+        if let Some(stranger) = self.crowd.enter(address.ip()) {
+            self.serve(stream, address, stranger).await;
+        }
+    }
+
+    async fn serve<S>(self: &Arc<LanPort>, stream: S, address: SocketAddr, stranger: Stranger)
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let requests = connection(stream, PATIENCE, self.shutdown.clone(), |request| {
             let port = self.clone();
             async move { port.answer(crowd_of(address.ip()), request).await }
         });
         tokio::select! {
             () = requests => {}
             () = stranger.sent_away() => {
-                self.metrics.share.connections_dropped.add(1);
+                self.counts.connections_dropped.add(1);
                 debug!(%address, "dropped a connection from the LAN, there are too many");
             }
         }
@@ -161,7 +182,7 @@ impl LanPort {
             Some(refusal) => refusal,
             None => self.route(route, &request).await,
         };
-        self.metrics.share.count(response.status());
+        self.counts.count(response.status());
         response
     }
 
@@ -211,8 +232,8 @@ impl LanPort {
             },
             Route::Nar(url) => match nar::open(&self.shared, &url).await {
                 Ok(Some(local)) => {
-                    let metrics = self.metrics.clone();
-                    let sent = move |bytes| metrics.share.nar_bytes.add(bytes);
+                    let counts = self.counts.clone();
+                    let sent = move |bytes| counts.nar_bytes.add(bytes);
                     let (method, headers) = (request.method(), request.headers());
                     Ok(local.respond(method, headers, sent).await)
                 }

@@ -5,7 +5,8 @@
 //! long as the connection stands. What one member takes is bounded for itself: connections, how fast it makes them,
 //! streams, and requests in a second, so that a flood slows down who makes it. Everyone else is closed after the handshake without a byte of
 //! application data, and shares a small room with others ([`Crowd`]) until then. Where the mesh key is,
-//! those who ask to join are handed to who admits.
+//! those who ask to join are handed to who admits; where something is shared in public, strangers who ask for that
+//! are answered by another service ([`LanPort`]) over another view of the store.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -24,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
+use super::lan::LanPort;
 use super::respond::{self, Body};
 use super::tls::{Acceptor, Purpose, TlsError};
 use super::{Route, connection, nar};
@@ -74,6 +76,8 @@ pub struct Entrance {
     pub crowd: Arc<Crowd>,
     /// `None` where the mesh key is not.
     pub newcomers: Option<Newcomers>,
+    /// Answers strangers; `None` where nothing is shared in public.
+    pub public: Option<Arc<LanPort>>,
 }
 
 /// Serves members.
@@ -186,13 +190,24 @@ impl MembersPort {
             return;
         };
         let peer = PeerId::from_public_key(key);
-        if purpose == Purpose::Joining {
-            // A stranger still, but no longer on its way in: who admits has room of its own.
-            drop(stranger);
-            if let Some(newcomers) = &self.entrance.newcomers {
-                newcomers(stream, peer).await;
+        match purpose {
+            Purpose::Joining => {
+                // A stranger still, but no longer on its way in: who admits has room of its own.
+                drop(stranger);
+                if let Some(newcomers) = &self.entrance.newcomers {
+                    newcomers(stream, peer).await;
+                }
+                return;
             }
-            return;
+            Purpose::Public => {
+                // What answers those has room for them as well.
+                drop(stranger);
+                if let Some(public) = &self.entrance.public {
+                    public.attend(stream, address).await;
+                }
+                return;
+            }
+            Purpose::Transfer => {}
         }
         let room = self.room(peer);
         let all = self.connections.clone().try_acquire_owned();

@@ -41,6 +41,9 @@ use crate::identity::Identity;
 /// The only protocol: HTTP/1.1 as this version of Granary speaks it.
 pub const ALPN: &[u8] = b"granary/1";
 
+/// The same for whoever is not admitted, to nodes that share in public.
+pub const PUBLIC_ALPN: &[u8] = b"granary-public/1";
+
 /// What a machine speaks that wants to be admitted, to the holder of the mesh key.
 pub const JOINING_ALPN: &[u8] = b"granary-join/1";
 
@@ -102,7 +105,7 @@ pub enum TlsSetupError {
 /// Takes connections of members, and of those who want to become one.
 #[derive(Clone)]
 pub struct Acceptor {
-    tls: tokio_rustls::TlsAcceptor,
+    config: Arc<ServerConfig>,
     deadline: Duration,
 }
 
@@ -111,6 +114,8 @@ pub struct Acceptor {
 pub enum Purpose {
     /// HTTP, for a peer that is admitted.
     Transfer,
+    /// HTTP, for whoever it is.
+    Public,
     /// To be admitted.
     Joining,
 }
@@ -145,12 +150,18 @@ pub fn acceptor(
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
     Ok(Acceptor {
-        tls: Arc::new(config).into(),
+        config: Arc::new(config),
         deadline,
     })
 }
 
 impl Acceptor {
+    /// Takes connections of strangers as well, for what is shared in public.
+    pub fn open_to_strangers(&mut self) {
+        let config = Arc::make_mut(&mut self.config);
+        config.alpn_protocols.push(PUBLIC_ALPN.to_vec());
+    }
+
     /// Completes the handshake and returns who is there.
     ///
     /// `is_admitted` is asked once, right after the handshake, of who wants transfers; a peer that it refuses is told
@@ -163,20 +174,25 @@ impl Acceptor {
         let address = socket.peer_addr().map_err(TlsError::Gone)?;
         socket.set_nodelay(true).map_err(TlsError::Gone)?;
         let after = self.deadline;
-        let mut stream = timeout(after, self.tls.accept(socket))
+        let tls = tokio_rustls::TlsAcceptor::from(self.config.clone());
+        let mut stream = timeout(after, tls.accept(socket))
             .await
             .map_err(|_| TlsError::TimedOut { address, after })?
             .map_err(|source| TlsError::Handshake { address, source })?;
         let session = stream.get_ref().1;
         let purpose = match session.alpn_protocol() {
             Some(ALPN) => Some(Purpose::Transfer),
+            // Agreed upon only where this node shares in public.
+            Some(PUBLIC_ALPN) => Some(Purpose::Public),
             // Agreed upon only where the mesh key is.
             Some(JOINING_ALPN) => Some(Purpose::Joining),
             _ => None,
         };
         let peer = session.peer_certificates().and_then(peer_of);
         match (peer, purpose) {
-            (Some(peer), Some(purpose @ Purpose::Joining)) => Ok((stream, peer, purpose)),
+            (Some(peer), Some(purpose @ (Purpose::Joining | Purpose::Public))) => {
+                Ok((stream, peer, purpose))
+            }
             (Some(peer), Some(purpose)) if is_admitted(&peer) => Ok((stream, peer, purpose)),
             (peer, purpose) => {
                 // A stranger that does not take the close is dropped; it gets no second deadline.
@@ -202,6 +218,11 @@ pub struct Connector {
 /// Makes a connector with a fresh certificate; see [`acceptor`] on its lifetime.
 pub fn connector(identity: &Identity, deadline: Duration) -> Result<Connector, TlsSetupError> {
     connector_for(ALPN, identity, deadline)
+}
+
+/// Makes a connector with which a stranger asks a node that shares in public.
+pub fn stranger(identity: &Identity, deadline: Duration) -> Result<Connector, TlsSetupError> {
+    connector_for(PUBLIC_ALPN, identity, deadline)
 }
 
 /// Makes a connector with which to join: to be told the mesh key's peer id as the one to expect.

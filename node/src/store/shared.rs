@@ -9,7 +9,7 @@ use std::sync::Arc;
 use futures::future::BoxFuture;
 use granary_protocol::narinfo::SIGNATURES_MAX;
 use granary_protocol::sharing::{Facts, Sharing};
-use granary_protocol::signature::{SecretKey, TrustedKeys};
+use granary_protocol::signature::{SecretKey, Signature, TrustedKeys};
 use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
 use granary_protocol::voucher::Voucher;
 use regex::Regex;
@@ -83,11 +83,14 @@ impl SharingRules {
             return None;
         }
         info.drop_own_signatures();
+        if let Readers::Strangers = readers {
+            self.leave_what_is_public(&mut info, dir);
+        }
         let fingerprint = || info.to_narinfo().fingerprint(dir);
         let signature = match readers {
             Readers::Members(voucher) if info.ultimate => Some(voucher.sign(&fingerprint())),
             Readers::Lan(Some(key)) => Some(key.sign(fingerprint().as_bytes())),
-            Readers::Members(_) | Readers::Lan(None) => None,
+            Readers::Members(_) | Readers::Lan(None) | Readers::Strangers => None,
         };
         if let Some(signature) = signature
             && info.signatures.len() < SIGNATURES_MAX
@@ -96,6 +99,19 @@ impl SharingRules {
             info.signatures.push(signature);
         }
         readers.may_have(&info).then_some(info)
+    }
+
+    /// Takes out what says more than a public cache does: who else signed the path, and what it was made from.
+    fn leave_what_is_public(&self, info: &mut PathInfo, dir: &StoreDir) {
+        let fingerprint = info.to_narinfo().fingerprint(dir);
+        let is_trusted = |signature: &Signature| {
+            let signature = std::slice::from_ref(signature);
+            let key = self.trust.verify(fingerprint.as_bytes(), signature);
+            key.is_some()
+        };
+        info.signatures.retain(is_trusted);
+        info.deriver = None;
+        info.ultimate = false;
     }
 }
 
@@ -106,6 +122,9 @@ pub enum Readers {
     /// Machines without a node, who know keys alone. What they are given is signed by this key; without it they
     /// are given what they can prove all the same.
     Lan(Option<SecretKey>),
+    /// Nodes of other meshes, of a store whose rules trust public keys alone: what one of these signed, with no
+    /// other word.
+    Strangers,
 }
 
 impl Readers {
@@ -114,6 +133,8 @@ impl Readers {
         match self {
             Readers::Members(_) | Readers::Lan(Some(_)) => true,
             Readers::Lan(None) => info.ca.is_some() || !info.signatures.is_empty(),
+            // Of those in what `shown` leaves, each is by a public key. What a store names beside them it says itself.
+            Readers::Strangers => !info.ultimate && !info.signatures.is_empty(),
         }
     }
 }

@@ -259,8 +259,10 @@ impl Assembly {
                 opened.map(Transfer::Member)
             }
             Source::Cache { cache, narinfo } => {
-                let opened = self.sources.caches.nar(*cache, narinfo.narinfo(), at).await;
-                opened.map(Transfer::Web)
+                self.sources
+                    .caches
+                    .transfer(*cache, narinfo.narinfo(), at)
+                    .await
             }
         }
     }

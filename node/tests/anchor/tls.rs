@@ -198,7 +198,7 @@ async fn a_node_asks_an_anchor_whose_authority_it_was_told() {
             token: Some(token.parse().unwrap()),
             authorities,
         };
-        WebCaches::new(vec![cache]).unwrap()
+        WebCaches::new(vec![cache], None).unwrap()
     };
     let hashes = vec![sample.hash().parse().unwrap()];
     let told = caches(Authorities::read(Some(&authority.file())).unwrap());

@@ -33,6 +33,7 @@ documents! {
     second_machine "docs/second-machine.md"
     anchor "docs/anchor.md"
     without_granary "docs/without-granary.md"
+    conference "docs/conference.md"
     nixos "docs/nixos.md"
     configuration "docs/configuration.md"
     endpoint "docs/endpoint.md"

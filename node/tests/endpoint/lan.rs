@@ -153,7 +153,7 @@ async fn machines_without_a_node_read_what_is_shared_and_nothing_else() {
     assert_eq!(
         count(
             &desktop,
-            "granary_share_requests_total{outcome=\"refused\"}"
+            "granary_share_requests_total{to=\"lan\",outcome=\"refused\"}"
         ),
         2
     );
@@ -274,7 +274,10 @@ async fn a_flood_from_one_address_waits_and_harms_nobody_else() {
     }
     until("the oldest are dropped", || {
         // The connection that flooded stands among them, and goes first.
-        count(&desktop, "granary_share_connections_dropped_total") == DROPPED as u64 + 1
+        count(
+            &desktop,
+            "granary_share_connections_dropped_total{to=\"lan\"}",
+        ) == DROPPED as u64 + 1
     });
     assert!(client.is_closed() && silent[DROPPED - 1].is_closed());
     for client in [&mut early, silent.last_mut().unwrap()] {

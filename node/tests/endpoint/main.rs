@@ -22,6 +22,7 @@ mod pages;
 mod lan;
 mod machine;
 mod process;
+mod public;
 mod proxy;
 mod restart;
 mod routes;

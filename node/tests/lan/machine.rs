@@ -110,6 +110,7 @@ impl Lan {
                 trusts_members: true,
                 deny: Vec::new(),
                 transfer: SocketAddr::from((Ipv4Addr::UNSPECIFIED, TRANSFER_PORT)),
+                mesh_extra: String::new(),
                 extra: String::new(),
             },
             name: name.to_owned(),
@@ -132,7 +133,9 @@ pub struct Settings {
     pub deny: Vec<String>,
     /// Where the data plane listens.
     pub transfer: SocketAddr,
-    /// Further tables.
+    /// Further keys of `[mesh]`.
+    pub mesh_extra: String,
+    /// Further keys of `[share]`, and tables.
     pub extra: String,
 }
 
@@ -406,6 +409,7 @@ impl Machine {
             trusts_members,
             deny,
             transfer,
+            mesh_extra,
             extra,
         } = &self.settings;
         let mesh_key = mesh_key
@@ -426,7 +430,7 @@ impl Machine {
              [substituter]\nlisten = \"127.0.0.1:{SUBSTITUTER_PORT}\"\npriority = 10\n\
              [mesh]\n{mesh_key}{certificate}{ticket_file}\
              listen = [\"0.0.0.0:{MESH_PORT}\"]\ntransfer = [\"{transfer}\"]\n\
-             mdns = {mdns}\npeers = {peers:?}\ninterfaces = []\n\
+             mdns = {mdns}\npeers = {peers:?}\ninterfaces = []\n{mesh_extra}\
              [trust]\nkeys = {trusted_keys:?}\nmembers = {trusts_members}\n\
              [share]\nenable = true\ndeny = {deny:?}\n{extra}",
             self.folder.path().join("state"),

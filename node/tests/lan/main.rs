@@ -33,6 +33,7 @@ mod revocation;
 mod joining;
 mod vouching;
 mod without_granary;
+mod conference;
 mod corruption;
 mod garbage;
 mod roaming;

@@ -15,13 +15,15 @@ use crate::narinfo::VerifiedNarInfo;
 use crate::peer::PeerId;
 use crate::store_path::StorePathHash;
 
-/// What a cache outside the mesh is to us. Anchors are asked before upstreams.
+/// What a cache outside the mesh is to us. They are asked in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum CacheRole {
     /// Keeps what this mesh built; ours.
     Anchor,
     /// Somebody else's, such as cache.nixos.org.
     Upstream,
+    /// Nodes of other meshes near by, together.
+    Strangers,
 }
 
 impl CacheRole {
@@ -29,6 +31,7 @@ impl CacheRole {
         match self {
             CacheRole::Anchor => "anchor",
             CacheRole::Upstream => "upstream",
+            CacheRole::Strangers => "strangers",
         }
     }
 }

@@ -30,6 +30,9 @@ const ANCHOR_MISS: Duration = Duration::from_secs(30);
 /// the evaluation, the dry run and the build of one command to ask once.
 const UPSTREAM_MISS: Duration = Duration::from_secs(60);
 
+/// How long that of strangers is: they come and go, and one that came may have it.
+const STRANGERS_MISS: Duration = Duration::from_secs(5);
+
 /// Misses remembered: as many as Nix keeps in memory itself. About 100 bytes each.
 pub(super) const MISSES_MAX: usize = 65_536;
 
@@ -175,6 +178,7 @@ impl Misses {
         let believed = match role {
             CacheRole::Anchor => ANCHOR_MISS,
             CacheRole::Upstream => UPSTREAM_MISS,
+            CacheRole::Strangers => STRANGERS_MISS,
         };
         let (prefix, until) = (HashPrefix::from(&hash), now + believed);
         if let Some(before) = self.until.insert((prefix, hash, cache), until) {
