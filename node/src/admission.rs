@@ -66,7 +66,12 @@ const HOST_NAME_BYTES_MAX: u64 = 256;
 /// Why the mesh key cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum MeshKeyError {
-    #[error("cannot read the mesh key {path} (made by granary mesh create): {source}", path = .path.display())]
+    #[error(
+        "there is no mesh key at {path}\nhint: run this on the machine that made the mesh by granary up or granary mesh create --here, as whom the node runs",
+        path = .path.display()
+    )]
+    Absent { path: PathBuf },
+    #[error("cannot read the mesh key {path}: {source}", path = .path.display())]
     Io { path: PathBuf, source: io::Error },
     #[error(
         "the mesh key {path} has mode {mode:04o}, others may read it, refusing to use it; run chmod 0600 {path}",
@@ -124,9 +129,12 @@ pub enum AskError {
 
 /// Reads the secret half of a mesh key.
 pub fn read_mesh_key(path: &Path) -> Result<SecretKey, MeshKeyError> {
-    let failed = |source| MeshKeyError::Io {
-        path: path.to_owned(),
-        source,
+    let failed = |source: io::Error| {
+        let path = path.to_owned();
+        match source.kind() {
+            io::ErrorKind::NotFound => MeshKeyError::Absent { path },
+            _ => MeshKeyError::Io { path, source },
+        }
     };
     let metadata = fs::metadata(path).map_err(failed)?;
     if let Some(mode) = secret::exposed(path, &metadata) {

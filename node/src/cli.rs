@@ -41,8 +41,9 @@ const SECONDS_PER_DAY: u64 = 86_400;
 const AFTER_HELP: &str = "\
 Exit status: 0 for success, 1 for failure, 2 for misuse of the command line.
 
-Files: /etc/granary/granary.toml is the configuration unless --config or GRANARY_CONFIG names another; every key
-has a default. RUST_LOG sets what is logged (RUST_LOG=granary=debug), --log-format in which form.";
+Files: /etc/granary/granary.toml is the configuration unless --config or GRANARY_CONFIG
+names another; every key has a default. RUST_LOG sets what is logged
+(RUST_LOG=granary=debug), --log-format in which form.";
 
 /// Share Nix builds between the machines of a local network.
 #[derive(Parser)]
@@ -275,6 +276,7 @@ async fn node(
     raise_file_limit();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let inherited = Listener::inherited()?;
+    let substituter = nix_conf::substituter(&config);
     let daemon = Daemon::start_beside(anchor, inherited, config).await?;
     supervisor::ready();
     started()?;
@@ -286,6 +288,9 @@ async fn node(
         tracing::info!("stopping");
         supervisor::stopping(Daemon::STOP_TIMEOUT);
         daemon.stop().await;
+        if let Ok(substituter) = &substituter {
+            nix_conf::remind(substituter);
+        }
         Ok(())
     };
     let watch = async {

@@ -548,7 +548,11 @@ impl Config {
                 .span()
                 .map(|span| 1 + text[..span.start].matches('\n').count());
             let place = line.map_or(String::new(), |line| format!("line {line}: "));
-            format!("{place}{}", with_nearest_key(error.message()))
+            let list = "this table may be there several times: write its name in [[ ]]";
+            let message = error
+                .message()
+                .replace("invalid type: map, expected a sequence", list);
+            format!("{place}{}", with_nearest_key(&message))
         })?;
         match config.contradiction() {
             Some(problem) => Err(problem),

@@ -69,7 +69,7 @@ pub struct Ticket {
 pub enum TicketError {
     #[error("ticket has {0} characters, at most {TICKET_TEXT_BYTES_MAX} are read")]
     TooLong(usize),
-    #[error("ticket does not start with {TEXT_PREFIX:?}")]
+    #[error("ticket does not start with {TEXT_PREFIX:?}, as what granary mesh ticket prints does")]
     NotATicket,
     #[error("ticket is not base64, was all of it copied?")]
     NotBase64,

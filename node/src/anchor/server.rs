@@ -46,7 +46,7 @@ pub enum StartError {
     DefaultCache(#[from] admin::AdminError),
     #[error(transparent)]
     CacheName(#[from] CacheNameError),
-    #[error("another granary anchor works in {path}", path = .path.display())]
+    #[error("another granary anchor works in {path}\nhint: granary up runs one too; stop that first, or give this one a state-dir of its own", path = .path.display())]
     Running { path: std::path::PathBuf },
     #[error("cannot lock the anchor's state folder {path}: {source}", path = .path.display())]
     Lock {

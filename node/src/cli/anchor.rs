@@ -394,7 +394,16 @@ fn issuers(entries: &[config::Oidc]) -> Vec<oidc::Options> {
 
 async fn open(config: &ConfigFile) -> Result<(Config, Arc<Anchor>)> {
     let config = config.load()?;
+    let folder = config.anchor_dir();
+    let is_new = !folder.exists();
     let anchor = Anchor::open(options(&config)?).await?;
+    if is_new {
+        // Likelier than an anchor that is to be made is one elsewhere, of which this would know nothing.
+        eprintln!(
+            "note: no anchor has run with {}, which was made; if yours is another machine's or user's, say this there (with the package: granary-anchor instead of granary)",
+            folder.display()
+        );
+    }
     Ok((config, anchor))
 }
 
@@ -469,10 +478,10 @@ pub async fn cache(arguments: CacheArguments) -> Result<()> {
                     "private"
                 };
                 format!(
-                    "{}  {access}  {}, {} MiB in storage\n",
+                    "{}  {access}  {}, {} in storage\n",
                     cache.name,
                     counted(totals.paths, "path"),
-                    totals.file_bytes >> 20
+                    human_bytes(totals.file_bytes)
                 )
             });
             print(&lines.collect::<String>())
@@ -682,6 +691,14 @@ pub async fn token(arguments: TokenArguments) -> Result<()> {
             config,
         } => {
             let (config, anchor) = open(&config).await?;
+            for pattern in &caches {
+                let name = pattern.to_string().parse::<CacheName>();
+                if let Ok(name) = name
+                    && anchor.catalog.cache(&name).await?.is_none()
+                {
+                    eprintln!("note: there is no cache {name} yet: granary cache create {name}");
+                }
+            }
             let text = new_token(&config, &anchor, subject, caches, &allow, days).await?;
             print(&format!("{text}\n"))
         }
@@ -870,9 +887,9 @@ async fn scrub(config: &Config, json: bool) -> Result<()> {
     match json {
         true => print(&format!("{}\n", serde_json::to_string_pretty(&all)?))?,
         false => print(&format!(
-            "read {} nars ({} MiB)\n",
-            all.nars,
-            all.file_bytes >> 20
+            "read {} ({})\n",
+            counted(all.nars, "nar"),
+            human_bytes(all.file_bytes)
         ))?,
     }
     let damaged = all.damaged.iter().filter(|damaged| !damaged.healed);
@@ -946,9 +963,9 @@ fn collected(collection: &Collection, is_plan: bool) -> String {
         ));
     }
     text.push_str(&format!(
-        "{verb} {} ({} MiB) and {}; {} without a path {} for a day\n",
+        "{verb} {} ({}) and {}; {} without a path {} for a day\n",
         counted(collection.nars, "nar"),
-        collection.nar_file_bytes >> 20,
+        human_bytes(collection.nar_file_bytes),
         counted(collection.orphans, "unknown object"),
         counted(collection.waiting, "nar"),
         form(collection.waiting, "waits", "wait"),

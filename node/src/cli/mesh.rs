@@ -73,8 +73,9 @@ pub enum Command {
         /// Its fingerprint, as `granary mesh pending` shows it, or what `granary identity` printed there.
         #[arg(value_parser = members::machine)]
         machine: String,
-        #[arg(long, default_value = "mesh.key")]
-        key_file: PathBuf,
+        /// Default: `mesh.key` in the state folder, where `granary up` keeps it, else here.
+        #[arg(long)]
+        key_file: Option<PathBuf>,
         /// Where the certificate is written; the machine expects it in mesh.certificate-file. Without it a
         /// machine that waits gets its certificate when it asks again; of another, it is `certificate`.
         #[arg(long)]
@@ -191,7 +192,10 @@ pub async fn run(command: Command) -> Result<()> {
                     machine.parse().with_context(|| {
                         format!("no machine {machine} waits to be admitted here")
                     })?,
-                    &key_file,
+                    &match key_file {
+                        Some(file) => file,
+                        None => usual_key_file(&config.load()?),
+                    },
                     &out,
                     name,
                     allow,
@@ -338,9 +342,7 @@ pub fn certify(
 fn ticket(arguments: TicketArguments) -> Result<()> {
     let config = arguments.config.load()?;
     let key_file = config.mesh_key_file();
-    let key = read_mesh_key(&key_file).context(
-        "tickets are made where the mesh key is in the state folder, as granary up keeps it",
-    )?;
+    let key = read_mesh_key(&key_file)?;
     let public = key.public_key();
     if let Some(configured) = config.mesh.key.as_ref().filter(|other| **other != public) {
         bail!("the key is that of mesh {public}, this machine belongs to {configured}");
@@ -453,7 +455,9 @@ pub async fn join(arguments: JoinArguments) -> Result<()> {
             let text = text.with_context(|| format!("there is no {}", file.display()))?;
             Ticket::from_text(&Zeroizing::new(text))?
         }
-        (None, None, None) => bail!("give a ticket, --ticket-file, or --at"),
+        (None, None, None) => bail!(
+            "give a ticket, --ticket-file, or --at\nhint: granary mesh ticket prints one, on the machine that made the mesh"
+        ),
     };
     // Refused now rather than after it was used.
     ticket.to_text()?;

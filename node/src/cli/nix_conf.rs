@@ -1,7 +1,7 @@
 //! `granary use`: makes Nix on this machine ask this node, and undoes it.
 
 use std::fs::{self, Permissions};
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
@@ -73,11 +73,15 @@ pub fn run(arguments: Arguments) -> Result<()> {
         before.as_deref().unwrap_or_default(),
         after.as_deref().unwrap_or_default(),
     );
-    let restart = match Path::new("/nix/var/nix/daemon-socket/socket").exists() {
+    let is_own = !rustix::process::geteuid().is_root() && arguments.nix_conf.is_none();
+    let next = match Path::new("/nix/var/nix/daemon-socket/socket").exists() {
+        true if is_own => {
+            "The Nix daemon takes substituters and keys from users in its trusted-users alone; as root, granary use makes every user's Nix ask the node\n"
+        }
         true => "The Nix daemon reads it when it starts: systemctl restart nix-daemon\n",
         false => "",
     };
-    print(&format!("changed {}:\n{change}{restart}", place.display()))
+    print(&format!("changed {}:\n{change}{next}", place.display()))
 }
 
 /// Prints the line for the loopback key; it is made if need be, also before this machine is a member.
@@ -98,8 +102,8 @@ fn print_key(config: &ConfigFile) -> Result<()> {
     print(&format!("extra-trusted-public-keys = {key}\n"))
 }
 
-/// What this node wants of Nix.
-pub fn wanted(config: &Config) -> Result<Wanted> {
+/// Where Nix asks this node.
+pub fn substituter(config: &Config) -> Result<String> {
     let tcp = config
         .substituter
         .listen
@@ -117,6 +121,24 @@ pub fn wanted(config: &Config) -> Result<Wanted> {
         std::net::IpAddr::V6(ip) => format!("[{ip}]"),
         ip => ip.to_string(),
     };
+    Ok(format!("http://{host}:{}", tcp.port()))
+}
+
+/// Says to a person at a terminal, whose node has ended, that Nix goes on asking it.
+pub fn remind(substituter: &str) {
+    let text = default_place().and_then(|place| Ok(nix_conf::read(&place)?));
+    let is_asked = text.is_ok_and(|text| text.is_some_and(|text| text.contains(substituter)));
+    if is_asked && std::io::stderr().is_terminal() {
+        // A terminal that went away needs no word.
+        let _ = writeln!(
+            std::io::stderr(),
+            "Nix still asks {substituter}, and older versions build nothing while it does not answer: start it again, or granary use --undo"
+        );
+    }
+}
+
+/// What this node wants of Nix.
+pub fn wanted(config: &Config) -> Result<Wanted> {
     let mut keys: Vec<String> = config
         .trusted_keys()
         .iter()
@@ -124,7 +146,7 @@ pub fn wanted(config: &Config) -> Result<Wanted> {
         .collect();
     keys.extend(loopback_key(config)?.map(|key| key.public_key().to_string()));
     Ok(Wanted {
-        substituter: format!("http://{host}:{}", tcp.port()),
+        substituter: substituter(config)?,
         keys,
     })
 }

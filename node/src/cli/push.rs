@@ -106,10 +106,10 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         return print(&format!("{}\n", serde_json::to_string(&summary)?));
     }
     print(&format!(
-        "pushed {} of {} ({} MiB); {} {} there, {} {} left to an upstream\n",
+        "pushed {} of {} ({}); {} {} there, {} {} left to an upstream\n",
         summary.pushed,
         counted(summary.paths as u64, "path"),
-        summary.nar_bytes >> 20,
+        human_bytes(summary.nar_bytes),
         summary.present,
         form(summary.present as u64, "was", "were"),
         summary.upstream,
@@ -223,7 +223,9 @@ fn place(config: &Config, arguments: &Arguments) -> Result<Place> {
         Some(anchor) => anchor.url.to_string(),
         None if cache.contains("://") => cache.to_owned(),
         None => {
-            bail!("no [[anchor]] in the configuration has a cache {cache}, and it is no address")
+            bail!(
+                "no [[anchor]] in the configuration has a cache {cache}, and it is no address such as http://nas.lan:4730/main"
+            )
         }
     };
     let configured_ca_file = anchor.and_then(|anchor| anchor.ca_file.clone());
@@ -263,7 +265,8 @@ fn token(place: &Place, variable: Option<OsString>) -> Result<Zeroizing<String>>
             "no token for {url}: {TOKEN_VARIABLE} is empty; the secret is not set, or this job may not see it"
         ),
         false => bail!(
-            "no token for {url}: give --token-file, {TOKEN_VARIABLE} in the environment, or token-file in its [[anchor]]"
+            "no token for {url}: give --token-file, {TOKEN_VARIABLE} in the environment, or token-file in its [[anchor]]\nhint: where the anchor runs, granary token create --subject NAME --cache {} --allow pull,push prints one",
+            url.rsplit('/').next().unwrap_or_default()
         ),
     }
 }
