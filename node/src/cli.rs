@@ -1,6 +1,7 @@
 //! The command line. Parses, calls, prints; exit status 0 for success, 1 for failure, 2 for misuse.
 
 mod anchor;
+mod token;
 mod import;
 mod hide;
 mod doctor;
@@ -80,7 +81,7 @@ enum Command {
     /// Make and manage the anchor's caches. Run where the anchor runs.
     Cache(anchor::CacheArguments),
     /// Make, list and revoke tokens for the anchor. Run where the anchor runs.
-    Token(anchor::TokenArguments),
+    Token(token::Arguments),
     /// Remove paths from a cache of the anchor. Run where the anchor runs.
     Rm(anchor::RmArguments),
     /// Delete what no cache of the anchor keeps any longer. Run where the anchor runs.
@@ -206,7 +207,7 @@ async fn execute(command: Command) -> Result<()> {
         Command::Mesh(command) => mesh::run(command).await,
         Command::Anchor(arguments) => anchor::run(arguments).await,
         Command::Cache(arguments) => anchor::cache(arguments).await,
-        Command::Token(arguments) => anchor::token(arguments).await,
+        Command::Token(arguments) => token::run(arguments).await,
         Command::Rm(arguments) => anchor::rm(arguments).await,
         Command::Gc(arguments) => anchor::gc(arguments).await,
         Command::Pin(arguments) => anchor::pin(arguments).await,

@@ -16,9 +16,10 @@ use granary_protocol::token::Permission;
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue};
 
-use super::anchor::{new_token, options};
+use super::anchor::options;
 use super::mesh::{certify, make_own_mesh_key, remember_own_mesh};
 use super::nix_conf::wanted;
+use super::token::new_token;
 use super::{ConfigFile, SECONDS_PER_DAY, node, print};
 use crate::admission::{host_name, read_mesh_key};
 use crate::anchor::Anchor;
