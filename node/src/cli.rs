@@ -98,6 +98,7 @@ enum Command {
     Status {
         #[command(flatten)]
         config: ConfigFile,
+        /// Print JSON, for scripts.
         #[arg(long)]
         json: bool,
         /// Draw it anew each second, until q or Ctrl-C.
@@ -110,6 +111,7 @@ enum Command {
         path: String,
         #[command(flatten)]
         config: ConfigFile,
+        /// Print JSON, for scripts.
         #[arg(long)]
         json: bool,
     },
@@ -391,5 +393,33 @@ fn print(text: &str) -> Result<()> {
         // Whoever reads us has read enough, as `head` does.
         Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
         outcome => Ok(outcome?),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a person is told nothing of, by the words that lead to it.
+    fn undescribed(command: &clap::Command, words: &str, found: &mut Vec<String>) {
+        for argument in command.get_arguments().filter(|one| !one.is_hide_set()) {
+            if argument.get_help().is_none() {
+                found.push(format!("{words} {}", argument.get_id()));
+            }
+        }
+        for inner in command.get_subcommands() {
+            let words = format!("{words} {}", inner.get_name());
+            if inner.get_about().is_none() {
+                found.push(words.clone());
+            }
+            undescribed(inner, &words, found);
+        }
+    }
+
+    #[test]
+    fn every_command_and_option_says_what_it_is() {
+        let mut found = Vec::new();
+        undescribed(&Arguments::command(), "granary", &mut found);
+        assert!(found.is_empty(), "{found:#?}");
     }
 }

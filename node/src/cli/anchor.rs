@@ -61,6 +61,7 @@ enum AnchorCommand {
     ///
     /// Ends with status 1 when something stays damaged, or could not be read. Beside a running anchor, or without one.
     Scrub {
+        /// Print JSON, for scripts.
         #[arg(long)]
         json: bool,
         #[command(flatten)]
@@ -78,6 +79,7 @@ pub struct CacheArguments {
 enum CacheCommand {
     /// Make a cache and print its public key.
     Create {
+        /// The cache.
         name: CacheName,
         #[command(flatten)]
         settings: Settings,
@@ -89,6 +91,7 @@ enum CacheCommand {
     },
     /// List all caches.
     List {
+        /// Print JSON, for scripts.
         #[arg(long)]
         json: bool,
         #[command(flatten)]
@@ -96,7 +99,9 @@ enum CacheCommand {
     },
     /// Show a cache: its keys, settings and size.
     Info {
+        /// The cache.
         name: CacheName,
+        /// Print JSON, for scripts.
         #[arg(long)]
         json: bool,
         #[command(flatten)]
@@ -104,6 +109,7 @@ enum CacheCommand {
     },
     /// Change settings of a cache.
     Configure {
+        /// The cache.
         name: CacheName,
         #[command(flatten)]
         settings: Settings,
@@ -112,6 +118,7 @@ enum CacheCommand {
     },
     /// Sign with another key; the old one goes on signing until it is retired.
     RotateKey {
+        /// The cache.
         name: CacheName,
         /// The key in this file rather than a new one.
         #[arg(long, conflicts_with = "retire")]
@@ -124,6 +131,7 @@ enum CacheCommand {
     },
     /// Delete a cache and everything in it.
     Delete {
+        /// The cache.
         name: CacheName,
         /// Really.
         #[arg(long)]
@@ -227,6 +235,7 @@ impl Settings {
 
 #[derive(Args)]
 pub struct RmArguments {
+    /// The cache.
     cache: CacheName,
     /// Store paths, their base names or hashes.
     #[arg(required = true)]
@@ -240,6 +249,7 @@ pub struct GcArguments {
     /// Only say what would be deleted.
     #[arg(long)]
     dry_run: bool,
+    /// Print JSON, for scripts.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -248,6 +258,7 @@ pub struct GcArguments {
 
 #[derive(Args)]
 pub struct PinArguments {
+    /// The cache.
     cache: CacheName,
     /// Store paths, their base names or hashes.
     #[arg(required = true)]

@@ -11,6 +11,7 @@ use crate::doctor::{Finding, Patient, Verdict, examine};
 
 #[derive(Args)]
 pub struct Arguments {
+    /// Print JSON, for scripts.
     #[arg(long)]
     json: bool,
     /// Nix's configuration; default as for `granary use`.

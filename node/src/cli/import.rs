@@ -50,6 +50,7 @@ pub struct AtticArguments {
     /// Only this cache; may be repeated.
     #[arg(long = "cache")]
     caches: Vec<CacheName>,
+    /// Print JSON, for scripts.
     #[arg(long)]
     json: bool,
     #[command(flatten)]

@@ -86,6 +86,7 @@ pub enum Command {
         /// Permissions: share, vouch, `push:<cache pattern>`.
         #[arg(long, default_value = "share,vouch")]
         allow: Permissions,
+        /// For how many days the certificate is good.
         #[arg(long, default_value_t = CERTIFICATE_DAYS)]
         days: u64,
         #[command(flatten)]

@@ -16,6 +16,7 @@ use crate::config::keys::{Fallback, SECTIONS};
 
 #[derive(Args)]
 pub struct CompletionsArguments {
+    /// The shell that completes.
     shell: Shell,
 }
 

@@ -38,6 +38,7 @@ enum Command {
         /// What it allows: pull, push, delete, create, configure, retention, destroy.
         #[arg(long, value_delimiter = ',', required = true)]
         allow: Vec<Permission>,
+        /// For how many days it is good.
         #[arg(long, default_value_t = TOKEN_DAYS)]
         days: u64,
         #[command(flatten)]
@@ -45,6 +46,7 @@ enum Command {
     },
     /// List the tokens made here.
     List {
+        /// Print JSON, for scripts.
         #[arg(long)]
         json: bool,
         #[command(flatten)]
@@ -52,6 +54,7 @@ enum Command {
     },
     /// Revoke a token by its id; `-` reads a whole token from standard input.
     Revoke {
+        /// As `granary token list` shows it first in a line.
         id: String,
         #[command(flatten)]
         config: ConfigFile,

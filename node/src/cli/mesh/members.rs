@@ -20,7 +20,7 @@ use crate::status::Report;
 
 #[derive(Args)]
 pub struct Arguments {
-    /// For scripts.
+    /// Print JSON, for scripts.
     #[arg(long)]
     json: bool,
     #[command(flatten)]
