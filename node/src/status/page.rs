@@ -113,22 +113,25 @@ fn trouble(report: &Report, now: UnixTime) -> Markup {
             Some(_) => {}
         }
     }
-    for (count, text) in [
+    for (count, noun, text) in [
         (
             report.store_errors,
-            "times the local store could not be read",
+            "time",
+            "the local store could not be read",
         ),
         (
             report.index_errors,
-            "writes of the availability index failed",
+            "write",
+            "of the availability index failed",
         ),
         (
             report.nars_mismatched,
-            "NARs had other bytes than promised; none of them reached Nix whole",
+            "NAR",
+            "had other bytes than promised, which never reach Nix whole",
         ),
     ] {
         if count > 0 {
-            said.push(format!("{count} {text}."));
+            said.push(format!("{} {text}.", counted(count, noun)));
         }
     }
     let failed = report

@@ -182,6 +182,7 @@ fn a_browser_shows_what_a_person_looks_for() {
                 "asked again in 17 s",
                 "sent wrong bytes",
                 "4 times the local store",
+                "1 NAR had other bytes",
                 "the token was refused",
                 "Tried again in 30 s",
             ][..],
