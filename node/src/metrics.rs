@@ -165,6 +165,8 @@ pub struct UploadGauges {
 pub enum Refused {
     /// A Host header that is not ours: a web page whose name was made to lead here.
     Host,
+    /// A request that is no HTTP, too long, or that another reader could take for a different one.
+    Malformed,
     /// A request to the transfer port by who is no member.
     NotAdmitted,
     /// A handshake with the transfer port that led nowhere.
@@ -184,8 +186,9 @@ pub enum Refused {
 }
 
 impl Refused {
-    pub const ALL: [Refused; 9] = [
+    pub const ALL: [Refused; 10] = [
         Refused::Host,
+        Refused::Malformed,
         Refused::NotAdmitted,
         Refused::Handshake,
         Refused::Crowded,
@@ -200,6 +203,7 @@ impl Refused {
     pub fn word(self) -> &'static str {
         match self {
             Refused::Host => "foreign_host",
+            Refused::Malformed => "malformed",
             Refused::NotAdmitted => "not_admitted",
             Refused::Handshake => "handshake",
             Refused::Crowded => "crowded",

@@ -14,7 +14,8 @@ use std::time::Duration;
 
 use granary_protocol::narinfo::NarUrl;
 use granary_protocol::store_path::{StorePath, StorePathHash};
-use http::{Method, Request, Response};
+use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
+use http::{HeaderMap, Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{HttpService, service_fn};
@@ -207,29 +208,44 @@ fn decoded_bytes(text: &str) -> Option<Vec<u8>> {
 /// the way, and a closed connection would lose it.
 const FIRST_REQUEST: Duration = Duration::from_millis(250);
 
+/// How a connection ended, as far as that is not its client's affair.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Ended {
+    Well,
+    /// Upon a request that is no HTTP, too long, or ambiguous.
+    Malformed,
+}
+
 /// Serves one connection until it ends, or until `shutdown` lets it finish its last answer.
 ///
-/// `patience` is how long an idle connection is kept. Errors of the connection are the client's
-/// affair and end it.
+/// `patience` is how long an idle connection is kept, and how long a head may take to come. Errors of the connection
+/// are the client's affair and end it.
 pub async fn connection<S, H, F>(
     stream: S,
     patience: Duration,
     shutdown: CancellationToken,
     handle: H,
-) where
+) -> Ended
+where
     S: AsyncRead + AsyncWrite + Unpin,
     H: Fn(Request<Incoming>) -> F,
     F: Future<Output = Response<Body>>,
 {
     let has_asked = AtomicBool::new(false);
+    let is_ambiguous = AtomicBool::new(false);
     let service = service_fn(|request: Request<Incoming>| {
         has_asked.store(true, Ordering::Relaxed);
         let is_readable = matches!(*request.method(), Method::GET | Method::HEAD);
         let is_nar = Route::of(request.uri()).is_nar();
-        let answer = is_readable.then(|| handle(request));
+        let has_body = announces_body(request.headers());
+        is_ambiguous.fetch_or(has_body && is_readable, Ordering::Relaxed);
+        let answer = (is_readable && !has_body).then(|| handle(request));
         async move {
             Ok::<_, Infallible>(match answer {
                 Some(answer) => answer.await,
+                None if is_readable => respond::no_body(is_nar),
+                None if has_body => respond::closing(respond::method_not_allowed(is_nar)),
                 None => respond::method_not_allowed(is_nar),
             })
         }
@@ -239,7 +255,18 @@ pub async fn connection<S, H, F>(
         .header_read_timeout(patience)
         .max_buf_size(HEAD_BYTES_MAX)
         .serve_connection(TokioIo::new(stream), service);
-    until_end(connection, &has_asked, shutdown).await;
+    let ended = until_end(connection, &has_asked, shutdown).await;
+    match is_ambiguous.into_inner() {
+        true => Ended::Malformed,
+        false => ended,
+    }
+}
+
+/// Whether a body follows a request's head. Where none is read, whoever stands before us may see another end of the
+/// request than we do, and let pass as its body what we would take for the next request.
+pub fn announces_body(headers: &HeaderMap) -> bool {
+    let length = headers.get(CONTENT_LENGTH);
+    headers.contains_key(TRANSFER_ENCODING) || length.is_some_and(|length| length != "0")
 }
 
 /// Runs a connection until it ends, or until `shutdown` lets it finish its last answer, which may be its
@@ -248,26 +275,30 @@ pub async fn until_end<I, S>(
     connection: http1::Connection<I, S>,
     has_asked: &AtomicBool,
     shutdown: CancellationToken,
-) where
+) -> Ended
+where
     I: hyper::rt::Read + hyper::rt::Write + Unpin,
     S: HttpService<Incoming, ResBody = Body>,
     S::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     let mut connection = std::pin::pin!(connection);
+    let ended = |outcome: Result<(), hyper::Error>| match outcome {
+        Err(error) if error.is_parse() => Ended::Malformed,
+        _ => Ended::Well,
+    };
     tokio::select! {
-        _ = connection.as_mut() => return,
+        outcome = connection.as_mut() => return ended(outcome),
         () = shutdown.cancelled() => {}
     }
     if !has_asked.load(Ordering::Relaxed) {
         // To be told to finish is for hyper to close what has not asked yet.
         let first = tokio::time::timeout(FIRST_REQUEST, connection.as_mut());
-        if first.await.is_ok() {
-            return;
+        if let Ok(outcome) = first.await {
+            return ended(outcome);
         }
     }
     connection.as_mut().graceful_shutdown();
-    // How it ends is the client's affair.
-    let _ = connection.await;
+    ended(connection.await)
 }
 
 /// Whether a Host header names this machine's loopback, or the very address that is listened on.
@@ -320,7 +351,7 @@ mod tests {
         let mut answer = Vec::new();
         client.read_to_end(&mut answer).await.unwrap();
         assert!(answer.starts_with(b"HTTP/1.1 404"), "{answer:?}");
-        serving.await.unwrap();
+        assert_eq!(serving.await.unwrap(), Ended::Well);
     }
 
     fn route(target: &str) -> Route {

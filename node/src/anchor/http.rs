@@ -21,12 +21,14 @@
 use std::convert::Infallible;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use ::http::header::{CONTENT_LENGTH, EXPECT, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
-use ::http::{HeaderValue, Method, Request, Response, StatusCode, request::Parts};
+use ::http::header::{
+    CONTENT_LENGTH, EXPECT, HeaderName, RETRY_AFTER, TRANSFER_ENCODING, WWW_AUTHENTICATE,
+};
+use ::http::{HeaderValue, Method, Request, Response, StatusCode, Version, request::Parts};
 use futures::FutureExt;
 use granary_protocol::signature::SecretKey;
 use granary_protocol::token::Permission;
@@ -54,6 +56,7 @@ use super::object_store::StorageError;
 use super::tls::{HTTP_2, Tls};
 use super::tokens::{Bearer, Denied};
 use super::{Anchor, attic, counts, health, oidc, page, put, read, scrub, to_its_end, uploads};
+use crate::crowd::{Bounds, Crowd, Stranger};
 use crate::serve::{
     self,
     respond::{self, Body},
@@ -64,6 +67,13 @@ const CONNECTIONS_MAX: usize = 2048;
 
 /// How long a connection may be idle. curl keeps them for 118 s.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(125);
+
+/// Connections that have not asked anything yet; the oldest make room for others, so that who asks always gets in.
+/// Beyond half of all connections they could hold those up who do; one address may be a proxy's.
+const UNASKED: Bounds = Bounds {
+    all: 1024,
+    per_address: 512,
+};
 
 /// Most bytes of a request's head. Attic's client sends up to 4 KiB of metadata in a header.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
@@ -282,13 +292,19 @@ pub async fn accept(
     tasks: TaskTracker,
 ) {
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let strangers = Crowd::of_anybody(UNASKED);
     let admit = |slot, (stream, peer): (TcpStream, SocketAddr)| {
         // Small answers must not wait for the last one's acknowledgement. A socket that is gone
         // already will say so when it is read.
         let _ = stream.set_nodelay(true);
+        // Who has not asked yet may have to make room.
+        let Some(stranger) = strangers.enter(peer.ip()) else {
+            return;
+        };
         let client = Client {
             anchor: anchor.clone(),
             peer,
+            stranger: Arc::new(Mutex::new(Some(stranger))),
             is_secure: tls.is_some(),
             tasks: tasks.clone(),
         };
@@ -329,6 +345,8 @@ pub(super) fn is_secure(parts: &Parts) -> bool {
 struct Client {
     anchor: Arc<Anchor>,
     peer: SocketAddr,
+    /// Its place among those who have not asked anything yet; `None` once it has.
+    stranger: Arc<Mutex<Option<Stranger>>>,
     is_secure: bool,
     tasks: TaskTracker,
 }
@@ -340,6 +358,29 @@ impl Client {
         tls: Option<Arc<Tls>>,
         shutdown: CancellationToken,
         _slot: OwnedSemaphorePermit,
+    ) {
+        let peer = self.peer;
+        let sent_away = self.place().as_ref().map(Stranger::sent_away);
+        let sent_away = async {
+            if let Some(sent_away) = sent_away {
+                sent_away.await;
+            }
+            // It may have asked in the same moment, and gets its answer.
+            if self.place().is_none() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            () = self.clone().speak_until_end(stream, tls, shutdown) => {}
+            () = sent_away => debug!(%peer, "dropped a connection that asked nothing, there are too many"),
+        }
+    }
+
+    async fn speak_until_end(
+        self,
+        stream: TcpStream,
+        tls: Option<Arc<Tls>>,
+        shutdown: CancellationToken,
     ) {
         let Some(tls) = tls else {
             return self.speak_http_1(stream, shutdown).await;
@@ -370,7 +411,8 @@ impl Client {
             .header_read_timeout(IDLE_TIMEOUT)
             .max_buf_size(HEAD_BYTES_MAX)
             .serve_connection(TokioIo::new(stream), service);
-        serve::until_end(connection, &has_asked, shutdown).await;
+        // What was malformed has heard so.
+        let _ = serve::until_end(connection, &has_asked, shutdown).await;
     }
 
     async fn speak_http_2(
@@ -425,7 +467,27 @@ impl Client {
         let _ = connection.await;
     }
 
-    async fn answer(&self, mut request: Request<Incoming>) -> Response<Body> {
+    fn place(&self) -> MutexGuard<'_, Option<Stranger>> {
+        self.stranger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        self.place().take();
+        let is_http_1 = request.version() < Version::HTTP_2;
+        let is_chunked = request.headers().contains_key(TRANSFER_ENCODING);
+        let is_readable = matches!(*request.method(), Method::GET | Method::HEAD);
+        if is_http_1 && is_readable && serve::announces_body(request.headers()) {
+            return respond::no_body(is_below_nar(request.uri().path()));
+        }
+        let response = self.answer_known(request).await;
+        match is_http_1 && is_chunked {
+            // There may have been a length as well (RFC 9112 §6.1), by which something before us found another end.
+            true => respond::closing(response),
+            false => response,
+        }
+    }
+
+    async fn answer_known(&self, mut request: Request<Incoming>) -> Response<Body> {
         request.extensions_mut().insert(IsSecure(self.is_secure));
         answer(&self.anchor, request, self.peer).await
     }

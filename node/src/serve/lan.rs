@@ -28,9 +28,9 @@ use super::listing::{self, Listings};
 use super::narinfo as narinfo_json;
 use super::respond::{self, Body};
 use super::turns::Turns;
-use super::{Route, connection, credentials, host_name, nar};
+use super::{Ended, Route, connection, credentials, host_name, nar};
 use crate::crowd::{Bounds, Crowd, Stranger, crowd_of};
-use crate::metrics::{Metrics, Share};
+use crate::metrics::{Metrics, Refused, Share};
 use crate::store::{LocalStore, PathInfo, StoreError};
 
 /// How long an idle connection is kept. curl keeps its own for 118 s, and opens another one.
@@ -163,7 +163,9 @@ impl LanPort {
             async move { port.answer(crowd_of(address.ip()), request).await }
         });
         tokio::select! {
-            () = requests => {}
+            ended = requests => if ended == Ended::Malformed {
+                self.metrics.refused(Refused::Malformed);
+            },
             () = stranger.sent_away() => {
                 self.counts.connections_dropped.add(1);
                 debug!(%address, "dropped a connection from the LAN, there are too many");

@@ -28,7 +28,7 @@ use tracing::{debug, warn};
 use super::lan::LanPort;
 use super::respond::{self, Body};
 use super::tls::{Acceptor, Purpose, TlsError};
-use super::{Route, connection, nar};
+use super::{Ended, Route, connection, nar};
 use crate::allowance::{Allowance, Rate};
 use crate::crowd::Crowd;
 use crate::identity;
@@ -224,7 +224,9 @@ impl MembersPort {
             async move { port.answer(peer, request).await }
         });
         tokio::select! {
-            () = requests => {}
+            ended = requests => if ended == Ended::Malformed {
+                self.metrics.refused(Refused::Malformed);
+            },
             () = self.departure(peer) => debug!(%peer, %address, "closed the transfers of a peer that left"),
         }
     }

@@ -9,8 +9,8 @@ use std::io;
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
 use http::header::{
-    ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONTENT_LENGTH, CONTENT_SECURITY_POLICY, CONTENT_TYPE,
-    REFERRER_POLICY, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
+    ACCEPT_RANGES, ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_LENGTH, CONTENT_SECURITY_POLICY,
+    CONTENT_TYPE, REFERRER_POLICY, WWW_AUTHENTICATE, X_CONTENT_TYPE_OPTIONS,
 };
 use http::{HeaderValue, Response, StatusCode};
 use http_body::Frame;
@@ -54,6 +54,22 @@ pub fn method_not_allowed(is_nar: bool) -> Response<Body> {
         .headers_mut()
         .insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
     with_ranges(response, is_nar)
+}
+
+/// The answer to a request that announces a body, where none has one. What follows it on the connection is not read.
+pub fn no_body(is_nar: bool) -> Response<Body> {
+    let text = "requests have no body here\n";
+    closing(with_ranges(
+        small(StatusCode::BAD_REQUEST, TEXT, text),
+        is_nar,
+    ))
+}
+
+/// The last answer of its connection.
+pub fn closing(mut response: Response<Body>) -> Response<Body> {
+    let headers = response.headers_mut();
+    headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    response
 }
 
 /// The answer to a Host header that is not ours.

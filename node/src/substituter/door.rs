@@ -16,7 +16,8 @@ use tracing::{info, warn};
 
 use super::Substituter;
 use crate::listener::{Address, Listener, Socket};
-use crate::serve::connection;
+use crate::metrics::Refused;
+use crate::serve::{Ended, connection};
 
 /// How long an idle connection is kept. curl reuses connections for 118 s and is annoyed by one
 /// that closes as it writes.
@@ -141,11 +142,14 @@ impl Substituter {
         };
         let ending = connections.ending.clone();
         connections.tasks.spawn(async move {
-            connection(socket, PATIENCE, ending, |request| {
+            let ended = connection(socket, PATIENCE, ending, |request| {
                 let (substituter, address) = (substituter.clone(), address.clone());
                 async move { substituter.answer(request, &address).await }
             })
             .await;
+            if ended == Ended::Malformed {
+                substituter.metrics.refused(Refused::Malformed);
+            }
             drop(permit);
         });
     }

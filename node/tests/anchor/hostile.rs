@@ -240,3 +240,39 @@ fn garbage(rig: &Rig, bytes: &[u8]) {
         answer.escape_ascii()
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_request_is_smuggled_past_an_anchor() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    for (name, bytes) in crate::smuggling::cases("/main/x.narinfo", "/main/nix-cache-info") {
+        let stream = tokio::net::TcpStream::connect(rig.address()).await;
+        crate::smuggling::check(name, &bytes, stream.unwrap()).await;
+    }
+}
+
+/// More than may be there without having asked, of one address.
+const SLOW: usize = 1_200;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn clients_that_never_end_their_first_request_keep_nobody_out() {
+    use std::io::{Read, Write};
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let mut slow = Vec::new();
+    for _ in 0..SLOW {
+        let mut stream = std::net::TcpStream::connect(rig.address()).unwrap();
+        stream.write_all(b"GET /main/nix-ca").unwrap();
+        slow.push(stream);
+    }
+    assert_eq!(rig.get("/main/nix-cache-info").status, 200);
+    // The oldest of them made room, and those that did ask stayed.
+    let mut oldest = slow.swap_remove(0);
+    oldest.set_read_timeout(Some(crate::rig::GENEROUS)).unwrap();
+    let ended = oldest.read(&mut [0; 16]);
+    let is_reset = |error: &std::io::Error| error.kind() == std::io::ErrorKind::ConnectionReset;
+    assert!(
+        matches!(ended, Ok(0)) || ended.as_ref().is_err_and(is_reset),
+        "{ended:?}"
+    );
+}

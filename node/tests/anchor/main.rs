@@ -29,6 +29,8 @@ mod rig;
 mod s3;
 mod scrub;
 mod sizes;
+#[path = "../shared/smuggling.rs"]
+mod smuggling;
 mod storage;
 mod tls;
 mod watching;

@@ -5,6 +5,7 @@
 //! a provider's transfer port where a test decides how much of a NAR gets through.
 
 mod answers;
+mod attacks;
 mod bounds;
 #[path = "../shared/browser.rs"]
 #[allow(dead_code, reason = "each page is visited in its own way")]
@@ -25,6 +26,8 @@ mod process;
 mod public;
 mod proxy;
 mod restart;
+#[path = "../shared/smuggling.rs"]
+mod smuggling;
 mod routes;
 mod sharing;
 mod start;

@@ -3,6 +3,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::http;
@@ -193,6 +194,78 @@ fn stranger_on_the_wire_learns_nothing() {
     let endpoint = members.desktop.at(SUBSTITUTER_PORT);
     let connected = stranger.inside(|| TcpStream::connect_timeout(&endpoint, SILENCE).is_ok());
     assert!(!connected, "the endpoint for Nix is reachable from the LAN");
+}
+
+/// Everything that passes a machine's interfaces, byte for byte, until it is stopped.
+struct Capture {
+    is_over: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<Vec<u8>>,
+}
+
+impl Capture {
+    fn new(namespace: &Namespace) -> Capture {
+        let socket = namespace.inside(crate::tap::open);
+        let is_over = Arc::<AtomicBool>::default();
+        let over = is_over.clone();
+        let thread = std::thread::spawn(move || {
+            let mut bytes = Vec::new();
+            let mut packet = vec![0; 1 << 17];
+            while !over.load(Ordering::Relaxed) {
+                // What ends the wait without a packet is the timeout.
+                if let Ok((held, _)) =
+                    rustix::net::recv(&socket, &mut packet[..], rustix::net::RecvFlags::empty())
+                {
+                    bytes.extend_from_slice(&packet[..held]);
+                }
+            }
+            bytes
+        });
+        Capture { is_over, thread }
+    }
+
+    fn stop(self) -> Vec<u8> {
+        self.is_over.store(true, Ordering::Relaxed);
+        self.thread.join().expect("nothing panics there")
+    }
+}
+
+#[test]
+fn what_passes_on_the_wire_names_no_path_no_machine_and_no_permission() {
+    let lan = Lan::new();
+    let mut desktop = lan.builder("deskmachine");
+    let mut laptop = lan.machine("lapmachine");
+    let path = desktop.build(&nix::folder_of("wiretapped", 100_000));
+    let capture = Capture::new(&desktop.namespace);
+    // Announcements, handshakes, what they say of each other and of the path, a lookup, a transfer.
+    desktop.start();
+    laptop.start();
+    laptop.wait_linked(&[&desktop]);
+    laptop.wait_offered(&path, OFFERED);
+    laptop.realise(&path).expect_success();
+    let bytes = capture.stop();
+    assert!(bytes.len() > 100_000, "{} bytes", bytes.len());
+    let has = |word: &str| {
+        let word = word.as_bytes();
+        bytes.windows(word.len()).any(|part| part == word)
+    };
+    assert!(has("_granary"), "no announcement was seen");
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").expect("a name");
+    // A name of two letters stands by chance in whatever is encrypted.
+    let host = Some(host.trim()).filter(|host| host.len() > 4);
+    let words = [
+        hash_of(&path),
+        "wiretapped",
+        "StorePath",
+        "nix-archive-1",
+        "deskmachine",
+        "lapmachine",
+        "vouch",
+        "/granary/control",
+        lan.mesh.public.as_str(),
+    ];
+    for word in words.into_iter().chain(host) {
+        assert!(!has(word), "{word:?} is on the wire");
+    }
 }
 
 /// Sends bytes and returns what comes back until the other side closes or falls silent.

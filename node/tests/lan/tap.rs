@@ -112,7 +112,8 @@ impl Drop for Tap {
     }
 }
 
-fn open() -> OwnedFd {
+/// A socket that sees every packet of the namespace that the thread is in.
+pub fn open() -> OwnedFd {
     let (family, kind) = (AddressFamily::PACKET, SocketType::RAW);
     let socket = socket_with(family, kind, SocketFlags::CLOEXEC, Some(eth::ALL))
         .expect("open a packet socket");

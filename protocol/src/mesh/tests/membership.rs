@@ -144,6 +144,43 @@ fn an_expiring_certificate_ends_a_live_link() {
 }
 
 #[test]
+fn a_clock_that_is_hours_off_shuts_nobody_out_for_good() {
+    // Certificates last from START for a day.
+    for (hours, refusal) in [(-5, Refusal::NotYetValid), (30, Refusal::Expired)] {
+        let mut lan = Lan::new(2);
+        let off = UnixTime(START.0.saturating_add_signed(hours * 3600));
+        lan.input(0, Input::ClockRead { unix: off });
+        lan.introduce_everyone();
+        lan.run(Duration::from_secs(5));
+        assert!(lan.nodes[0].admitted.is_empty(), "{hours} hours");
+        let refusals = lan.refusals(0);
+        let is_refused = refusals.iter().any(|(found, _)| *found == refusal);
+        assert!(is_refused, "{hours} hours: {refusals:?}");
+        lan.input(0, Input::ClockRead { unix: START });
+        lan.run(Duration::from_secs(120));
+        assert_eq!(lan.nodes[0].admitted.len(), 1, "{hours} hours");
+    }
+}
+
+#[test]
+fn a_clock_that_was_behind_lets_nobody_stay_whose_certificate_ended() {
+    let mut lan = Lan::new(2);
+    lan.introduce_everyone();
+    assert_eq!(lan.nodes[0].admitted.len(), 1);
+    let unix = UnixTime(START.0 + 86_400);
+    lan.input(0, Input::ClockRead { unix });
+    lan.run(Duration::from_millis(10));
+    assert!(lan.nodes[0].admitted.is_empty());
+    let refusals = lan.refusals(0);
+    assert!(
+        refusals
+            .iter()
+            .any(|(refusal, _)| *refusal == Refusal::Expired),
+        "{refusals:?}"
+    );
+}
+
+#[test]
 fn a_lost_link_is_dialled_again() {
     let mut lan = Lan::new(2);
     lan.introduce_everyone();
