@@ -115,6 +115,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "metrics",
             "secret",
             "authority",
+            // Who has not asked anything yet may have to make room.
+            "crowd",
         ],
     ),
     ("nix_conf", &[]),
