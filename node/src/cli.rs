@@ -8,6 +8,7 @@ mod doctor;
 mod mesh;
 mod nix_conf;
 mod pages;
+mod pin;
 mod push;
 mod up;
 mod watch;
@@ -87,7 +88,7 @@ enum Command {
     /// Delete what no cache of the anchor keeps any longer. Run where the anchor runs.
     Gc(anchor::GcArguments),
     /// Keep paths, with what they reference, whatever the retention says. Run where the anchor runs.
-    Pin(anchor::PinArguments),
+    Pin(pin::Arguments),
     /// Push paths and all they reference to a cache of an anchor.
     Push(push::Arguments),
     /// Make Nix on this machine ask this node: edits nix.conf, and says what it changed.
@@ -212,7 +213,7 @@ async fn execute(command: Command) -> Result<()> {
         Command::Token(arguments) => token::run(arguments).await,
         Command::Rm(arguments) => anchor::rm(arguments).await,
         Command::Gc(arguments) => anchor::gc(arguments).await,
-        Command::Pin(arguments) => anchor::pin(arguments).await,
+        Command::Pin(arguments) => pin::run(arguments).await,
         Command::Push(arguments) => push::run(arguments).await,
         Command::Doctor(arguments) => doctor::run(arguments).await,
         Command::Use(arguments) => nix_conf::run(arguments),

@@ -11,7 +11,9 @@ use granary_protocol::signature::SecretKey;
 use granary_protocol::store_path::{StoreDir, StorePathHash};
 
 use super::Anchor;
-use super::cache::{CacheName, KEYS_MAX, Keys, KeysError, Settings, SettingsError, next_key_name};
+use super::cache::{
+    CacheName, KEYS_MAX, Keys, KeysError, PinName, Settings, SettingsError, next_key_name,
+};
 use super::catalog::{CacheRow, Catalog, CatalogError, PathRow};
 use super::ingest::finish;
 use super::object_store::StorageError;
@@ -34,7 +36,12 @@ pub struct Changes {
     pub subject_quota: Option<Option<u64>>,
     /// Paths that are kept whatever the retention says.
     pub pinned: Vec<StorePathHash>,
+    /// Under which name they are pinned, the last of them as the newest, and how many of that name stay.
+    pub pinned_as: Option<(PinName, Option<usize>)>,
+    /// Whatever name they have.
     pub unpinned: Vec<StorePathHash>,
+    /// All pins of a name.
+    pub unpinned_name: Option<PinName>,
 }
 
 /// Why a cache could not be changed.
@@ -71,12 +78,29 @@ impl Changes {
         settings.size_cap = changes.size_cap.unwrap_or(settings.size_cap);
         settings.quota = changes.quota.unwrap_or(settings.quota);
         settings.subject_quota = changes.subject_quota.unwrap_or(settings.subject_quota);
-        settings
-            .pins
-            .extend(changes.pinned.iter().map(ToString::to_string));
-        for pin in &changes.unpinned {
-            settings.pins.remove(&pin.to_string());
+        let pinned = changes.pinned.iter().map(ToString::to_string);
+        match changes.pinned_as {
+            None => settings.pins.extend(pinned),
+            Some((name, keep)) => {
+                let pins = settings.named_pins.entry(name).or_default();
+                for pin in pinned {
+                    pins.retain(|known| *known != pin);
+                    pins.insert(0, pin);
+                }
+                pins.truncate(keep.unwrap_or(usize::MAX));
+            }
         }
+        for pin in &changes.unpinned {
+            let pin = pin.to_string();
+            settings.pins.remove(&pin);
+            for pins in settings.named_pins.values_mut() {
+                pins.retain(|known| *known != pin);
+            }
+        }
+        if let Some(name) = &changes.unpinned_name {
+            settings.named_pins.remove(name);
+        }
+        settings.named_pins.retain(|_, pins| !pins.is_empty());
         if let Some(store_dir) = changes.store_dir {
             settings.store_dir = store_dir;
         }

@@ -5,7 +5,7 @@
 //! format. The first key signs; while a key is being replaced all of them do, so that a client that
 //! trusts only one of them is content.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fs;
 use std::io::{self, Write};
@@ -142,6 +142,50 @@ pub struct Settings {
     /// Hashes of store paths that are kept, with what they reference, whatever the retention says.
     #[serde(default)]
     pub pins: BTreeSet<String>,
+    /// The same under a name, of which a new one may let an old one go: the newest first.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub named_pins: BTreeMap<PinName, Vec<String>>,
+}
+
+/// What pins are called that follow each other: `nas-system`, `release`. Up to 50 letters, digits, `-`, `_`, `.` and
+/// `+`, a letter or digit first.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String")]
+pub struct PinName(String);
+
+/// A text that cannot name pins.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "pins cannot be called {name:?}: letters, digits, -, _, . and + are allowed, {NAME_BYTES_MAX} at most, a letter or digit first"
+)]
+pub struct PinNameError {
+    name: String,
+}
+
+impl TryFrom<String> for PinName {
+    type Error = PinNameError;
+
+    fn try_from(name: String) -> Result<PinName, PinNameError> {
+        let is_allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.+".contains(&byte);
+        let first = name.bytes().next();
+        match first.is_some_and(|byte| byte.is_ascii_alphanumeric())
+            && name.len() <= NAME_BYTES_MAX
+            && name.bytes().all(is_allowed)
+        {
+            true => Ok(PinName(name)),
+            false => Err(PinNameError {
+                name: name.chars().take(NAME_BYTES_MAX + 1).collect(),
+            }),
+        }
+    }
+}
+
+impl FromStr for PinName {
+    type Err = PinNameError;
+
+    fn from_str(name: &str) -> Result<PinName, PinNameError> {
+        PinName::try_from(name.to_owned())
+    }
 }
 
 /// Settings that cannot be.
@@ -182,6 +226,7 @@ impl Settings {
             quota: None,
             subject_quota: None,
             pins: BTreeSet::new(),
+            named_pins: BTreeMap::new(),
         }
     }
 
@@ -191,6 +236,11 @@ impl Settings {
             serde_json::from_slice(bytes).map_err(|source| SettingsError::Json { source })?;
         settings.check()?;
         Ok(settings)
+    }
+
+    /// The hashes of all that is pinned, under a name or not; one that is both comes twice.
+    pub fn pinned(&self) -> impl Iterator<Item = &String> {
+        self.pins.iter().chain(self.named_pins.values().flatten())
     }
 
     /// Proves that the values can be used, and shown to clients line by line.
@@ -206,12 +256,11 @@ impl Settings {
         {
             return Err(SettingsError::Sizes { quota, size_cap });
         }
-        if self.pins.len() > PINS_MAX {
-            return Err(SettingsError::TooManyPins {
-                found: self.pins.len(),
-            });
+        let found = self.pinned().count();
+        if found > PINS_MAX {
+            return Err(SettingsError::TooManyPins { found });
         }
-        let mut pins = self.pins.iter().map(|pin| pin.parse::<StorePathHash>());
+        let mut pins = self.pinned().map(|pin| pin.parse::<StorePathHash>());
         pins.try_for_each(|pin| pin.map(drop))
             .map_err(|source| SettingsError::Pin { source })?;
         let names = self

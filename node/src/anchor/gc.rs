@@ -120,8 +120,7 @@ impl Anchor {
         }
         let pins: BTreeSet<StorePathHash> = cache
             .settings
-            .pins
-            .iter()
+            .pinned()
             .filter_map(|pin| pin.parse().ok())
             .collect();
         let cutoff = settings

@@ -293,7 +293,7 @@ async fn view(anchor: &Arc<Anchor>, claims: &Claims) -> Result<View, Refusal> {
             quota: cache.settings.quota,
             own,
             retention: cache.settings.retention,
-            pins: cache.settings.pins.len(),
+            pins: cache.settings.pinned().count(),
             public_keys: cache.settings.public_keys,
             found: counts.narinfos_found.get(),
             absent: counts.narinfos_absent.get(),

@@ -256,20 +256,6 @@ pub struct GcArguments {
     config: ConfigFile,
 }
 
-#[derive(Args)]
-pub struct PinArguments {
-    /// The cache.
-    cache: CacheName,
-    /// Store paths, their base names or hashes.
-    #[arg(required = true)]
-    paths: Vec<String>,
-    /// Pin them no longer.
-    #[arg(long)]
-    remove: bool,
-    #[command(flatten)]
-    config: ConfigFile,
-}
-
 pub(super) fn options(config: &Config) -> Result<Options> {
     let server = &config.anchor_server;
     Ok(Options {
@@ -542,7 +528,7 @@ fn info(cache: &CacheRow, statistics: &Statistics, server: &str, now: u64) -> St
     };
     text.push_str(&format!(
         "  kept              {retention}, {} pinned\n",
-        settings.pins.len()
+        settings.pinned().count()
     ));
     let limits = [("size cap", settings.size_cap), ("quota", settings.quota)];
     for (limit, bytes) in limits {
@@ -836,33 +822,4 @@ fn collected(collection: &Collection, is_plan: bool) -> String {
         form(collection.waiting, "waits", "wait"),
     ));
     text
-}
-
-pub async fn pin(arguments: PinArguments) -> Result<()> {
-    let (_, anchor) = open(&arguments.config).await?;
-    let name = &arguments.cache;
-    let cache = anchor.catalog.cache(name).await?;
-    let cache = cache.with_context(|| format!("there is no cache {name}"))?;
-    let dir = cache.settings.store_dir()?;
-    let mut hashes = Vec::new();
-    for path in &arguments.paths {
-        let hash = status::hash_of(path, &dir);
-        let hash = hash.with_context(|| format!("{path:?} is no store path and no hash of one"))?;
-        if !arguments.remove && anchor.catalog.path(cache.id, hash).await?.is_none() {
-            bail!("cache {name} does not hold {path}");
-        }
-        hashes.push(hash);
-    }
-    let changes = match arguments.remove {
-        true => Changes {
-            unpinned: hashes,
-            ..Changes::default()
-        },
-        false => Changes {
-            pinned: hashes,
-            ..Changes::default()
-        },
-    };
-    anchor.configure_cache(name, &changes).await?;
-    Ok(())
 }

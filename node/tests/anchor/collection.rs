@@ -110,6 +110,66 @@ async fn a_closure_is_kept_while_its_top_is_used_or_pinned_and_goes_with_its_nar
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_pins_with_a_name_the_newest_stay_and_of_others_all() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let samples = [1, 2, 3, 4, 5].map(|number| sample(number, &[]));
+    for path in &samples {
+        assert_eq!(rig.upload(&token, "main", path).status, 200);
+    }
+    retain(&rig, "main", 30).await;
+    let anchor = rig.server.as_ref().unwrap().anchor.clone();
+    let configure = async |changes: Changes| {
+        let name = "main".parse().unwrap();
+        anchor.configure_cache(&name, &changes).await.unwrap()
+    };
+    let hash = |number: usize| samples[number].hash().parse().unwrap();
+    let pin = async |name: &str, numbers: &[usize], keep| {
+        configure(Changes {
+            pinned: numbers.iter().map(|number| hash(*number)).collect(),
+            pinned_as: Some((name.parse().unwrap(), keep)),
+            ..Changes::default()
+        })
+        .await
+    };
+    // An old release, and the system of one machine three times: the first of them again at last.
+    pin("release", &[0], Some(1)).await;
+    pin("nas", &[1], Some(2)).await;
+    pin("nas", &[2, 3], None).await;
+    pin("nas", &[1], Some(2)).await;
+    let kept = async || {
+        rig.clock.advance(DAY * 400);
+        collect(&rig).await;
+        // In the bucket, for to ask is to use.
+        let objects = rig.objects();
+        let is_kept = |sample: &Sample| {
+            let key = format!("caches/main/narinfo/{}.narinfo", sample.hash());
+            objects.contains(&key)
+        };
+        samples.each_ref().map(is_kept)
+    };
+    assert_eq!(kept().await, [true, true, false, true, false]);
+    configure(Changes {
+        unpinned: vec![hash(3)],
+        ..Changes::default()
+    })
+    .await;
+    assert_eq!(kept().await, [true, true, false, false, false]);
+    let cache = configure(Changes {
+        unpinned_name: Some("nas".parse().unwrap()),
+        ..Changes::default()
+    })
+    .await;
+    assert_eq!(cache.settings.pinned().count(), 1);
+    assert_eq!(kept().await, [true, false, false, false, false]);
+    for name in ["", "-a", "a b", "a/b", &"a".repeat(51)] {
+        let parsed = name.parse::<granary::anchor::cache::PinName>();
+        assert!(parsed.is_err(), "{name}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_another_cache_has_is_never_freed() {
     let rig = Rig::new().await;
     rig.cache("one", true).await;
