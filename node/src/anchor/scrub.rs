@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
-use super::catalog::{CatalogError, StoredNar, nar_row, signed};
+use super::catalog::{CatalogError, StoredNar, nar_row, signed, unsigned};
 use super::http::{Answer, Refusal, json_body};
 use super::ingest::IngestError;
 use super::intake::{Encoding, Intake, IntakeError};
@@ -46,7 +46,9 @@ const REST: u32 = 4;
 /// How long to wait when nothing is due, or storage fails.
 const IDLE: Duration = Duration::from_secs(600);
 
-/// After how long a NAR that could not be read is due again. The others go first, however many times it fails.
+/// After how long a NAR that could not be read is due again. The others go first, however many times it fails. One that
+/// cannot be read then, of storage that answers otherwise, is damaged: servers that check what they store, as Garage
+/// does, give an error in its place for ever.
 const UNREAD_PAUSE: Duration = Duration::from_secs(24 * 3600);
 
 /// Paths of a damaged NAR that are named; the others are counted.
@@ -147,6 +149,7 @@ impl Anchor {
             let _slot = self.intakes.acquire().await;
             self.verdict(&nar).await
         };
+        let mut is_lasting = false;
         let problem = match read {
             Ok(Verdict::Whole) => {
                 self.catalog.scrubbed(nar, None, self.now()).await?;
@@ -154,11 +157,20 @@ impl Anchor {
                 return Ok(());
             }
             Ok(Verdict::Damaged(problem)) => problem,
-            Err(error) => return self.unread(nar, error, scrubbed).await,
+            Err(error) => {
+                let since = self.catalog.unread(nar, self.now()).await?;
+                if self.now().saturating_sub(since) < UNREAD_PAUSE.as_secs() {
+                    self.unread(nar, error, scrubbed);
+                    return Ok(());
+                }
+                is_lasting = true;
+                format!("it cannot be read for a day: {error}")
+            }
         };
         self.check_storage().await?;
         let anchor = self.clone();
-        match to_its_end(async move { anchor.mark(nar, problem).await }).await {
+        let marking = async move { anchor.mark(nar, problem, is_lasting).await };
+        match to_its_end(marking).await {
             Ok(None) => {}
             Ok(Some(mut found)) => {
                 match self.heal(nar).await {
@@ -170,34 +182,31 @@ impl Anchor {
                 }
                 scrubbed.damaged.push(found);
             }
-            Err(ScrubError::Storage(error)) => return self.unread(nar, error, scrubbed).await,
+            Err(ScrubError::Storage(error)) => {
+                self.catalog.unread(nar, self.now()).await?;
+                self.unread(nar, error, scrubbed);
+            }
             Err(error) => return Err(error),
         }
         Ok(())
     }
 
-    /// Counts a NAR of which nothing is known, and lets it be for a while.
-    async fn unread(
-        &self,
-        nar: StoredNar,
-        error: IngestError,
-        scrubbed: &mut Scrubbed,
-    ) -> Result<(), ScrubError> {
+    /// Counts a NAR of which nothing is known.
+    fn unread(&self, nar: StoredNar, error: IngestError, scrubbed: &mut Scrubbed) {
         warn!(nar_hash = %nar.nar_hash, %error, "could not read a nar to scrub it");
         scrubbed.unread += 1;
         self.counts.scrub_unread.add(1);
-        self.catalog.unread(nar, self.now()).await?;
-        Ok(())
     }
 
     /// Marks a NAR that was found damaged; `None` when it is not any more.
     ///
     /// # Errors
-    /// [`ScrubError::Storage`] when it could not be read the second time.
+    /// [`ScrubError::Storage`] when it could not be read the second time, unless that `is_lasting`.
     async fn mark(
         self: &Arc<Self>,
         nar: StoredNar,
         problem: String,
+        is_lasting: bool,
     ) -> Result<Option<Damaged>, ScrubError> {
         // A slot before the lock, as pushes take them.
         let _slot = self.intakes.acquire().await;
@@ -207,9 +216,11 @@ impl Anchor {
             return Ok(None);
         }
         let now = self.now();
-        match self.verdict(&nar).await? {
-            Verdict::Damaged(_) => {}
-            Verdict::Whole => {
+        match self.verdict(&nar).await {
+            Ok(Verdict::Damaged(_)) => {}
+            Err(_) if is_lasting => {}
+            Err(error) => return Err(error.into()),
+            Ok(Verdict::Whole) => {
                 self.catalog.scrubbed(nar, None, now).await?;
                 self.counts.scrubbed_nars.add(1);
                 return Ok(None);
@@ -393,13 +404,17 @@ impl super::catalog::Catalog {
         .await
     }
 
-    /// Writes down that a NAR could not be read.
-    async fn unread(&self, nar: StoredNar, now: u64) -> Result<(), CatalogError> {
+    /// Writes down that a NAR could not be read; returns since when.
+    async fn unread(&self, nar: StoredNar, now: u64) -> Result<u64, CatalogError> {
         self.write(move |transaction| {
-            transaction
-                .prepare_cached("UPDATE nars SET unread = ?2 WHERE nar_hash = ?1")?
-                .execute(params![nar.nar_hash.as_bytes(), signed(now)])
-                .map(drop)
+            let since = transaction
+                .prepare_cached(
+                    "UPDATE nars SET unread = coalesce(unread, ?2) WHERE nar_hash = ?1 RETURNING unread",
+                )?
+                .query_row(params![nar.nar_hash.as_bytes(), signed(now)], |row| unsigned(row, 0))
+                .optional()?;
+            // Collected meanwhile.
+            Ok(since.unwrap_or(now))
         })
         .await
     }
@@ -473,7 +488,7 @@ impl super::catalog::Catalog {
             let query = "SELECT count(*) FROM nars WHERE damaged IS NOT NULL";
             connection
                 .prepare_cached(query)?
-                .query_row([], |row| super::catalog::unsigned(row, 0))
+                .query_row([], |row| unsigned(row, 0))
         })
         .await
     }

@@ -352,6 +352,28 @@ async fn a_nar_that_cannot_be_read_holds_up_no_other() {
     rig.clock.advance(Duration::from_secs(25 * 3600));
     assert!(anchor.scrub_due(week).await.unwrap());
 
+    // One that cannot be read a day later either, while storage answers otherwise, is kept back until it can.
+    rig.clock.advance(week * 2);
+    let deny_all = || (0..3).for_each(|_| deny());
+    deny();
+    assert_eq!(scrub(&rig).await.unread, 1);
+    rig.clock.advance(Duration::from_secs(23 * 3600));
+    deny();
+    assert_eq!(scrub(&rig).await.unread, 1);
+    assert_eq!(narinfo_status(&rig, "main", &denied), 200);
+    rig.clock.advance(Duration::from_secs(2 * 3600));
+    deny_all();
+    let found = scrub(&rig).await;
+    assert_eq!((found.unread, found.damaged.len()), (0, 1), "{found:?}");
+    assert!(found.damaged[0].problem.contains("for a day"), "{found:?}");
+    assert_eq!(narinfo_status(&rig, "main", &denied), 404);
+    while s3.faults_left() > 0 {
+        // Whatever it says: it takes the place of what was asked once less than foreseen.
+        let _ = anchor.storage.size(&key).await;
+    }
+    assert_eq!(scrub(&rig).await.damaged, []);
+    assert_eq!(narinfo_status(&rig, "main", &denied), 200);
+
     // One that is damaged at the first look and cannot be read at the second is not known to be either.
     let object = s3.folder.path().join("granary-test/anchor").join(&key);
     std::fs::remove_file(&object).unwrap();
