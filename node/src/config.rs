@@ -16,6 +16,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use granary_protocol::network::Network;
 use granary_protocol::signature::{PublicKey, TrustedKeys};
 use granary_protocol::store_path::StoreDir;
 use granary_protocol::ticket::{TICKET_TEXT_BYTES_MAX, Ticket};
@@ -120,6 +121,9 @@ pub struct Mesh {
     pub peers: Vec<String>,
     /// Names of network interfaces to discover on; all but loopback when empty.
     pub interfaces: Vec<String>,
+    /// The networks in which this node is heard and reached; all when empty.
+    #[serde(deserialize_with = "parsed_list")]
+    pub networks: Vec<Network>,
     /// Whether nodes of other meshes that share in public are asked for what nobody else has.
     pub strangers: bool,
 }
@@ -384,6 +388,7 @@ impl Default for Mesh {
             mdns_port: 5353,
             peers: Vec::new(),
             interfaces: Vec::new(),
+            networks: Vec::new(),
             strangers: false,
         }
     }

@@ -35,6 +35,7 @@ use crate::identity::Identity;
 use crate::listener::{Address, Listener, bind_tcp};
 use crate::loopback_key::{self, LoopbackKeyError};
 use crate::mesh;
+use crate::place::Place;
 use crate::serve::lan::{LanPort, Rules};
 use crate::serve::members::{Entrance, MembersPort, Newcomers};
 use crate::serve::tls;
@@ -171,6 +172,7 @@ impl Daemon {
         };
         let caches = Arc::new(web_caches(&config, &identity)?);
         let share = Share::prepare(&config)?;
+        let place = Place::follow(config.mesh.networks.clone(), shutdown.clone());
         let mut transfer = Vec::new();
         if config.mesh.key.is_some() {
             for address in &config.mesh.transfer {
@@ -210,6 +212,7 @@ impl Daemon {
             changes: folder,
             caches,
             share,
+            place,
             endpoint: endpoint.clone(),
             shutdown: shutdown.clone(),
             tasks: tasks.clone(),
@@ -302,6 +305,7 @@ struct Start {
     changes: watch::Receiver<()>,
     caches: Arc<WebCaches>,
     share: Share,
+    place: Place,
     endpoint: Arc<Substituter>,
     shutdown: CancellationToken,
     tasks: TaskTracker,
@@ -456,7 +460,8 @@ impl Start {
             self.tasks.clone(),
         );
         for listener in share.listeners {
-            self.tasks.spawn(port.clone().accept(listener));
+            let reach = self.place.reach.clone();
+            self.tasks.spawn(port.clone().accept(listener, reach));
         }
     }
 
@@ -586,6 +591,7 @@ impl Start {
             listen: mesh_ports,
             seeds,
             caches: self.caches.clone(),
+            place: self.place.clone(),
             mdns,
             revocations,
             crowd: crowd.clone(),
@@ -617,7 +623,8 @@ impl Start {
             self.tasks.clone(),
         );
         for listener in transfer {
-            self.tasks.spawn(port.clone().accept(listener));
+            let reach = self.place.reach.clone();
+            self.tasks.spawn(port.clone().accept(listener, reach));
         }
         let peers = Arc::new(PeerCaches::new(connector));
         if !is_alone {

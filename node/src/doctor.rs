@@ -450,6 +450,14 @@ fn mesh(config: &Config, report: Option<&Report>) -> Vec<Finding> {
             ),
             _ => Finding::fine("peers", format!("{linked} linked")),
         });
+        if !report.silent.is_empty() {
+            let found = format!(
+                "silent on {}, which is on no network of mesh.networks",
+                report.silent.join(", ")
+            );
+            let advice = "nothing, where that is meant; else add the interface, or the gateway's address (ip neighbour)";
+            findings.push(Finding::note("networks", found, advice));
+        }
         for (reason, count) in &report.refusals {
             let found = format!("{count} × {reason}");
             let advice = "others are refused or refuse us; see SECURITY.md and the node's log";

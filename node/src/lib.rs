@@ -18,6 +18,7 @@ pub mod page;
 pub mod store;
 pub mod config;
 pub mod index;
+pub mod place;
 pub mod serve;
 pub mod binary_cache;
 pub mod mesh;

@@ -33,14 +33,17 @@ use crate::clock::{ALARM_INTERVAL, Alarm, Clock, unix_time};
 use crate::crowd::Crowd;
 use crate::identity::{self, Identity};
 use crate::index::{IndexError, SqliteIndex};
+use crate::place::Place;
 use crate::store::{LocalStore, StoreEvent};
 
 pub mod discovery;
 mod door;
 mod doubt;
 mod fetch;
+mod gate;
 pub mod links;
 pub mod pulse;
+mod reach;
 pub mod revocations;
 pub mod roaming;
 pub mod swarm;
@@ -89,6 +92,8 @@ pub struct Options {
     pub crowd: Arc<Crowd>,
     /// What `mind.caches` numbers.
     pub caches: Arc<WebCaches>,
+    /// Where this node is to be heard and reached.
+    pub place: Place,
 }
 
 /// How this node finds others on the local network.
@@ -144,6 +149,8 @@ pub struct Snapshot {
     /// mDNS announcements that were passed over: of other meshes, and malformed ones.
     pub foreign_announcements: u64,
     pub malformed_announcements: u64,
+    /// Interfaces with addresses that are on no network of `mesh.networks`.
+    pub silent: Vec<String>,
     /// Writes of the availability index that failed.
     pub index_errors: u64,
 }
@@ -327,6 +334,9 @@ struct Loop {
     mind: Mesh,
     index: SqliteIndex,
     network: Network,
+    place: Place,
+    /// What is announced where this node is heard; `None` where it is never.
+    mdns: Option<discovery::Config>,
     discovery: Option<Discovery>,
     /// `None` where netlink cannot be had.
     roaming: Option<Roaming>,
@@ -386,9 +396,22 @@ impl Loop {
             // A node by itself, which only asks anchors and upstreams.
             None => SocketAddr::from(([0, 0, 0, 0], 0)),
         };
-        let discovery = options
-            .mdns
-            .and_then(|mdns| discover(identity.peer_id(), mdns, listening.port(), &options.caches));
+        let mut place = options.place;
+        network.keep_within(place.reach.clone());
+        let mdns = options.mdns.map(|mdns| discovery::Config {
+            me: identity.peer_id(),
+            version: PROTOCOL_VERSION,
+            mesh_tag: mdns.mesh_tag,
+            listen_port: listening.port(),
+            transfer_port: mdns.transfer_port,
+            mdns_port: mdns.port,
+            is_public: mdns.is_public,
+            finds_strangers: options.caches.strangers().is_some(),
+            interfaces: mdns.interfaces,
+        });
+        let discovery = mdns
+            .as_ref()
+            .and_then(|mdns| reach::begin(mdns, &place.reach.borrow_and_update()));
         let mut seed = [0u8; 8];
         getrandom::fill(&mut seed).map_err(MeshError::NoRandomness)?;
         let now = clock.now();
@@ -400,6 +423,8 @@ impl Loop {
             mind,
             index,
             network,
+            place,
+            mdns,
             discovery,
             roaming: Roaming::new()
                 .inspect_err(|error| warn!(%error, "changes of the network will not be noticed"))
@@ -462,6 +487,7 @@ impl Loop {
                 Some(result) = self.results.recv() => self.task_result(result),
                 () = revocations::changed(&mut self.revocations) => self.revocations_changed(),
                 () = network_changed(&mut self.roaming) => self.network_changed(),
+                () = reach::decided(&mut self.place) => self.reach_decided(),
                 // What it wakes for is looked at below.
                 () = self.alarm.rings() => {}
                 () = sleep(patience) => self.doubt_silent(),
@@ -746,6 +772,7 @@ impl Loop {
                         .discovery
                         .as_ref()
                         .map_or(0, Discovery::malformed_total),
+                    silent: self.silent(),
                     index_errors: self.index.errors(),
                 });
             }
@@ -789,42 +816,6 @@ impl Loop {
                     added: Vec::new(),
                     removed,
                 });
-            }
-        }
-    }
-
-    fn discovery_event(&mut self, event: DiscoveryEvent) {
-        match event {
-            DiscoveryEvent::Found {
-                peer, addresses, ..
-            } => {
-                if let Some(key) = identity::ed25519_of(&peer) {
-                    let peer = PeerId::from_public_key(key);
-                    debug!(%peer, ?addresses, "discovered a peer");
-                    self.think(Input::Discovered { peer, addresses });
-                }
-            }
-            DiscoveryEvent::Lost { peer } => {
-                if let Some(key) = identity::ed25519_of(&peer) {
-                    self.think(Input::Lost {
-                        peer: PeerId::from_public_key(key),
-                    });
-                }
-            }
-            DiscoveryEvent::FoundStranger { peer, address } => {
-                if let (Some(strangers), Some(key)) =
-                    (self.caches.strangers(), identity::ed25519_of(&peer))
-                {
-                    debug!(%peer, %address, "found a node of another mesh that shares in public");
-                    strangers.found(PeerId::from_public_key(key), address);
-                }
-            }
-            DiscoveryEvent::LostStranger { peer } => {
-                if let (Some(strangers), Some(key)) =
-                    (self.caches.strangers(), identity::ed25519_of(&peer))
-                {
-                    strangers.lost(&PeerId::from_public_key(key));
-                }
             }
         }
     }
@@ -936,32 +927,6 @@ pub fn is_reachable(ip: IpAddr) -> bool {
         IpAddr::V6(ip) => ip.is_unicast_link_local(),
     };
     !(ip.is_loopback() || ip.is_unspecified() || is_link_local)
-}
-
-fn discover(
-    me: libp2p::PeerId,
-    mdns: Mdns,
-    listen_port: u16,
-    caches: &WebCaches,
-) -> Option<Discovery> {
-    let config = discovery::Config {
-        me,
-        version: PROTOCOL_VERSION,
-        mesh_tag: mdns.mesh_tag,
-        listen_port,
-        transfer_port: mdns.transfer_port,
-        mdns_port: mdns.port,
-        is_public: mdns.is_public,
-        finds_strangers: caches.strangers().is_some(),
-        interfaces: mdns.interfaces,
-    };
-    match Discovery::new(config) {
-        Ok(discovery) => Some(discovery),
-        Err(error) => {
-            warn!(%error, "could not start discovery, going on with configured peers only");
-            None
-        }
-    }
 }
 
 /// Waits until the swarm knows its port; other nodes must be told one that works.

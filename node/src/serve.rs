@@ -9,10 +9,12 @@
 use std::convert::Infallible;
 use std::future::Future;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use granary_protocol::narinfo::NarUrl;
+use granary_protocol::network::Reach;
 use granary_protocol::store_path::{StorePath, StorePathHash};
 use http::header::{CONTENT_LENGTH, TRANSFER_ENCODING};
 use http::{HeaderMap, Method, Request, Response};
@@ -21,6 +23,8 @@ use hyper::server::conn::http1;
 use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 pub mod respond;
@@ -299,6 +303,12 @@ where
     }
     connection.as_mut().graceful_shutdown();
     ended(connection.await)
+}
+
+/// Whether who connected may be listened to, by the address of ours that it came to.
+fn is_within(reach: &watch::Receiver<Arc<Reach>>, socket: &TcpStream) -> bool {
+    let local = socket.local_addr();
+    local.is_ok_and(|local| reach.borrow().admits(local.ip()))
 }
 
 /// Whether a Host header names this machine's loopback, or the very address that is listened on.

@@ -91,6 +91,9 @@ pub struct Report {
     /// Number of the newest list of revocations; 0 before the first.
     #[serde(default)]
     pub revocations: u64,
+    /// Interfaces on which this node keeps quiet, for they are on no network of `mesh.networks`.
+    #[serde(default)]
+    pub silent: Vec<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -211,7 +214,9 @@ pub async fn report(sources: Sources<'_>) -> Report {
     let mut paths_held = 0;
     let mut index_errors = 0;
     let mut revocations = 0;
+    let mut silent = Vec::new();
     if let Some(snapshot) = snapshot {
+        silent = snapshot.silent;
         paths_held = snapshot.paths;
         index_errors = snapshot.index_errors;
         revocations = snapshot.revocations;
@@ -280,6 +285,7 @@ pub async fn report(sources: Sources<'_>) -> Report {
     let total = metrics.traffic.total();
     Report {
         about,
+        silent,
         paths_held,
         peers,
         caches,
@@ -576,6 +582,13 @@ impl fmt::Display for Report {
                 f,
                 "wrong     {} had other bytes than promised",
                 counted(self.nars_mismatched, "NAR")
+            )?;
+        }
+        if !self.silent.is_empty() {
+            writeln!(
+                f,
+                "silent    on {}: on no network of mesh.networks",
+                self.silent.join(", ")
             )?;
         }
         for (reason, count) in &self.refusals {

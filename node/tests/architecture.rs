@@ -39,6 +39,7 @@ const EDGES: &[(&str, &[&str])] = &[
         &["log", "authority", "store", "listener", "state_folder"],
     ),
     ("index", &[]),
+    ("place", &[]),
     // Who stands there is counted.
     ("crowd", &["allowance", "metrics"]),
     // Strangers stand in one crowd, on whatever port they came; members have allowances.
@@ -53,6 +54,8 @@ const EDGES: &[(&str, &[&str])] = &[
         // A list of revocations is a file of the state folder.
         &[
             "index",
+            // Where the machine is says where to announce.
+            "place",
             "store",
             "binary_cache",
             "clock",
@@ -142,6 +145,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "serve",
             "binary_cache",
             "mesh",
+            // Where the machine is says which connections are taken.
+            "place",
             "status",
             "substituter",
             "upload",

@@ -29,4 +29,5 @@ pub mod announcement;
 pub mod wire;
 pub mod message;
 pub mod availability;
+pub mod network;
 pub mod mesh;

@@ -218,6 +218,14 @@ pub const SECTIONS: &[Section] = &[
                 about: "Network interfaces to discover on; all but loopback when empty.",
             },
             Key {
+                name: "networks",
+                kind: "list of networks",
+                default: Value("[]"),
+                unit: "name of an interface, or hardware address of the gateway",
+                example: r#"["eth0", "a4:2b:b0:00:00:01"]"#,
+                about: "Where this node lets itself be known: it announces itself there, and its ports answer there. In other networks it neither announces itself nor asks by multicast DNS, and closes every connection before the first byte. Everywhere when empty. `ip neighbour` shows the gateway's address; one of IPv4 is needed for it.",
+            },
+            Key {
                 name: "strangers",
                 kind: "true or false",
                 default: Value("false"),

@@ -222,6 +222,14 @@ impl Discovery {
         }
     }
 
+    /// Stops without a word, as on a network that is not to hear of this node.
+    pub fn hush(self) {
+        // Before it is dropped, which says goodbye on every interface that is left.
+        if let Err(error) = self.daemon.disable_interface(IfKind::All) {
+            debug!(%error, "could not keep mDNS quiet");
+        }
+    }
+
     async fn browse_again(&mut self) {
         // Before the new channel exists, so that a cancelled wait changes nothing.
         sleep(BROWSE_AGAIN_AFTER).await;

@@ -36,13 +36,7 @@ impl Loop {
         while let Some(event) = self.network.decided() {
             self.network_event(event);
         }
-        if let Some(discovery) = &mut self.discovery {
-            discovery.restart();
-            // Those who are here will be found again.
-            if let Some(strangers) = self.caches.strangers() {
-                strangers.clear();
-            }
-        }
+        self.look_for_neighbours();
     }
 
     /// Asks those for a sign of life who owe an answer for too long.

@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{FutureExt, StreamExt};
+use granary_protocol::network::Reach;
 use libp2p::connection_limits::{self, ConnectionLimits};
 use libp2p::core::muxing::{StreamMuxer, StreamMuxerBox, StreamMuxerEvent};
 use libp2p::core::upgrade::Version;
@@ -24,10 +25,12 @@ use libp2p::multiaddr::{Multiaddr, Protocol};
 use libp2p::swarm::dial_opts::{DialOpts, PeerCondition};
 use libp2p::swarm::{Config, ConnectionId, NetworkBehaviour, Swarm, SwarmEvent};
 use libp2p::{PeerId, Transport, noise, tcp, yamux};
+use tokio::sync::watch;
 use tokio::time::Sleep;
 use tracing::{debug, warn};
 
 use super::door::{Door, Registry};
+use super::gate::Gate;
 use super::links::{self, DownReason, Limits, Links, SendError};
 use super::pulse::{Missed, Pulse};
 use super::turns::Cost;
@@ -153,6 +156,8 @@ struct Dial {
 
 #[derive(NetworkBehaviour)]
 struct Behaviour {
+    // First, so that who comes from elsewhere takes no room from others.
+    gate: Gate,
     limits: connection_limits::Behaviour,
     pulse: Pulse,
     // Last, so that it makes no handler for a connection that the limits deny.
@@ -186,6 +191,7 @@ impl Network {
         let strangers = Registry::default();
         let transport = Door::new(transport, crowd.clone(), strangers.clone()).boxed();
         let behaviour = Behaviour {
+            gate: Gate::default(),
             limits: connection_limits::Behaviour::new(
                 ConnectionLimits::default()
                     .with_max_pending_incoming(Some(PENDING_INBOUND_MAX))
@@ -228,6 +234,11 @@ impl Network {
             events: VecDeque::new(),
             dials: HashMap::new(),
         })
+    }
+
+    /// Drops connections to addresses that are not within reach, before a byte is read or sent.
+    pub fn keep_within(&mut self, reach: watch::Receiver<Arc<Reach>>) {
+        self.swarm.behaviour_mut().gate.reach = Some(reach);
     }
 
     pub fn peer_id(&self) -> PeerId {

@@ -15,11 +15,13 @@ use std::time::Duration;
 
 use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::hash::sha256;
+use granary_protocol::network::Reach;
 use http::header::HOST;
 use http::{HeaderMap, Request, Response};
 use hyper::body::Incoming;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -28,7 +30,7 @@ use super::listing::{self, Listings};
 use super::narinfo as narinfo_json;
 use super::respond::{self, Body};
 use super::turns::Turns;
-use super::{Ended, Route, connection, credentials, host_name, nar};
+use super::{Ended, Route, connection, credentials, host_name, is_within, nar};
 use crate::crowd::{Bounds, Crowd, Stranger, crowd_of};
 use crate::metrics::{Metrics, Refused, Share};
 use crate::store::{LocalStore, PathInfo, StoreError};
@@ -114,14 +116,21 @@ impl LanPort {
         })
     }
 
-    /// Accepts connections until shutdown.
-    pub async fn accept(self: Arc<LanPort>, listener: TcpListener) {
+    /// Accepts connections within reach until shutdown.
+    pub async fn accept(
+        self: Arc<LanPort>,
+        listener: TcpListener,
+        reach: watch::Receiver<Arc<Reach>>,
+    ) {
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = self.shutdown.cancelled() => return,
             };
             match accepted {
+                Ok((socket, address)) if !is_within(&reach, &socket) => {
+                    debug!(%address, "dropped a connection from no network of mesh.networks");
+                }
                 Ok((socket, address)) => {
                     if let Err(error) = socket.set_nodelay(true) {
                         debug!(%error, "could not set TCP_NODELAY");

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use granary_protocol::cache_info::CacheInfo;
+use granary_protocol::network::Reach;
 use granary_protocol::peer::PeerId;
 use http::{Request, Response};
 use hyper::body::Incoming;
@@ -28,7 +29,7 @@ use tracing::{debug, warn};
 use super::lan::LanPort;
 use super::respond::{self, Body};
 use super::tls::{Acceptor, Purpose, TlsError};
-use super::{Ended, Route, connection, nar};
+use super::{Ended, Route, connection, is_within, nar};
 use crate::allowance::{Allowance, Rate};
 use crate::crowd::Crowd;
 use crate::identity;
@@ -130,14 +131,22 @@ impl MembersPort {
         })
     }
 
-    /// Accepts connections until shutdown.
-    pub async fn accept(self: Arc<MembersPort>, listener: TcpListener) {
+    /// Accepts connections within reach until shutdown.
+    pub async fn accept(
+        self: Arc<MembersPort>,
+        listener: TcpListener,
+        reach: watch::Receiver<Arc<Reach>>,
+    ) {
         loop {
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = self.shutdown.cancelled() => return,
             };
             match accepted {
+                Ok((socket, address)) if !is_within(&reach, &socket) => {
+                    self.metrics.transfers_refused.add(1);
+                    debug!(%address, "dropped a connection from no network of mesh.networks");
+                }
                 Ok((socket, address)) => {
                     let port = self.clone();
                     self.tasks

@@ -78,6 +78,10 @@ impl Lan {
         machine
     }
 
+    pub fn bridge(&self) -> &Bridge {
+        &self.bridge
+    }
+
     /// The key of another mesh, made on the same LAN.
     pub fn other_mesh(&self) -> MeshKey {
         MeshKey::create(self.folder.path(), "other-mesh")

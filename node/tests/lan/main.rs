@@ -34,6 +34,7 @@ mod joining;
 mod vouching;
 mod without_granary;
 mod conference;
+mod networks;
 mod corruption;
 mod garbage;
 mod roaming;

@@ -76,6 +76,22 @@ impl Bridge {
     }
 }
 
+impl Bridge {
+    /// Gives a namespace that is plugged in elsewhere a further interface, on this bridge.
+    pub fn join(&self, namespace: &Namespace, interface: &str, address: &str) {
+        let port = self.ports.fetch_add(1, Ordering::Relaxed) + 1;
+        let (own, bridge) = (&namespace.name, &self.namespace.name);
+        ip(&format!(
+            "-n {own} link add {interface} type veth peer name port{port} netns {bridge}"
+        ));
+        ip(&format!("-n {bridge} link set port{port} master bridge up"));
+        ip(&format!(
+            "-n {own} address add {address} broadcast + dev {interface}"
+        ));
+        ip(&format!("-n {own} link set {interface} up"));
+    }
+}
+
 /// A network namespace; dropping it ends what still runs inside and removes it.
 pub struct Namespace {
     pub name: String,
@@ -155,6 +171,22 @@ impl Cable {
 
     pub fn plug(&self) {
         self.set("up");
+    }
+
+    /// Puts the other end into another bridge, where it is pulled until [`Cable::plug`].
+    pub fn move_to(&self, bridge: &Bridge) -> Cable {
+        let moved = Cable {
+            bridge: bridge.namespace.name.clone(),
+            port: format!("from-{}", bridge.ports.fetch_add(1, Ordering::Relaxed)),
+        };
+        let Cable { bridge, port } = self;
+        ip(&format!("-n {bridge} link set {port} down"));
+        ip(&format!(
+            "-n {bridge} link set {port} netns {} name {}",
+            moved.bridge, moved.port
+        ));
+        moved.set("master bridge");
+        moved
     }
 
     /// Has the bridge drop every packet from and to the machine, which hears nothing of it.

@@ -198,6 +198,12 @@ fn is_heartbeat(length: usize) -> bool {
 pub struct Passed(Vec<Packet>);
 
 impl Passed {
+    /// Packets of a kind, in either direction.
+    pub fn count(&self, kind: Kind) -> usize {
+        let all = self.0.iter();
+        all.filter(|packet| packet.kind == kind).count()
+    }
+
     /// Bytes that the control plane sent, heartbeats left out: the payload of TCP.
     pub fn sent(&self) -> u64 {
         self.payload(Kind::Control, true)
