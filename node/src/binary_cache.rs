@@ -22,11 +22,13 @@ use crate::serve::tls::TlsError;
 mod held_back;
 mod member;
 mod strangers;
+mod pieces;
 mod web;
 mod unpack;
 
 pub use held_back::{HELD_BACK_BYTES, HeldBack, WrongBytes};
 pub use member::PeerCaches;
+pub use pieces::PiecesError;
 pub use strangers::Strangers;
 pub use unpack::{Unpacked, Unpackers};
 pub use web::{FromWeb, WebCache, WebCaches, WebSetupError};
@@ -79,6 +81,8 @@ pub enum TransferError {
     Broken { peer: PeerId, source: hyper::Error },
     #[error("{peer} answered for a narinfo with something that is none")]
     NoNarInfo { peer: PeerId },
+    #[error("{peer} sent a NAR in pieces that cannot be read: {source}")]
+    Pieces { peer: PeerId, source: PiecesError },
     #[error("{peer} is named by no valid key")]
     NoKey { peer: PeerId },
     #[error("{cache} could not be asked: {source}")]

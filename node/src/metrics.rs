@@ -128,6 +128,9 @@ pub struct Metrics {
     pub store_errors: Counter,
     /// NAR bytes moved with peers.
     pub traffic: Traffic,
+    /// NAR bytes that went to peers packed, and what they took on the wire.
+    pub packed_bytes: Counter,
+    pub packed_wire_bytes: Counter,
     /// Requests to the endpoint.
     pub requests: Requests,
     /// Time to an answer about a narinfo.
@@ -449,6 +452,12 @@ impl Metrics {
         out.family(name, "counter", "NAR bytes moved with peers.");
         out.sample(name, "direction=\"sent\"", moved.sent);
         out.sample(name, "direction=\"received\"", moved.received);
+        let name = "granary_packed_bytes_total";
+        let help =
+            "NAR bytes sent to peers packed, as zstd finds them and as they went over the wire.";
+        out.family(name, "counter", help);
+        out.sample(name, "form=\"nar\"", self.packed_bytes.get());
+        out.sample(name, "form=\"wire\"", self.packed_wire_bytes.get());
         for (name, help, value) in [
             (
                 "granary_ready",

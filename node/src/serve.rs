@@ -30,6 +30,7 @@ use tokio_util::sync::CancellationToken;
 pub mod respond;
 pub mod narinfo;
 pub mod nar;
+mod pieces;
 pub mod listing;
 pub mod log;
 pub mod trace;

@@ -15,6 +15,7 @@ pub mod cache_info;
 pub mod nar;
 pub mod worker;
 pub mod seekable;
+pub mod pieces;
 mod line;
 pub mod peer;
 pub mod certificate;

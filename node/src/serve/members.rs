@@ -17,7 +17,7 @@ use futures::future::BoxFuture;
 use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::network::Reach;
 use granary_protocol::peer::PeerId;
-use http::{Request, Response};
+use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
@@ -27,6 +27,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use super::lan::LanPort;
+use super::pieces::{self, Link, Packers};
 use super::respond::{self, Body};
 use super::tls::{Acceptor, Purpose, TlsError};
 use super::{Ended, Route, connection, is_within, nar};
@@ -93,6 +94,7 @@ pub struct MembersPort {
     /// Only members get into it, so it has at most as many entries as there were members.
     rooms: Mutex<BTreeMap<PeerId, Room>>,
     connections: Arc<Semaphore>,
+    packers: Arc<Packers>,
 }
 
 /// What one member may take.
@@ -101,6 +103,7 @@ struct Room {
     streams: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     allowances: Arc<Mutex<Allowances>>,
+    link: Arc<Link>,
 }
 
 struct Allowances {
@@ -128,6 +131,7 @@ impl MembersPort {
             tasks,
             rooms: Mutex::default(),
             connections: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            packers: Packers::new(),
         })
     }
 
@@ -279,7 +283,20 @@ impl MembersPort {
                             metrics.traffic.sent(&peer, bytes);
                         };
                         let (method, headers) = (request.method(), request.headers());
-                        let response = local.respond(method, headers, sent).await;
+                        let (packers, link) = (&self.packers, self.room(peer).link);
+                        let offered = match *method {
+                            Method::GET => {
+                                pieces::offered(headers, local.nar.size(), packers, &link)
+                            }
+                            _ => None,
+                        };
+                        let response = match offered {
+                            Some(from) => {
+                                let (packers, metrics) = (packers.clone(), self.metrics.clone());
+                                pieces::respond(local, from, packers, link, metrics, sent).await
+                            }
+                            None => local.respond(method, headers, sent).await,
+                        };
                         response.unwrap_or_else(|| respond::not_found(true))
                     }
                     Ok(None) => respond::not_found(true),
@@ -351,6 +368,7 @@ impl Room {
                 connections: Allowance::new(CONNECTION_RATE, Instant::now()),
                 requests: Allowance::new(REQUEST_RATE, Instant::now()),
             })),
+            link: Arc::default(),
         }
     }
 

@@ -27,6 +27,7 @@ mod anchor;
 mod s3;
 
 mod substitution;
+mod slow_link;
 mod freshness;
 mod strangers;
 mod revocation;
