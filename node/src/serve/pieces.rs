@@ -2,7 +2,8 @@
 //!
 //! One task reads the NAR and packs it, a piece ahead of the one that waits for the link; [`Pace`] hears how
 //! long each side waits and says in which form the next piece goes. What a link to a member carries is kept
-//! for the next NAR, so that a link known to be faster than zstd gets whole NARs as they are, without any of this.
+//! for the next NAR, so that a link known to be faster than zstd gets whole NARs as they are, without any of this, and
+//! small ones are packed for a link known to be slower.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::available_parallelism;
@@ -183,12 +184,20 @@ async fn make(
     sender: mpsc::Sender<Result<Made, NarError>>,
 ) {
     while let Some(chunk) = chunks.next().await {
-        let made = match chunk {
-            Ok(chunk) => Ok(make_piece(chunk, &packers, &pace).await),
-            Err(error) => Err(error),
+        let mut chunk = match chunk {
+            Ok(chunk) => chunk,
+            Err(error) => {
+                // Whoever does not wait for it needs no word.
+                let _ = sender.send(Err(error)).await;
+                return;
+            }
         };
-        if sender.send(made).await.is_err() {
-            return;
+        while !chunk.is_empty() {
+            let piece = chunk.split_to(chunk.len().min(PIECE_BYTES_MAX as usize));
+            let made = make_piece(piece, &packers, &pace).await;
+            if sender.send(Ok(made)).await.is_err() {
+                return;
+            }
         }
     }
 }
@@ -209,12 +218,9 @@ async fn make_piece(chunk: Bytes, packers: &Arc<Packers>, pace: &Mutex<Pace>) ->
             return Made { piece, wire };
         }
     }
-    let piece = Piece::new(bytes, bytes).expect("a chunk is no larger than a piece");
+    let piece = Piece::new(bytes, bytes).expect("neither empty nor too large");
     Made { piece, wire: chunk }
 }
-
-// What is read at once is sent at once.
-const _: () = assert!(crate::store::nar::CHUNK_BYTES <= PIECE_BYTES_MAX as usize);
 
 /// The body of an answer in pieces.
 struct Sending {

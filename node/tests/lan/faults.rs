@@ -123,7 +123,7 @@ impl Rig {
             _ => &["desktop"],
         };
         let expressions: Vec<String> = (0..PHASES.len())
-            .map(|number| nix::folder_of(&format!("case-{number}"), BYTES as usize))
+            .map(|number| nix::noise_of(&format!("case-{number}"), BYTES as usize))
             .collect();
         let fault = Fault::default();
         let mut holders = Vec::new();
@@ -393,7 +393,7 @@ const STALL_MAX: Duration = Duration::from_millis(2500);
 #[test]
 fn gigabyte_whose_holder_is_killed_halfway_comes_in_one_answer_without_a_long_pause() {
     let lan = Lan::new();
-    let expression = nix::folder_of("gigabyte", GIGABYTE);
+    let expression = nix::noise_of("gigabyte", GIGABYTE);
     let fault = Fault::default();
     let behind = SocketAddr::from((Ipv4Addr::LOCALHOST, TRANSFER_PORT));
     let mut path = String::new();

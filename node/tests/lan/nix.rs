@@ -28,6 +28,19 @@ pub fn folder_of(name: &str, bytes: usize) -> String {
     )
 }
 
+/// The same with contents that nothing shrinks, so that every byte of it is one on the wire.
+pub fn noise_of(name: &str, bytes: usize) -> String {
+    format!(
+        r#"derivation {{
+          name = "{name}"; system = builtins.currentSystem; builder = "/bin/sh"; PATH = "/usr/bin:/bin";
+          args = [ "-e" "-c" ''
+            mkdir $out; echo $out >$out/self
+            head -c {bytes} /dev/zero | openssl enc -aes-128-ctr -nosalt -pbkdf2 -pass pass:{name} >$out/content
+          '' ];
+        }}"#
+    )
+}
+
 fn words_of(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }

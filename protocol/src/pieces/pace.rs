@@ -5,8 +5,8 @@
 //! shrink. Both are measured while it runs, and the best form is the one whose slower half is fastest.
 //! Plain pieces need no packing, so a link faster than zstd gets those.
 //!
-//! What a link carries shows only while it is what the stream waits for. As long as the link waits for the
-//! stream instead, a few plain pieces are sent to learn it.
+//! What a link carries shows only while it is what the stream waits for. Until then pieces are plain, and again
+//! when packed ones turn out to be what the link waits for: so only what was measured to be slow is packed for.
 
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,10 @@ const WEIGHT: f64 = 0.3;
 /// How much better than plain pieces packing has to be: it takes a processor from others.
 const MARGIN: f64 = 1.15;
 
+/// What a link carries at most that packing is worth a processor: somewhat more than 1 Gbit/s. Nix itself unpacks,
+/// hashes and writes hardly faster, and what seems to be a link of such a rate is a busy node at the other end.
+const LINK_MAX: f64 = 150e6;
+
 /// Bytes on the wire, and pieces, over which the link is measured: buffers on the way take some
 /// hundred KiB at once.
 const WINDOW_BYTES: u64 = 1024 * 1024;
@@ -39,9 +43,6 @@ const STARVED_LITTLE: f64 = 0.3;
 
 /// The same above which the stream is what limits.
 const STARVED_MUCH: f64 = 0.7;
-
-/// Plain pieces sent to learn what an unknown link carries: two windows of the largest.
-const PROBE_PIECES: u32 = 8;
 
 /// One piece in so many is packed although the NAR did not shrink: its next file may.
 const REVIEW_PIECES: u32 = 32;
@@ -79,7 +80,7 @@ impl Costs {
 
     /// Whether a link of so many bytes per second is too fast for any packing.
     pub fn is_outrun_by(&self, link: f64) -> bool {
-        self.rates.iter().all(|rate| link * MARGIN > *rate)
+        link > LINK_MAX || self.rates.iter().all(|rate| link * MARGIN > *rate)
     }
 }
 
@@ -93,7 +94,6 @@ pub struct Pace {
     has_packed: bool,
     window: Window,
     to_warm_up: u64,
-    to_probe: u32,
     since_packed: u32,
 }
 
@@ -117,7 +117,6 @@ impl Pace {
             has_packed: false,
             window: Window::default(),
             to_warm_up: WARM_UP_BYTES,
-            to_probe: 0,
             since_packed: 0,
         }
     }
@@ -132,13 +131,9 @@ impl Pace {
         form
     }
 
-    fn best(&mut self, costs: &Costs) -> Form {
-        if self.to_probe > 0 {
-            self.to_probe -= 1;
+    fn best(&self, costs: &Costs) -> Form {
+        let Some(link) = self.link.filter(|link| *link <= LINK_MAX) else {
             return Form::Plain;
-        }
-        let Some(link) = self.link else {
-            return Form::Packed(0);
         };
         let rate = |level: usize| costs.rates[level].min(link * self.ratios[level]);
         let mut best = (Form::Plain, link * MARGIN);
@@ -209,7 +204,6 @@ impl Pace {
             // It carries this much at least, and how much more only plain pieces tell.
             if self.link.is_none_or(|link| link < carried) {
                 self.link = None;
-                self.to_probe = PROBE_PIECES;
             }
         } else {
             // Reading is what limits, or nothing alone does.
@@ -296,6 +290,9 @@ mod tests {
         }
 
         fn best(&self) -> f64 {
+            if self.link > LINK_MAX {
+                return self.always(Form::Plain);
+            }
             let forms = [Form::Plain, Form::Packed(0), Form::Packed(1)];
             forms
                 .map(|form| self.always(form))
@@ -433,7 +430,6 @@ mod tests {
             let (mut pace, mut costs) = (Pace::new(None), Costs::default());
             let rate = stream.paced(&mut pace, &mut costs, PIECES);
             let lost = stream.lost(rate);
-            // What came packed before the link was known.
             assert!(lost < 0.3, "{link}: {lost} s");
         }
     }
