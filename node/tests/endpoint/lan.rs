@@ -182,7 +182,7 @@ async fn what_only_neighbours_have_is_not_fetched_for_machines_without_a_node() 
             "{target}"
         );
     }
-    let report = laptop.status().unwrap();
+    let report = laptop.status();
     let received: u64 = report.peers.iter().map(|peer| peer.bytes_received).sum();
     assert_eq!(received, 0);
     laptop.stop().await;

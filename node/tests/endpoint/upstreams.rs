@@ -31,10 +31,7 @@ async fn upstream_of(name: &str, bytes: usize, compression: &str) -> (Arc<Web>, 
 
 /// Until caches are asked.
 fn wait_ready(machine: &Machine) {
-    until("the mind", || {
-        let report = machine.status();
-        report.is_some_and(|report| !report.caches.is_empty())
-    });
+    until("the mind", || !machine.status().caches.is_empty());
 }
 
 fn timed(machine: &Machine, target: &str) -> (u16, Duration) {
@@ -66,7 +63,7 @@ async fn what_came_from_where_is_known_after_a_restart_and_a_broken_file_is_begu
     assert_eq!(machine.get(&path.short()).status, 200);
     let size = path.nar.len() as u64;
     let counted = |machine: &Machine| {
-        let history = machine.status().unwrap().history;
+        let history = machine.status().history;
         let of = |spans: &[history::Span]| {
             let total = Spans::total(spans);
             (total.upstream, total.upstream_bytes)
@@ -137,7 +134,7 @@ async fn every_compression_of_an_upstream_is_one_byte_string_to_nix() {
         client.nix("nix", &["copy", "--from", &machine.url(), &path.path]);
         client.nix("nix", &["store", "verify", &path.path]);
     }
-    let report = machine.status().unwrap();
+    let report = machine.status();
     assert_eq!(report.nars.upstream, 18);
     assert!(report.narinfos.upstream >= 6, "{report}");
     assert_eq!(report.caches[0].role, "upstream");
@@ -162,7 +159,7 @@ async fn a_machine_of_no_mesh_asks_upstreams_all_the_same() {
     machine.daemon = Some(Daemon::start(config).await.unwrap());
     machine.wait_for(&path);
     assert!(machine.get(&path.short()).body == path.nar);
-    let report = machine.status().unwrap();
+    let report = machine.status();
     assert!(report.about.mesh.is_none() && report.peers.is_empty());
     machine.stop().await;
 }
@@ -182,7 +179,7 @@ async fn a_machine_that_waits_for_its_certificate_asks_upstreams_meanwhile() {
     assert!(machine.get(&far.short()).body == far.nar);
     assert_eq!(machine.get(&near.narinfo()).status, 404);
     assert_eq!(mesh_of(&machine), "waiting");
-    let report = machine.status().unwrap();
+    let report = machine.status();
     assert!(
         report.about.mesh.unwrap().certificate.is_none(),
         "not a member"
@@ -213,7 +210,7 @@ async fn a_path_that_a_peer_has_comes_from_the_peer() {
     assert_eq!(machine.get(&path.narinfo()).status, 200);
     assert!(machine.get(&path.short()).body == path.nar);
     assert!(web.requests.lock().unwrap().is_empty());
-    assert_eq!(machine.status().unwrap().nars.peer, 1);
+    assert_eq!(machine.status().nars.peer, 1);
     machine.stop().await;
     peer.stop().await;
 }
@@ -338,7 +335,7 @@ fn check_waits_are_bounded(machine: &Machine) {
         let (status, took) = timed(machine, &unknown(number));
         assert_eq!(status, 404);
         assert!(took < Duration::from_millis(1300), "{took:?}");
-        let report = machine.status().unwrap();
+        let report = machine.status();
         report.caches[0].failed_probe_in.is_some()
     });
     assert!(number <= 3, "{number} waits");
@@ -406,7 +403,7 @@ async fn an_upstream_in_trouble_is_404_to_nix() {
         assert_eq!(found, 404, "{status}");
         assert!(took < Duration::from_millis(1300), "{took:?}");
     }
-    let report = machine.status().unwrap();
+    let report = machine.status();
     assert!(report.caches[0].failed_probe_in.is_some());
     web.set(|manners| manners.status = None);
     machine.wait_for(&path);
@@ -435,7 +432,7 @@ async fn an_anchor_is_shown_the_token_and_asked_before_upstreams() {
     assert!(machine.get(&path.short()).body == path.nar);
     assert_eq!(anchor.nars_asked(), [0]);
     assert!(upstream.nars_asked().is_empty());
-    assert_eq!(machine.status().unwrap().nars.anchor, 1);
+    assert_eq!(machine.status().nars.anchor, 1);
     let status = machine.get("/api/v1/status");
     assert!(!String::from_utf8_lossy(&status.body).contains("secret-token"));
     machine.stop().await;
