@@ -296,6 +296,15 @@ pub fn take_out(text: &str) -> Option<String> {
     }
 }
 
+/// The lines as they stand in a nix.conf that has nothing else.
+pub fn for_nix_conf(wanted: &Wanted) -> String {
+    format!(
+        "substituters = {} {DEFAULT_SUBSTITUTER}\ntrusted-public-keys = {}\nnarinfo-cache-negative-ttl = {NEGATIVE_TTL}\n",
+        wanted.substituter,
+        wanted.keys.join(" "),
+    )
+}
+
 /// The same for a machine whose nix.conf NixOS writes.
 pub fn for_nixos(wanted: &Wanted) -> String {
     let quoted = |values: &[String]| {

@@ -1,23 +1,21 @@
 //! `granary mesh`: the mesh key at work. It makes members, and puts them out again.
 
 mod members;
+pub mod ticket;
 
 use std::io::Write;
-use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use granary_protocol::admission::{Issued, USES_MAX, fingerprint};
+use granary_protocol::admission::fingerprint;
 use granary_protocol::certificate::{Certificate, Permissions, SignedCertificate, UnixTime};
 use granary_protocol::peer::PeerId;
 use granary_protocol::revocation::{Revocations, SignedRevocations};
 use granary_protocol::signature::{KeyName, PublicKey, SecretKey};
-use granary_protocol::ticket::{
-    Refused, Request, TICKET_ADDRESSES_MAX, TICKET_TEXT_BYTES_MAX, Ticket,
-};
+use granary_protocol::ticket::{Refused, Request, TICKET_TEXT_BYTES_MAX, Ticket};
 use zeroize::Zeroizing;
 
 use super::{ConfigFile, SECONDS_PER_DAY, ask, print};
@@ -26,7 +24,6 @@ use crate::clock::unix_time;
 use crate::config::Config;
 use crate::daemon;
 use crate::identity::Identity;
-use crate::mesh::is_reachable;
 use crate::mesh::revocations;
 use crate::secret;
 use crate::state_folder;
@@ -42,7 +39,7 @@ const NOTICE_PAUSE: Duration = Duration::from_millis(20);
 const ASK_PAUSE: Duration = Duration::from_secs(2);
 
 /// Lifetime of a certificate unless told otherwise.
-const CERTIFICATE_DAYS: u64 = 30;
+pub const CERTIFICATE_DAYS: u64 = 30;
 
 #[derive(Subcommand)]
 pub enum Command {
@@ -93,7 +90,7 @@ pub enum Command {
         config: ConfigFile,
     },
     /// Print a ticket with which a machine joins (`granary join`). Run where the mesh key is.
-    Ticket(TicketArguments),
+    Ticket(ticket::Arguments),
     /// Put machines out: every member closes its links to them, and their certificates are void.
     Revoke {
         /// Peer ids, or names as `granary status` shows them.
@@ -112,27 +109,6 @@ pub enum Command {
 }
 
 #[derive(Args)]
-pub struct TicketArguments {
-    /// How many machines may join with it.
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=USES_MAX as i64))]
-    uses: u32,
-    /// For how long: `30m`, `12h`, `7d`.
-    #[arg(long, default_value = "7d", value_parser = span)]
-    expires: Duration,
-    /// Permissions: share, vouch, `push:<cache pattern>`.
-    #[arg(long, default_value = "share,vouch")]
-    allow: Permissions,
-    /// Days that certificates are good for; they renew themselves.
-    #[arg(long, default_value_t = CERTIFICATE_DAYS)]
-    days: u64,
-    /// Names or addresses by which the others reach this machine. Default: those of its interfaces.
-    #[arg(long)]
-    host: Vec<String>,
-    #[command(flatten)]
-    config: ConfigFile,
-}
-
-#[derive(Args)]
 pub struct JoinArguments {
     /// What `granary mesh ticket` printed.
     ticket: Option<String>,
@@ -147,7 +123,7 @@ pub struct JoinArguments {
     #[arg(long, requires = "at")]
     mesh_key: Option<PublicKey>,
     /// How long to wait, with --at.
-    #[arg(long, default_value = "10m", value_parser = span)]
+    #[arg(long, default_value = "10m", value_parser = ticket::span)]
     wait: Duration,
     /// What to call this machine; default: its host name.
     #[arg(long)]
@@ -204,7 +180,7 @@ pub async fn run(command: Command) -> Result<()> {
                 ),
             }
         }
-        Command::Ticket(arguments) => ticket(arguments),
+        Command::Ticket(arguments) => ticket::run(arguments),
         Command::Revoke {
             members,
             key_file,
@@ -337,102 +313,6 @@ pub fn certify(
     let seconds = seconds.context("--days is too large")?;
     let signed = admission::certify(key, peer, name, permissions, seconds, unix_time())?;
     Ok((signed.claims()?, signed.to_text()))
-}
-
-/// Makes a ticket, which the running node of this machine knows at once.
-fn ticket(arguments: TicketArguments) -> Result<()> {
-    let config = arguments.config.load()?;
-    let key_file = config.mesh_key_file();
-    let key = read_mesh_key(&key_file)?;
-    let public = key.public_key();
-    if let Some(configured) = config.mesh.key.as_ref().filter(|other| **other != public) {
-        bail!("the key is that of mesh {public}, this machine belongs to {configured}");
-    }
-    let (admits, peers) = match arguments.host.is_empty() {
-        false => (
-            with_port(&arguments.host, &config.mesh.transfer),
-            with_port(&arguments.host, &config.mesh.listen),
-        ),
-        true => (
-            reachable(&config.mesh.transfer)?,
-            reachable(&config.mesh.listen)?,
-        ),
-    };
-    if admits.is_empty() {
-        bail!("this machine has no address but loopback; give --host");
-    }
-    let now = unix_time();
-    let secret = admission::new_secret().context("the system gave no random bytes")?;
-    let seconds = arguments.days.checked_mul(SECONDS_PER_DAY);
-    let expires = UnixTime(now.0.saturating_add(arguments.expires.as_secs()));
-    let issued = Issued::new(
-        &secret,
-        expires,
-        arguments.uses,
-        arguments.allow,
-        seconds.context("--days is too large")?,
-    );
-    {
-        let _lock = state_folder::lock(&config.state_dir)
-            .with_context(|| format!("cannot lock {}", config.state_dir.display()))?;
-        let file = config.tickets_file();
-        let mut tickets = admission::read_tickets(&file)?;
-        tickets.add(issued, now)?;
-        admission::write_tickets(&file, &tickets)?;
-    }
-    let ticket = Ticket {
-        mesh: public,
-        admits,
-        peers,
-        secret: Some(secret),
-        expires,
-    };
-    print(&format!("{}\n", ticket.to_text()?.as_str()))
-}
-
-/// A span of time as a person writes it: `90s`, `30m`, `12h`, `7d`.
-fn span(text: &str) -> Result<Duration, String> {
-    let wrong = || format!("{text:?} is no span of time such as 30m, 12h or 7d");
-    let unit = text.chars().next_back().ok_or_else(wrong)?;
-    let seconds = match unit {
-        's' => 1,
-        'm' => 60,
-        'h' => 3600,
-        'd' => SECONDS_PER_DAY,
-        _ => return Err(wrong()),
-    };
-    let number: u64 = text[..text.len() - 1].parse().map_err(|_| wrong())?;
-    let seconds = number.checked_mul(seconds).ok_or_else(wrong)?;
-    Ok(Duration::from_secs(seconds))
-}
-
-fn with_port(hosts: &[String], listen: &[SocketAddr]) -> Vec<String> {
-    let Some(port) = listen.first().map(SocketAddr::port) else {
-        return Vec::new();
-    };
-    let hosts = hosts.iter().take(TICKET_ADDRESSES_MAX);
-    let with_port = |host: &String| match host.parse() {
-        Ok(ip) => SocketAddr::new(ip, port).to_string(),
-        Err(_) => format!("{host}:{port}"),
-    };
-    hosts.map(with_port).collect()
-}
-
-/// Where others reach what listens here.
-fn reachable(listen: &[SocketAddr]) -> Result<Vec<String>> {
-    let mut found = Vec::new();
-    for address in listen {
-        if !address.ip().is_unspecified() {
-            found.push(*address);
-            continue;
-        }
-        let interfaces = if_addrs::get_if_addrs().context("cannot list the network interfaces")?;
-        let ips = interfaces.iter().map(if_addrs::Interface::ip);
-        let ips = ips.filter(|ip| ip.is_ipv4() == address.is_ipv4() && is_reachable(*ip));
-        found.extend(ips.map(|ip| SocketAddr::new(ip, address.port())));
-    }
-    let found = found.iter().take(TICKET_ADDRESSES_MAX);
-    Ok(found.map(SocketAddr::to_string).collect())
 }
 
 pub async fn join(arguments: JoinArguments) -> Result<()> {
@@ -697,26 +577,6 @@ mod tests {
 
     fn peer(number: u8) -> PeerId {
         PeerId::from_public_key([number; 32])
-    }
-
-    #[test]
-    fn spans_are_read_as_people_write_them() {
-        for (text, seconds) in [("90s", 90), ("30m", 1800), ("12h", 43_200), ("7d", 604_800)] {
-            assert_eq!(span(text), Ok(Duration::from_secs(seconds)));
-        }
-        for text in ["", "7", "d", "-1d", "1w", "99999999999999999999d", "1é"] {
-            assert!(span(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn hosts_get_the_port_as_a_ticket_has_it() {
-        let hosts = ["nas.lan", "10.0.0.1", "fd00::1"].map(str::to_owned);
-        let listen = ["0.0.0.0:4728".parse().unwrap()];
-        assert_eq!(
-            with_port(&hosts, &listen),
-            ["nas.lan:4728", "10.0.0.1:4728", "[fd00::1]:4728"]
-        );
     }
 
     #[test]

@@ -48,7 +48,7 @@ pub fn run(arguments: Arguments) -> Result<()> {
     };
     // A link is kept, and what it leads to is changed.
     let path = fs::canonicalize(&place).unwrap_or_else(|_| place.clone());
-    if path.starts_with(config.store.dir.as_str()) {
+    if is_made_by_nixos(&path, &config) {
         return nixos(&place, &wanted, arguments.undo);
     }
     let before = nix_conf::read(&path)?;
@@ -195,7 +195,31 @@ pub fn default_place() -> Result<PathBuf> {
     Ok(folder.join("nix/nix.conf"))
 }
 
-/// Where the file belongs to the system's configuration, which makes it anew at every switch.
+/// What this user's Nix must be told to ask the node, in the form in which this machine is configured.
+pub fn lines(config: &Config) -> Result<String> {
+    let wanted = wanted(config)?;
+    // Where there is no home there is no file either, and a file's lines say as much.
+    let place = default_place().and_then(|place| Ok(fs::canonicalize(place)?));
+    Ok(
+        match place.is_ok_and(|path| is_made_by_nixos(&path, config)) {
+            true => format!(
+                "Nix on this machine asks it with this in the system's configuration:\n\n{}",
+                nix_conf::for_nixos(&wanted)
+            ),
+            false => format!(
+                "Nix on this machine asks it with these lines in nix.conf (granary use puts them there):\n\n{}",
+                nix_conf::for_nix_conf(&wanted)
+            ),
+        },
+    )
+}
+
+/// Whether the file belongs to the system's configuration, which makes it anew at every switch; `path` leads to no link.
+fn is_made_by_nixos(path: &Path, config: &Config) -> bool {
+    path.starts_with(config.store.dir.as_str())
+}
+
+/// Says what to do about a file that was made by NixOS.
 fn nixos(place: &Path, wanted: &Wanted, is_undo: bool) -> Result<()> {
     let said = match is_undo {
         true => "take these lines out of",

@@ -3,9 +3,14 @@
 //! What is missing is made in the state folder, each file with mode 0600: the mesh key, a certificate
 //! of this machine, a token for its own pushes. What is there and good is kept, so running it again
 //! changes nothing. The configuration may say more, and wins.
+//!
+//! At a terminal it also makes a ticket for the next machine and shows it. Where what it says is kept, in a
+//! journal or a file, it says how to make one: a ticket is a secret.
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -15,10 +20,13 @@ use granary_protocol::signature::PublicKey;
 use granary_protocol::token::Permission;
 use http::header::AUTHORIZATION;
 use http::{HeaderMap, HeaderValue};
+use tracing::warn;
+use zeroize::Zeroizing;
 
 use super::anchor::options;
-use super::mesh::{certify, make_own_mesh_key, remember_own_mesh};
-use super::nix_conf::wanted;
+use super::mesh::ticket::{self, Terms};
+use super::mesh::{CERTIFICATE_DAYS, certify, make_own_mesh_key, remember_own_mesh};
+use super::nix_conf;
 use super::token::new_token;
 use super::{ConfigFile, SECONDS_PER_DAY, node, print};
 use crate::admission::{host_name, read_mesh_key};
@@ -27,7 +35,7 @@ use crate::anchor::cache::CacheName;
 use crate::anchor::server::{Server, nearest};
 use crate::clock::unix_time;
 use crate::config::{self, Config};
-use crate::daemon::make_state_dir;
+use crate::daemon::{chain, make_state_dir};
 use crate::identity::Identity;
 use crate::state_folder;
 use crate::upload::read_token;
@@ -41,6 +49,10 @@ const RENEWAL_DAYS: u64 = 180;
 
 /// Largest certificate file looked at.
 const CERTIFICATE_BYTES_MAX: u64 = 16 * 1024;
+
+/// How long the ticket is good that is shown at a terminal: whoever reads it goes to the next machine with it,
+/// and who finds it in the scrollback later finds nothing.
+const TICKET_LIFE: Duration = Duration::from_secs(3600);
 
 const MESH_NAME: &str = "granary-mesh";
 
@@ -198,29 +210,35 @@ fn lines(
     admits: bool,
     is_elsewhere: bool,
 ) -> Result<String> {
-    let wanted = wanted(config)?;
-    let keys = wanted.keys.join(" ");
     let cache = &config.anchor_server.default_cache;
     let port = anchor.port();
     let mut text = format!(
-        "granary is up: Nix is answered at {0}, the anchor at port {port}, state in {1}\n\n\
-         Nix on this machine asks it with these lines in nix.conf (granary use puts them there):\n\n\
-         substituters = {0} https://cache.nixos.org\n\
-         trusted-public-keys = {keys}\n\
-         narinfo-cache-negative-ttl = 10\n",
-        wanted.substituter,
+        "granary is up: Nix is answered at {}, the anchor at port {port}, state in {}\n\n{}",
+        nix_conf::substituter(config)?,
         config.state_dir.display(),
+        nix_conf::lines(config)?,
     );
     if let (true, Some(mesh)) = (admits, &config.mesh.key) {
         let place = match is_elsewhere {
             true => format!("STATE_DIRECTORY={} ", config.state_dir.display()),
             false => String::new(),
         };
+        match ticket_to_show(config) {
+            Some(ticket) => text.push_str(&format!(
+                "\nThe next machine joins mesh {mesh} by this ticket, which is good for one machine and an hour\n\
+                 ({place}granary mesh ticket makes others); there:\n\n\
+                 granary join {}\n",
+                ticket.as_str()
+            )),
+            None => text.push_str(&format!(
+                "\nThe next machine joins mesh {mesh} with what this prints, here:\n\n\
+                 {place}granary mesh ticket\n\n\
+                 and there:\n\n\
+                 granary join <ticket>\n"
+            )),
+        }
         text.push_str(&format!(
-            "\nThe next machine joins mesh {mesh} with what this prints, here:\n\n\
-             {place}granary mesh ticket\n\n\
-             and there:\n\n\
-             granary join <ticket>\ngranary node\ngranary use\n\n\
+            "granary node\ngranary use\n\n\
              To use the anchor as well, it needs this in its granary.toml, with the address of this one, and a token:\n\n\
              [[anchor]]\nurl = \"http://<this machine>:{port}/{cache}\"\n\
              token-file = \"/etc/granary/token\"\npublic-keys = [\"{key}\"]\n\
@@ -229,4 +247,29 @@ fn lines(
         ));
     }
     Ok(text)
+}
+
+/// A ticket for one machine, if a person reads what is printed and nothing keeps it.
+fn ticket_to_show(config: &Config) -> Option<Zeroizing<String>> {
+    if !std::io::stdout().is_terminal() {
+        return None;
+    }
+    let made = || {
+        let terms = Terms {
+            uses: 1,
+            expires: TICKET_LIFE,
+            // What `granary mesh ticket` gives, so that the next machine is a member like this one.
+            allow: "share,vouch".parse()?,
+            days: CERTIFICATE_DAYS,
+        };
+        ticket::issue(config, terms, &[])
+    };
+    made()
+        .inspect_err(|error| {
+            warn!(
+                error = chain(error.as_ref()),
+                "could not make a ticket to show"
+            )
+        })
+        .ok()
 }

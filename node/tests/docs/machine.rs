@@ -190,15 +190,21 @@ impl Machine {
         }
     }
 
-    /// Starts a command that does not end by itself, in place of the one before; waits until the text holds.
+    /// Starts a command that does not end by itself, at a terminal, as a person does, and in place of the one before;
+    /// waits until the text holds.
     pub fn start(&mut self, command: &str, is_up: impl Fn(&str) -> bool) -> Outcome {
         self.end();
         self.ran += 1;
         let number = self.ran;
-        self.write(&format!("{number}.stays"), &format!("exec {command}"));
+        // Its log goes past the terminal, which would give it colours.
+        self.write(
+            &format!("{number}.stays"),
+            &format!("echo $$ >/.docs/{number}.id; exec 2>>/.docs/{number}.out\nexec {command}"),
+        );
         let started = self.run(
             &format!(
-                "setsid bash /.docs/{number}.stays >/.docs/{number}.out 2>&1 & echo $! >/.docs/{number}.id"
+                "script --quiet --command 'bash /.docs/{number}.stays' /dev/null </dev/null >>/.docs/{number}.out 2>&1 & \
+                 (for i in $(seq 100); do [ -s /.docs/{number}.id ] && exit; sleep 0.05; done; exit 1)"
             ),
             true,
         );
@@ -261,7 +267,8 @@ impl Machine {
 
     fn output(&self, number: usize) -> String {
         let bytes = fs::read(self.file(&format!("{number}.out"))).unwrap_or_default();
-        String::from_utf8_lossy(&bytes).into_owned()
+        // A terminal puts a return before each line feed.
+        String::from_utf8_lossy(&bytes).replace("\r\n", "\n")
     }
 }
 

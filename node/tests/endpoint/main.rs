@@ -28,6 +28,8 @@ mod proxy;
 mod restart;
 #[path = "../shared/smuggling.rs"]
 mod smuggling;
+#[path = "../shared/terminal.rs"]
+mod terminal;
 mod routes;
 mod sharing;
 mod start;

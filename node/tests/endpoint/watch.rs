@@ -7,12 +7,11 @@ use std::process::{Child, Command};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};
-use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 
 use crate::machine::{Machine, until};
+use crate::terminal;
 
 /// A terminal with a watch on it.
 struct Terminal {
@@ -25,13 +24,7 @@ struct Terminal {
 
 impl Terminal {
     fn watch(machine: &Machine, columns: u16, rows: u16) -> Terminal {
-        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC);
-        let master = File::from(master.unwrap());
-        grantpt(&master).unwrap();
-        unlockpt(&master).unwrap();
-        let name = ptsname(&master, Vec::new()).unwrap();
-        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
-        let slave = File::from(rustix::fs::open(name, flags, Mode::empty()).unwrap());
+        let (master, slave) = terminal::open();
         let config = machine.folder().join("watched.toml");
         fs::write(&config, machine.config_text()).unwrap();
         let io = || slave.try_clone().unwrap();

@@ -5,5 +5,7 @@
 
 mod leaving;
 mod machine;
+#[path = "../shared/terminal.rs"]
+mod terminal;
 mod doctor;
 mod up;

@@ -2,12 +2,15 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use granary_protocol::ticket::Ticket;
 
 use crate::machine::{Machine, free_port};
+use crate::terminal;
 
 const GENEROUS: Duration = Duration::from_secs(30);
 
@@ -18,18 +21,25 @@ pub struct Up {
 
 impl Up {
     pub fn start(machine: &Machine) -> Up {
-        let mut process = machine
-            .granary(&["up"])
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+        let mut process = machine.granary(&["up"]);
+        process.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = process.spawn().unwrap();
+        let stdout = process.stdout.take().unwrap();
+        Up::follow(process, Box::new(stdout))
+    }
+
+    /// The same, with a terminal to speak to.
+    fn start_at_a_terminal(machine: &Machine, options: &[&str]) -> Up {
+        let (screen, program) = terminal::open();
+        let mut process = machine.granary(&[&["up"], options].concat());
+        process.stdout(program).stderr(Stdio::piped());
+        Up::follow(process.spawn().unwrap(), Box::new(screen))
+    }
+
+    fn follow(mut process: Child, stdout: Box<dyn Read + Send>) -> Up {
         let said = Arc::new(Mutex::new(String::new()));
-        let streams: [Box<dyn Read + Send>; 2] = [
-            Box::new(process.stdout.take().unwrap()),
-            Box::new(process.stderr.take().unwrap()),
-        ];
-        for stream in streams {
+        let stderr = process.stderr.take().unwrap();
+        for stream in [stdout, Box::new(stderr)] {
             let said = said.clone();
             std::thread::spawn(move || {
                 for line in BufReader::new(stream).lines().map_while(Result::ok) {
@@ -68,6 +78,15 @@ impl Drop for Up {
     }
 }
 
+/// A configuration that disturbs no other machine.
+fn free_ports() -> String {
+    let (mesh, transfer, anchor) = (free_port(), free_port(), free_port());
+    format!(
+        "[mesh]\nlisten = [\"127.0.0.1:{mesh}\"]\ntransfer = [\"127.0.0.1:{transfer}\"]\nmdns = false\n\
+         [anchor-server]\nlisten = \"127.0.0.1:{anchor}\"\n"
+    )
+}
+
 /// The lines to copy, which name nothing that changes between starts.
 fn lines(said: &str) -> Vec<String> {
     let lines = said
@@ -81,11 +100,7 @@ fn lines(said: &str) -> Vec<String> {
 fn one_command_makes_everything_and_a_second_changes_nothing() {
     let mut machine = Machine::new();
     machine.make_store();
-    let (mesh, transfer, anchor) = (free_port(), free_port(), free_port());
-    machine.extra = format!(
-        "[mesh]\nlisten = [\"127.0.0.1:{mesh}\"]\ntransfer = [\"127.0.0.1:{transfer}\"]\nmdns = false\n\
-         [anchor-server]\nlisten = \"127.0.0.1:{anchor}\"\n"
-    );
+    machine.extra = free_ports();
     // No test speaks to the world.
     fs::write(machine.nix_conf(), "substituters =\n").unwrap();
     machine.build("built-here");
@@ -130,4 +145,62 @@ fn one_command_makes_everything_and_a_second_changes_nothing() {
     }
     assert!(said.contains(&format!("substituters = http://127.0.0.1:{}", machine.port)));
     assert!(said.contains("main-1:"));
+    // Somebody may keep what goes into a pipe, and a ticket lets its reader in.
+    assert!(said.contains("granary mesh ticket") && !said.contains("granary-ticket-1:"));
+    assert!(!machine.file("state/tickets").exists());
+}
+
+/// The tickets that were shown.
+fn tickets(said: &str) -> Vec<String> {
+    let shown = |line: &str| line.trim().strip_prefix("granary join ").map(str::to_owned);
+    said.lines().filter_map(shown).collect()
+}
+
+#[test]
+fn a_ticket_is_shown_at_a_terminal_and_lets_one_machine_in_within_the_hour() {
+    let mut desk = Machine::new();
+    desk.make_store();
+    desk.extra = free_ports();
+    fs::write(desk.nix_conf(), "substituters =\n").unwrap();
+    let up = Up::start_at_a_terminal(&desk, &[]);
+    up.wait("a ticket", || !tickets(&up.said()).is_empty());
+    let shown = tickets(&up.said()).remove(0);
+    let ends = Ticket::from_text(&shown).unwrap().expires.0;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let left = ends.saturating_sub(now.as_secs());
+    assert!((3500..=3600).contains(&left), "{left}");
+    let mut laptop = Machine::new();
+    laptop.extra = free_ports();
+    let joined = laptop.run(&["join", &shown, "--name", "laptop"]);
+    assert!(joined.contains(" as laptop (share,vouch)"), "{joined}");
+    let other = Machine::new().granary(&["join", &shown]).output().unwrap();
+    let refused = String::from_utf8_lossy(&other.stderr);
+    assert!(
+        !other.status.success() && refused.contains("used as often as it may be"),
+        "{refused}"
+    );
+    let said = up.stop();
+    assert!(!said.contains("ERROR"), "{said}");
+    assert!(
+        said.contains("nix.conf (granary use puts them there)"),
+        "{said}"
+    );
+    // Each start shows a ticket of its own, and NixOS what belongs into its configuration.
+    let store = desk.file("store");
+    fs::create_dir(&store).unwrap();
+    let made = store.join("00000000000000000000000000000000-nix.conf");
+    fs::rename(desk.nix_conf(), &made).unwrap();
+    symlink(&made, desk.nix_conf()).unwrap();
+    let (dir, other) = (store.display(), desk.file("other.toml"));
+    let text = fs::read_to_string(desk.file("granary.toml")).unwrap();
+    let text = text.replace("[store]\n", &format!("[store]\ndir = \"{dir}\"\n"));
+    fs::write(&other, text).unwrap();
+    let up = Up::start_at_a_terminal(&desk, &["--config", other.to_str().unwrap()]);
+    up.wait("a ticket", || !tickets(&up.said()).is_empty());
+    let said = up.stop();
+    assert_ne!(tickets(&said)[0], shown);
+    assert!(
+        said.contains("nix.settings = {") && !said.contains("granary use puts"),
+        "{said}"
+    );
 }
