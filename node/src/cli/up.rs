@@ -40,12 +40,12 @@ use crate::identity::Identity;
 use crate::state_folder;
 use crate::upload::read_token;
 
-/// Days that this machine's own certificate and token are good for. Whoever has the state folder has
-/// the mesh key as well, so that a short life would protect nothing.
-const OWN_DAYS: u64 = 365;
+/// Days that the token for this machine's own pushes is good for. Whoever has the state folder can make others, so
+/// that a short life would protect nothing.
+const TOKEN_DAYS: u64 = 365;
 
-/// Days before their end at which they are made anew, at a start.
-const RENEWAL_DAYS: u64 = 180;
+/// Days before its end at which it is made anew, at a start: a process that stays so long keeps it.
+const TOKEN_RENEWAL_DAYS: u64 = 180;
 
 /// Largest certificate file looked at.
 const CERTIFICATE_BYTES_MAX: u64 = 16 * 1024;
@@ -127,13 +127,14 @@ fn join_own_mesh(config: &mut Config) -> Result<bool> {
     let file = config.certificate_file();
     if !is_good(&file, &public, &peer) {
         let permissions = "share,vouch".parse()?;
-        let (_, text) = certify(&key, peer, host_name(), permissions, OWN_DAYS)?;
+        let (_, text) = certify(&key, peer, host_name(), permissions, CERTIFICATE_DAYS)?;
         state_folder::write(&file, format!("{text}\n").as_bytes())
             .with_context(|| format!("cannot write the certificate to {}", file.display()))?;
     }
     Ok(true)
 }
 
+/// Whether a certificate is there that makes this machine a member.
 fn is_good(file: &Path, mesh: &PublicKey, peer: &PeerId) -> bool {
     let Ok(Some(text)) = state_folder::read(file, CERTIFICATE_BYTES_MAX) else {
         return false;
@@ -141,9 +142,8 @@ fn is_good(file: &Path, mesh: &PublicKey, peer: &PeerId) -> bool {
     let Ok(certificate) = SignedCertificate::from_text(&text) else {
         return false;
     };
-    let now = unix_time();
-    let verified = certificate.verify(mesh, peer, now);
-    verified.is_ok_and(|own| own.not_after.0 > now.0 + RENEWAL_DAYS * SECONDS_PER_DAY)
+    // One that ends soon is renewed by the node that it lets start.
+    certificate.verify(mesh, peer, unix_time()).is_ok()
 }
 
 /// Has the node ask the anchor beside it, and push to it; returns the cache's public key.
@@ -157,7 +157,15 @@ async fn use_own_anchor(config: &mut Config, server: &Server, cache: &str) -> Re
         let subject = "this machine".to_owned();
         let patterns = vec![cache.parse()?];
         let allow = [Permission::Pull, Permission::Push];
-        let token = new_token(config, &server.anchor, subject, patterns, &allow, OWN_DAYS).await?;
+        let token = new_token(
+            config,
+            &server.anchor,
+            subject,
+            patterns,
+            &allow,
+            TOKEN_DAYS,
+        )
+        .await?;
         state_folder::write(&token_file, format!("{token}\n").as_bytes())
             .with_context(|| format!("cannot write the token to {}", token_file.display()))?;
     }
@@ -197,7 +205,7 @@ async fn allows_push(anchor: &Anchor, file: &Path, cache: &CacheName) -> Result<
     let mut headers = HeaderMap::new();
     headers.insert(AUTHORIZATION, value);
     let mut soon = unix_time();
-    soon.0 += RENEWAL_DAYS * SECONDS_PER_DAY;
+    soon.0 += TOKEN_RENEWAL_DAYS * SECONDS_PER_DAY;
     let bearer = anchor.tokens.bearer(&headers, soon).await;
     Ok(bearer.is_ok_and(|bearer| bearer.may(Permission::Push, cache).is_ok()))
 }
