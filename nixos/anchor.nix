@@ -18,6 +18,17 @@ let
   credential = name: "/run/credentials/granary-anchor.service/${name}";
 
   server = cfg.settings.anchor-server;
+  mesh = cfg.settings.mesh or { };
+  port = address: lib.toInt (lib.last (lib.splitString ":" address));
+  isTcp = address: !(lib.hasPrefix "unix:" address);
+  ports = addresses: lib.unique (map port (builtins.filter isTcp (lib.toList addresses)));
+  # As the binary has them where they are not given.
+  meshPorts = ports (mesh.listen or "0.0.0.0:4727") ++ ports (mesh.transfer or "0.0.0.0:4728");
+  ownPorts = meshPorts ++ ports (cfg.settings.substituter.listen or "127.0.0.1:4726");
+  node = config.services.granary.settings;
+  nodePorts = ports node.mesh.listen ++ ports node.mesh.transfer ++ ports node.substituter.listen;
+  isBesideNode = config.services.granary.enable or false;
+
   settings = cfg.settings // {
     anchor-server = server // {
       attic-token-key-file =
@@ -41,6 +52,7 @@ let
   );
   secrets =
     lib.optional (cfg.s3CredentialsFile != null) "s3:${cfg.s3CredentialsFile}"
+    ++ lib.optional (cfg.ticketFile != null) "ticket:${cfg.ticketFile}"
     ++ lib.optional (cfg.atticTokenKeyFile != null) "attic-token-key:${cfg.atticTokenKeyFile}"
     ++ lib.mapAttrsToList (cache: file: "cache-${cache}:${file}") cfg.signingKeyFiles;
 
@@ -68,7 +80,10 @@ in
     openFirewall = mkOption {
       type = types.bool;
       default = false;
-      description = "Whether others may reach the anchor's port. Off where a reverse proxy stands before it.";
+      description = ''
+        Whether others may reach the anchor's port, and those of the mesh where it is a member (TCP 4727 and 4728, UDP
+        5353 for mDNS). Off where a reverse proxy stands before it.
+      '';
     };
 
     checkConfig = mkOption {
@@ -84,6 +99,17 @@ in
       description = ''
         A file with `aws_access_key_id = …` and `aws_secret_access_key = …`; not a path in the Nix store.
         systemd reads it as root and shows it to the anchor alone.
+      '';
+    };
+
+    ticketFile = mkOption {
+      type = types.nullOr types.str;
+      default = null;
+      example = "/run/agenix/granary-ticket";
+      description = ''
+        A file on this machine that holds a ticket (`granary mesh ticket`), with which the anchor joins a mesh at the
+        first start, to share with its members what public caches hold; not a path in the Nix store. systemd reads it
+        as root and shows it to the anchor alone.
       '';
     };
 
@@ -141,6 +167,12 @@ in
             default = "main";
             description = "A cache that is made at the first start; empty for none.";
           };
+          anchor-server.member = mkOption {
+            type = types.bool;
+            default = cfg.ticketFile != null;
+            defaultText = lib.literalExpression "ticketFile != null";
+            description = "Whether the anchor is a member of a mesh. Beside a node on the same machine it needs other ports.";
+          };
           anchor-server.s3.endpoint = mkOption {
             type = types.nullOr types.str;
             default = null;
@@ -163,6 +195,10 @@ in
       {
         assertion = lib.all (secret: builtins.match "[^:]*:/nix/store/.*" secret == null) secrets;
         message = "services.granary-anchor has a secret in the Nix store, where everybody may read it.";
+      }
+      {
+        assertion = !(server.member && isBesideNode) || lib.all (own: !(builtins.elem own nodePorts)) ownPorts;
+        message = "services.granary-anchor is to be a member beside services.granary, on the same ports: set mesh.listen, mesh.transfer and substituter.listen in its settings.";
       }
     ];
 
@@ -201,8 +237,9 @@ in
       };
     };
 
-    networking.firewall.allowedTCPPorts = mkIf cfg.openFirewall [
-      (lib.toInt (lib.last (lib.splitString ":" server.listen)))
-    ];
+    networking.firewall.allowedTCPPorts = mkIf cfg.openFirewall (
+      [ (port server.listen) ] ++ (if server.member then meshPorts else [ ])
+    );
+    networking.firewall.allowedUDPPorts = mkIf (cfg.openFirewall && server.member && (mesh.mdns or true)) [ 5353 ];
   };
 }

@@ -50,8 +50,13 @@
     };
     atticTokenKeyFile = "/run/secrets/attic";
     s3CredentialsFile = "/run/secrets/s3";
+    ticketFile = "/run/secrets/anchor-ticket";
+    openFirewall = true;
     settings = {
       state-dir = "/var/lib/other-anchor";
+      # Beside the node, which has other ports.
+      substituter.listen = [ ];
+      mesh.listen = [ "0.0.0.0:6727" ];
       anchor-server = {
         listen = "[::]:5730";
         storage = "file:///srv/granary";

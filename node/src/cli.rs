@@ -16,7 +16,6 @@ mod watch;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -24,17 +23,16 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 use granary_protocol::peer::PeerId;
 use rustix::process::{Resource, Rlimit};
 
-use crate::anchor::Anchor;
 use crate::clock::unix_time;
 use crate::config::Config;
-use crate::daemon::{self, Daemon};
+use crate::daemon::{self, Daemon, Holdings};
 use crate::demo;
 use crate::identity::Identity;
 use crate::listener::Listener;
 use crate::log::{self, Format};
 use crate::loopback;
 use crate::status::{self, Report, Why};
-use crate::store::NixStore;
+use crate::store::{NixStore, StoreError};
 use crate::supervisor;
 
 const SECONDS_PER_DAY: u64 = 86_400;
@@ -204,7 +202,7 @@ impl Command {
 async fn execute(command: Command) -> Result<()> {
     match command {
         Command::Up(arguments) => up::run(arguments).await,
-        Command::Node(config) => node(config.load()?, None, || Ok(())).await,
+        Command::Node(config) => node(config.load()?, Holdings::Store, || Ok(())).await,
         Command::Identity { config, state_dir } => identity(&config, state_dir),
         Command::Join(arguments) => mesh::join(arguments).await,
         Command::Mesh(command) => mesh::run(command).await,
@@ -271,17 +269,17 @@ impl ConfigFile {
     }
 }
 
-/// Runs a node to its end, perhaps beside an anchor; `started` is called once Nix is answered.
+/// Runs a node to its end; `started` is called once Nix is answered.
 async fn node(
     config: Config,
-    anchor: Option<Arc<Anchor>>,
+    holdings: Holdings,
     started: impl FnOnce() -> Result<()>,
 ) -> Result<()> {
     raise_file_limit();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let inherited = Listener::inherited()?;
     let substituter = nix_conf::substituter(&config);
-    let daemon = Daemon::start_beside(anchor, inherited, config).await?;
+    let daemon = Daemon::start_with(holdings, inherited, config).await?;
     supervisor::ready();
     started()?;
     let end = async {
@@ -341,7 +339,16 @@ async fn check_config(config: &ConfigFile, offline: bool) -> Result<()> {
     let read = if offline { Config::read } else { Config::load };
     let config = read(config.path().as_deref())?;
     if !offline {
-        NixStore::open(config.store_config()).await?;
+        match NixStore::open(config.store_config()).await {
+            Ok(_) => {}
+            Err(StoreError::NoDatabase { file }) if config.keeps_anchor() => {
+                eprintln!(
+                    "note: no Nix is here ({} is missing), which an anchor does not need",
+                    file.display()
+                );
+            }
+            Err(error) => return Err(error.into()),
+        }
         let file = config.certificate_file();
         // What joins by a ticket has no certificate before its first start.
         if config.mesh.key.is_some() && (config.mesh.ticket_file.is_none() || file.exists()) {

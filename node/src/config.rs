@@ -264,6 +264,8 @@ pub struct AnchorServer {
     pub storage: Option<String>,
     /// Made at the first start; empty for none.
     pub default_cache: String,
+    /// Whether `granary anchor` is a member of the mesh by itself; `granary up` always is.
+    pub member: bool,
     /// Largest NAR taken in, in bytes.
     pub nar_bytes_max: u64,
     /// The certificate chain that is shown to clients, and its private key (PEM). Plain HTTP without.
@@ -336,6 +338,7 @@ impl Default for AnchorServer {
             listen: SocketAddr::from(([0, 0, 0, 0], 4730)),
             storage: None,
             default_cache: "main".to_owned(),
+            member: false,
             // Far above real ones, far below what a hostile pusher would need to fill a disk at once.
             nar_bytes_max: 128 << 30,
             tls_cert: None,
@@ -496,6 +499,10 @@ impl Config {
         if let Some(ticket) = self.ticket(&joined, true)? {
             self.take_ticket(ticket);
         }
+        let credential = env::var_os("CREDENTIALS_DIRECTORY")
+            .map(|folder| Path::new(&folder).join("ticket"))
+            .filter(|file| file.exists());
+        self.mesh.ticket_file = self.mesh.ticket_file.take().or(credential);
         if let Some(file) = self.mesh.ticket_file.clone()
             && let Some(ticket) = self.ticket(&file, false)?
         {
@@ -641,6 +648,11 @@ impl Config {
     /// The folder of the anchor's catalog, keys and spool.
     pub fn anchor_dir(&self) -> PathBuf {
         self.state_dir.join("anchor")
+    }
+
+    /// Whether this machine's configuration is an anchor's: an anchor was here, or is to be a member.
+    pub fn keeps_anchor(&self) -> bool {
+        self.anchor_server.member || self.anchor_dir().exists()
     }
 
     /// Where the anchor keeps its objects.

@@ -1,7 +1,8 @@
 //! The daemon: wires everything up, in the order that keeps Nix content.
 //!
 //! The endpoint's listeners come first and go last. A store that cannot be opened, or a certificate
-//! that is not there yet, does not stop the endpoint from answering: both are waited for.
+//! that is not there yet, does not stop the endpoint from answering: both are waited for. Beside an anchor, which has
+//! something to share without it, the store is not waited for.
 
 use std::fs;
 use std::io;
@@ -43,14 +44,16 @@ use crate::state_folder;
 use crate::status::{About, CertificateAbout, MeshAbout};
 use crate::store::hidden::{Hidden, HiddenError};
 use crate::store::shared::{Readers, SharedStore, SharingRules};
-use crate::store::{Beside, LocalStore, NixStore};
+use crate::store::{Beside, LocalStore, Records};
 use crate::substituter::{Engine, Joined, Substituter};
 use crate::upload::{TokenFileError, Uploader, read_token, uploader};
 
 mod history;
+mod holdings;
 mod renewal;
 pub mod share;
 
+pub use holdings::Holdings;
 use renewal::Keeper;
 use share::{Share, ShareError};
 
@@ -126,12 +129,15 @@ impl Daemon {
     /// # Errors
     /// As [`Daemon::start`].
     pub async fn start_on(listeners: Vec<Listener>, config: Config) -> Result<Daemon, StartError> {
-        Daemon::start_beside(None, listeners, config).await
+        Daemon::start_with(Holdings::Store, listeners, config).await
     }
 
-    /// The same beside an anchor of this process, whose public caches the node shares with its mesh.
-    pub async fn start_beside(
-        anchor: Option<Arc<Anchor>>,
+    /// The same for what a node beside an anchor of this process shares.
+    ///
+    /// # Errors
+    /// As [`Daemon::start`].
+    pub async fn start_with(
+        holdings: Holdings,
         listeners: Vec<Listener>,
         config: Config,
     ) -> Result<Daemon, StartError> {
@@ -205,7 +211,7 @@ impl Daemon {
         ));
         let start = Start {
             config,
-            anchor,
+            holdings,
             identity,
             loopback_key,
             hidden,
@@ -297,7 +303,7 @@ impl Daemon {
 /// What happens after the listener is up.
 struct Start {
     config: Config,
-    anchor: Option<Arc<Anchor>>,
+    holdings: Holdings,
     identity: Identity,
     loopback_key: Option<SecretKey>,
     hidden: watch::Receiver<Arc<Hidden>>,
@@ -316,38 +322,50 @@ impl Start {
         let shutdown = self.shutdown.clone();
         tokio::select! {
             () = shutdown.cancelled() => {}
-            () = self.bring_up(mesh_ports, transfer) => {}
+            () = self.open(mesh_ports, transfer) => {}
         }
     }
 
-    async fn bring_up(&mut self, mesh_ports: Vec<SocketAddr>, transfer: Vec<TcpListener>) {
-        let store = self.open_store().await;
-        let rules = Arc::new(SharingRules {
+    fn rules(&self) -> Arc<SharingRules> {
+        Arc::new(SharingRules {
             enabled: self.config.share.enable,
             deny: self.config.share.deny.clone(),
             trust: self.config.trusted_keys(),
             hidden: self.hidden.clone(),
-        });
+        })
+    }
+
+    fn start_engine(&self, store: Arc<dyn LocalStore>, records: Option<Records>) {
         self.endpoint.start(Engine::new(
-            store.clone(),
-            store.records(self.config.log_dir()),
-            rules.clone(),
+            store,
+            records,
+            self.rules(),
             self.about(),
             self.loopback_key.clone(),
         ));
-        self.push_builds(store.clone());
-        self.open_share(store.clone(), rules.clone());
+    }
+
+    async fn bring_up(
+        &self,
+        store: Arc<dyn LocalStore>,
+        share: Share,
+        mesh_ports: Vec<SocketAddr>,
+        transfer: Vec<TcpListener>,
+    ) {
+        let rules = self.rules();
+        self.open_share(share, store.clone(), rules.clone());
         let public = self.public(store.clone(), &rules);
         let voucher = Voucher::new(self.identity.key());
         let readers = Readers::Members(voucher);
         let own = Arc::new(SharedStore::new(store, rules.clone(), readers));
-        let shared: Arc<dyn LocalStore> = match &self.anchor {
-            None => own,
-            Some(anchor) => {
-                let dir = own.dir().clone();
-                let published = Published::new(anchor.clone(), dir, rules);
-                Arc::new(Beside::new(own, Arc::new(published)))
-            }
+        let published = |anchor: &Arc<Anchor>| {
+            let dir = self.config.store.dir.clone();
+            Arc::new(Published::new(anchor.clone(), dir, rules))
+        };
+        let shared: Arc<dyn LocalStore> = match &self.holdings {
+            Holdings::Store => own,
+            Holdings::StoreAndAnchor(anchor) => Arc::new(Beside::new(own, published(anchor))),
+            Holdings::Anchor(anchor) => published(anchor),
         };
         let has_caches = !self.caches.roles().is_empty();
         let Some(mesh_key) = self.config.mesh.key.clone() else {
@@ -448,8 +466,7 @@ impl Start {
     }
 
     /// Lets machines without Granary read.
-    fn open_share(&mut self, store: Arc<dyn LocalStore>, rules: Arc<SharingRules>) {
-        let share = std::mem::take(&mut self.share);
+    fn open_share(&self, share: Share, store: Arc<dyn LocalStore>, rules: Arc<SharingRules>) {
         let key = share.key.map(|key| *key);
         let port = LanPort::new(
             Arc::new(SharedStore::new(store, rules, Readers::Lan(key))),
@@ -488,22 +505,6 @@ impl Start {
         if let Err(error) = self.join_nobody(shared).await {
             let caches = self.caches.roles().len();
             error!(caches, %error, "could not set out to ask anchors and upstreams");
-        }
-    }
-
-    async fn open_store(&self) -> Arc<NixStore> {
-        let mut is_first = true;
-        loop {
-            match NixStore::open(self.config.store_config()).await {
-                Ok(store) => return Arc::new(store),
-                Err(error) => {
-                    if std::mem::take(&mut is_first) {
-                        let database = self.config.store.database.display();
-                        error!(%database, error = %chain(&error), "could not open the store, trying again until it opens");
-                    }
-                }
-            }
-            tokio::time::sleep(RETRY_INTERVAL).await;
         }
     }
 

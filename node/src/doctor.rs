@@ -25,7 +25,7 @@ use crate::loopback;
 use crate::nix_conf::{self, Effective, NEGATIVE_TTL, Wanted};
 use crate::state_folder;
 use crate::status::{Report, counted, form, human_bytes};
-use crate::store::NixStore;
+use crate::store::{NixStore, StoreError};
 use crate::upload::{TokenFileError, read_token};
 
 /// How long an anchor may take to answer. A person waits.
@@ -122,8 +122,12 @@ pub struct Patient<'a> {
 pub async fn examine(patient: &Patient<'_>) -> Vec<Finding> {
     let config = patient.config;
     let mut findings = vec![state_dir(config), identity(config), space(config)];
-    findings.push(store(config).await);
-    findings.extend(nix(patient));
+    let store = store(patient).await;
+    let is_needed = store.verdict != Verdict::Note;
+    findings.push(store);
+    if is_needed {
+        findings.extend(nix(patient));
+    }
     let report = node(config, &mut findings).await;
     findings.extend(mesh(config, report.as_ref()));
     findings.extend(share(config));
@@ -244,7 +248,9 @@ fn space(config: &Config) -> Finding {
     }
 }
 
-async fn store(config: &Config) -> Finding {
+async fn store(patient: &Patient<'_>) -> Finding {
+    let config = patient.config;
+    let is_nix_used = !config.keeps_anchor() || patient.nix_conf.exists();
     let place = config.store_config();
     match NixStore::open(place.clone()).await {
         Ok(_) => {
@@ -254,6 +260,11 @@ async fn store(config: &Config) -> Finding {
             };
             Finding::fine("store", format!("{}, {socket}", place.database.display()))
         }
+        Err(StoreError::NoDatabase { file }) if !is_nix_used => Finding::note(
+            "store",
+            format!("no Nix is here: {} does not exist", file.display()),
+            "none is needed to keep an anchor; one that comes later is found by granary up",
+        ),
         Err(error) => Finding::failed(
             "store",
             crate::daemon::chain(&error),

@@ -3,8 +3,8 @@
 //! [`LocalStore`] is the seam. It answers what is known about a path, gives its NAR from any
 //! offset, and tells which paths come and go. [`NixStore`] is the real one: Nix's SQLite database
 //! is the truth about validity, the file system has the contents, inotify only says when to look.
-//! [`MemoryStore`] is its twin for tests; what an anchor publishes, and two stores as one ([`Beside`]), stand behind the
-//! same seam. One conformance suite (`tests/store.rs`) holds for all of them.
+//! [`MemoryStore`] is its twin for tests; what an anchor publishes, two stores as one ([`Beside`]), and one that may
+//! come later ([`Awaited`]) stand behind the same seam. One conformance suite (`tests/store.rs`) holds for all of them.
 //!
 //! Invariants: a path is given only while its row is in the database; a NAR whose size differs
 //! from the registered one is refused before its first byte; a stream that cannot continue ends
@@ -22,6 +22,7 @@ pub mod memory;
 pub mod hidden;
 pub mod shared;
 pub mod beside;
+pub mod awaited;
 pub mod log;
 pub mod trace;
 pub mod debug;
@@ -45,6 +46,7 @@ use granary_protocol::{
 };
 use tokio::sync::mpsc;
 
+pub use awaited::Awaited;
 pub use beside::Beside;
 pub use database::{Database, RowProblem};
 pub use memory::MemoryStore;

@@ -64,7 +64,8 @@ const NAR_TIMEOUT: Duration = Duration::from_secs(10);
 /// What stands behind the listener once everything is open.
 pub struct Engine {
     pub store: Arc<dyn LocalStore>,
-    pub records: Records,
+    /// `None` while there is no store; set once.
+    pub records: OnceLock<Records>,
     pub rules: Arc<SharingRules>,
     pub about: status::About,
     /// Set where the node pushes by itself.
@@ -88,14 +89,14 @@ pub struct Joined {
 impl Engine {
     pub fn new(
         store: Arc<dyn LocalStore>,
-        records: Records,
+        records: Option<Records>,
         rules: Arc<SharingRules>,
         about: status::About,
         loopback_key: Option<SecretKey>,
     ) -> Engine {
         Engine {
             store,
-            records,
+            records: records.map_or_else(OnceLock::new, OnceLock::from),
             rules,
             about,
             uploader: OnceLock::new(),
@@ -226,7 +227,7 @@ impl Substituter {
         let Some(engine) = self.engine.get() else {
             return respond::not_found(route.is_nar());
         };
-        let records = &engine.records;
+        let records = engine.records.get();
         match route {
             Route::CacheInfo | Route::Health | Route::Metrics => unreachable!("answered above"),
             Route::NarInfo(hash) => match self.narinfo(engine, hash).await {
@@ -239,18 +240,22 @@ impl Substituter {
             },
             Route::Nar(url) => self.nar(engine, url, method, headers).await,
             Route::Listing(hash) => self.listing(engine, hash).await,
-            Route::Log(derivation) => {
+            Route::Log(derivation) if let Some(records) = records => {
                 log::answer(&records.logs, &self.log_places, &derivation, method).await
             }
-            Route::Realisation(id) => {
+            Route::Realisation(id) if let Some(records) = records => {
                 self.or_absent(trace::realisation(&records.database, id).await)
             }
-            Route::TraceEntry(derivation, output) => {
+            Route::TraceEntry(derivation, output) if let Some(records) = records => {
                 self.or_absent(trace::entry(&records.database, derivation, output).await)
             }
-            Route::DebugInfo(id) => {
+            Route::DebugInfo(id) if let Some(records) = records => {
                 let store = engine.store.as_ref();
                 self.or_absent(debug_info::answer(store, &records.debug_info, &id).await)
+            }
+            // No Nix is here that could have recorded anything.
+            Route::Log(_) | Route::Realisation(_) | Route::TraceEntry(..) | Route::DebugInfo(_) => {
+                respond::not_found(false)
             }
             Route::Browse(hash, path) => {
                 self.or_absent(browse::answer(&engine.store, hash, path, method, headers).await)
@@ -289,8 +294,9 @@ impl Substituter {
             _ if self.is_in_mesh => "waiting",
             _ => "none",
         };
-        let store = match engine {
-            Some(_) => "open",
+        let store = match engine.map(|engine| engine.records.get()) {
+            Some(Some(_)) => "open",
+            Some(None) => "none",
             None => "waiting",
         };
         let text = format!(

@@ -331,3 +331,28 @@ fn secrets_that_others_may_read_are_taken_as_credentials_of_systemd_only() {
     let output = command.env("CREDENTIALS_DIRECTORY", &credentials).output();
     stdout(&output.unwrap());
 }
+
+#[test]
+fn an_anchor_that_shall_be_a_member_joins_by_a_credential_or_says_how() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join("anchor.toml");
+    let text = format!(
+        "state-dir = {:?}\n[anchor-server]\nmember = true\n",
+        folder.path()
+    );
+    fs::write(&config, text).unwrap();
+    let start = ["anchor", "--config", "anchor.toml"];
+    let refused = refusal(folder.path(), &start);
+    assert!(refused.contains("granary join <ticket>"), "{refused}");
+
+    let credentials = folder.path().join("credentials");
+    fs::create_dir(&credentials).unwrap();
+    let ticket = credentials.join("ticket");
+    fs::write(&ticket, "nonsense").unwrap();
+    fs::set_permissions(&ticket, fs::Permissions::from_mode(0o440)).unwrap();
+    let mut command = granary();
+    command.current_dir(folder.path()).args(start);
+    let output = command.env("CREDENTIALS_DIRECTORY", &credentials).output();
+    let said = String::from_utf8(output.unwrap().stderr).unwrap();
+    assert!(said.contains(ticket.to_str().unwrap()), "{said}");
+}

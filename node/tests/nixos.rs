@@ -144,6 +144,10 @@ fn a_wrong_option_is_named_at_evaluation() {
             "services.granary.settings.substituter.listen",
         ),
         (
+            "services.granary-anchor = { enable = true; ticketFile = \"/x\"; }",
+            "services.granary-anchor is to be a member beside services.granary",
+        ),
+        (
             "services.granary-anchor.s3Credentials = \"/x\"",
             "services.granary-anchor.s3Credentials",
         ),

@@ -1,6 +1,6 @@
-//! The local store: one conformance suite for the real store, its twin in memory, two stores as one and what an anchor
-//! publishes ([`published`]), then what only the real one has. Stores are made by the `nix` that is installed, in temporary directories;
-//! without it these tests fail.
+//! The local store: one conformance suite for the real store, its twin in memory, stores made of others
+//! ([`composed`]) and what an anchor publishes ([`published`]), then what only the real one has. Stores are made by the
+//! `nix` that is installed, in temporary directories; without it these tests fail.
 
 use std::{
     ffi::OsStr,
@@ -14,8 +14,8 @@ use std::{
 
 use futures::StreamExt;
 use granary::store::{
-    BATCH_MAX, Beside, LocalStore, MemoryStore, Nar, NarError, NixStore, PathInfo, StoreConfig,
-    StoreError, StoreEvent,
+    BATCH_MAX, LocalStore, MemoryStore, Nar, NarError, NixStore, PathInfo, StoreConfig, StoreError,
+    StoreEvent,
 };
 use granary_protocol::{
     hash::NarHasher,
@@ -25,6 +25,8 @@ use granary_protocol::{
 use tempfile::TempDir;
 use tokio::sync::mpsc;
 
+#[path = "store/composed.rs"]
+mod composed;
 #[path = "store/published.rs"]
 mod published;
 
@@ -51,37 +53,6 @@ impl Given for MemoryStore {
 
     fn remove(&self, path: &StorePath) {
         MemoryStore::remove(self, path.hash());
-    }
-}
-
-/// Two stores as one, of which the second changes.
-struct BesideEmpty {
-    changing: Arc<MemoryStore>,
-    both: Beside,
-}
-
-impl BesideEmpty {
-    fn new() -> BesideEmpty {
-        let empty = Arc::new(MemoryStore::new(StoreDir::default()));
-        let changing = Arc::new(MemoryStore::new(StoreDir::default()));
-        BesideEmpty {
-            both: Beside::new(empty, changing.clone()),
-            changing,
-        }
-    }
-}
-
-impl Given for BesideEmpty {
-    fn store(&self) -> &dyn LocalStore {
-        &self.both
-    }
-
-    fn add(&self, name: &str, tree: &Tree) -> StorePath {
-        Given::add(self.changing.as_ref(), name, tree)
-    }
-
-    fn remove(&self, path: &StorePath) {
-        Given::remove(self.changing.as_ref(), path);
     }
 }
 
@@ -442,7 +413,13 @@ macro_rules! conforms {
         mod beside {
             $(#[tokio::test]
             async fn $behaviour() {
-                super::conformance::$behaviour(&super::BesideEmpty::new()).await;
+                super::conformance::$behaviour(&super::composed::BesideEmpty::new()).await;
+            })*
+        }
+        mod arrived {
+            $(#[tokio::test]
+            async fn $behaviour() {
+                super::conformance::$behaviour(&super::composed::Arrived::new()).await;
             })*
         }
         mod publishing {
@@ -462,35 +439,6 @@ conforms! {
     what_is_removed_is_absent_and_has_no_nar
     a_watcher_sees_what_is_there_then_what_comes_and_goes
     every_watcher_sees_everything
-}
-
-// What two stores as one have.
-
-#[tokio::test]
-async fn a_path_of_two_stores_goes_with_the_last_of_them() {
-    let stores = [(); 2].map(|()| Arc::new(MemoryStore::new(StoreDir::default())));
-    let both = Beside::new(stores[0].clone(), stores[1].clone());
-    let path = Given::add(stores[0].as_ref(), "both", &file(b"x"));
-    Given::add(stores[1].as_ref(), "both", &file(b"x"));
-    let info = both.path_info(path.hash()).await.unwrap().unwrap();
-    let mut events = both.watch();
-    let mut all = complete(&mut events).await;
-    all.dedup();
-    assert_eq!(all, [path.hash()]);
-
-    stores[0].remove(path.hash());
-    let nar = both.nar(&info).await.unwrap().unwrap();
-    assert_eq!(nar.size(), info.nar_size);
-    // Had its going been told, that would come before this.
-    let other = Given::add(stores[0].as_ref(), "other", &file(b"y"));
-    match event(&mut events).await {
-        StoreEvent::Added(infos) => assert_eq!(infos[0].store_path, other),
-        event => panic!("{event:?}"),
-    }
-    stores[1].remove(path.hash());
-    let removed = StoreEvent::Removed(vec![path.hash()]);
-    assert_eq!(event(&mut events).await, removed);
-    assert!(both.nar(&info).await.unwrap().is_none());
 }
 
 // What only the real store has: NARs.

@@ -17,7 +17,7 @@ use granary_protocol::signature::SecretKey;
 use granary_protocol::token::{Claims, Grant, Pattern, Permission};
 use zeroize::Zeroizing;
 
-use super::{ConfigFile, SECONDS_PER_DAY, import, print};
+use super::{ConfigFile, SECONDS_PER_DAY, import, node, print};
 use crate::anchor::admin::Changes;
 use crate::anchor::cache::CacheName;
 use crate::anchor::catalog::{CacheRow, Totals};
@@ -32,6 +32,7 @@ use crate::anchor::{Anchor, Clock, Options, heal, oidc, rebuild};
 use crate::authority::Authorities;
 use crate::clock::unix_time;
 use crate::config::{self, Config};
+use crate::daemon::Holdings;
 use crate::listener::Address;
 use crate::status::{self, counted, form, human_bytes};
 
@@ -381,6 +382,11 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         return import::run(arguments).await;
     }
     let config = arguments.config.load()?;
+    if config.anchor_server.member && config.mesh.key.is_none() {
+        bail!(
+            "anchor-server.member is true, but this anchor has joined no mesh, refusing to start\nhint: run granary join <ticket> (with the package: granary-anchor join <ticket>), or set mesh.ticket-file"
+        );
+    }
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let default_cache =
         Some(config.anchor_server.default_cache.as_str()).filter(|name| !name.is_empty());
@@ -390,13 +396,19 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         default_cache,
     )
     .await?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        interrupted = tokio::signal::ctrl_c() => interrupted?,
-    }
-    tracing::info!("stopping");
+    let outcome = if config.anchor_server.member {
+        let holdings = Holdings::Anchor(server.anchor.clone());
+        node(config, holdings, || Ok(())).await
+    } else {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            interrupted = tokio::signal::ctrl_c() => interrupted?,
+        }
+        tracing::info!("stopping");
+        Ok(())
+    };
     server.stop().await;
-    Ok(())
+    outcome
 }
 
 pub async fn cache(arguments: CacheArguments) -> Result<()> {

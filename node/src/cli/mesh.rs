@@ -227,14 +227,23 @@ async fn found(config: Config, public_file: Option<&Path>, name: &str) -> Result
         .with_context(|| format!("cannot write the certificate to {}", file.display()))?;
     remember_own_mesh(&config, &public)?;
     write_public(public_file, &public)?;
-    let next = match ask(&config, "/health").await {
-        Ok(_) => "restart the node: it belongs to no mesh yet",
-        Err(_) => "next: granary node, and granary use for Nix",
-    };
+    let next = next_step(&config).await;
     print(&format!(
         "{public}\nthis machine is its first member, {}; granary mesh ticket admits others\n{next}\n",
         own.name
     ))
+}
+
+/// What a person does once this machine is a member.
+async fn next_step(config: &Config) -> &'static str {
+    if config.anchor_server.member {
+        return "next: granary anchor; restart it if it runs";
+    }
+    match ask(config, "/health").await {
+        Ok(_) if config.mesh.key.is_none() => "restart the node: it belongs to no mesh yet",
+        Ok(_) => "the running node uses it",
+        Err(_) => "next: granary node, and granary use for Nix",
+    }
 }
 
 fn make_mesh_key(key_file: &Path, name: &str) -> Result<SecretKey> {
@@ -374,11 +383,7 @@ pub async fn join(arguments: JoinArguments) -> Result<()> {
     admission::remember(&file, &ticket)
         .with_context(|| format!("cannot write {}", file.display()))?;
     let own = certificate.claims()?;
-    let next = match ask(&config, "/health").await {
-        Ok(_) if config.mesh.key.is_none() => "restart the node: it belongs to no mesh yet",
-        Ok(_) => "the running node uses it",
-        Err(_) => "next: granary node, and granary use for Nix",
-    };
+    let next = next_step(&config).await;
     print(&format!(
         "joined {} as {} ({})\n{next}\n",
         ticket.mesh, own.name, own.permissions

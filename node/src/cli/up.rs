@@ -35,7 +35,7 @@ use crate::anchor::cache::CacheName;
 use crate::anchor::server::{Server, nearest};
 use crate::clock::unix_time;
 use crate::config::{self, Config};
-use crate::daemon::{chain, make_state_dir};
+use crate::daemon::{Holdings, chain, make_state_dir};
 use crate::identity::Identity;
 use crate::state_folder;
 use crate::upload::read_token;
@@ -94,8 +94,8 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     let outcome = match prepared {
         Ok(key) => {
             let text = lines(&config, server.address, &key, admits, is_elsewhere)?;
-            let anchor = Some(server.anchor.clone());
-            node(config, anchor, move || print(&text)).await
+            let holdings = Holdings::StoreAndAnchor(server.anchor.clone());
+            node(config, holdings, move || print(&text)).await
         }
         Err(error) => Err(error),
     };

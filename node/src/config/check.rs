@@ -65,7 +65,7 @@ impl Config {
                     .into(),
             );
         }
-        if self.substituter.listen.is_empty() {
+        if self.substituter.listen.is_empty() && !self.anchor_server.member {
             return Some("substituter.listen is empty, Nix could not ask this node".into());
         }
         if let Some(cache) = &self.upload.cache {

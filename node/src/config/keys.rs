@@ -164,7 +164,7 @@ pub const SECTIONS: &[Section] = &[
             Key {
                 name: "ticket-file",
                 kind: "path",
-                default: Words("none"),
+                default: Words("systemd's credential `ticket`, else none"),
                 unit: "",
                 example: r#""/run/agenix/granary-ticket""#,
                 about: "A ticket (`granary mesh ticket`) with which the node joins at its first start; it says `mesh.key` as well. Of mode 0600.",
@@ -476,6 +476,14 @@ pub const SECTIONS: &[Section] = &[
                 unit: "",
                 example: r#""team""#,
                 about: "A cache that is made at the first start; `\"\"` for none.",
+            },
+            Key {
+                name: "member",
+                kind: "true or false",
+                default: Value("false"),
+                unit: "",
+                example: "true",
+                about: "Whether `granary anchor` is a member of the mesh that `[mesh]` and `granary join` say, and shares what its public caches hold ([anchor.md](anchor.md#the-anchor-in-the-mesh)). `granary up` is one always. With `substituter.listen = []` it has no endpoint.",
             },
             Key {
                 name: "nar-bytes-max",

@@ -255,7 +255,7 @@ fn endpoint(folder: &std::path::Path, store: Arc<dyn LocalStore>) -> SocketAddr 
         version: String::new(),
         mesh: None,
     };
-    endpoint.start(Engine::new(store, records, rules, about, None));
+    endpoint.start(Engine::new(store, Some(records), rules, about, None));
     let listener = Listener::bind(&"127.0.0.1:0".parse().unwrap()).unwrap();
     let Address::Tcp(address) = *listener.address() else {
         unreachable!("bound to TCP");

@@ -241,6 +241,14 @@ fn each_broken_set_up_is_found_and_the_advice_mends_it() {
     assert_well(&machine, "mesh ports");
     fs::rename(&database, &aside).unwrap();
     assert_broken(&machine, "store", "no Nix database");
+    // A machine that has no nix.conf either keeps an anchor without Nix.
+    let conf = machine.file("conf.aside");
+    fs::rename(machine.nix_conf(), &conf).unwrap();
+    let said = machine.granary(&["doctor"]).output().unwrap().stdout;
+    let said = String::from_utf8(said).unwrap();
+    assert!(said.contains("no Nix is here"), "{said}");
+    assert!(!said.contains("nix substituter"), "{said}");
+    fs::rename(&conf, machine.nix_conf()).unwrap();
     fs::rename(&aside, &database).unwrap();
     let up = Up::start(&machine);
     up.wait("a healthy machine", || {
