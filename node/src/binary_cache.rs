@@ -24,9 +24,11 @@ mod member;
 mod strangers;
 mod pieces;
 mod web;
+mod holdings;
 mod unpack;
 
 pub use held_back::{HELD_BACK_BYTES, HeldBack, WrongBytes};
+pub use holdings::{Collected, Holdings, Told};
 pub use member::PeerCaches;
 pub use pieces::PiecesError;
 pub use strangers::Strangers;

@@ -643,6 +643,10 @@ impl Start {
                 certificate: about,
             });
         }
+        for cache in 0..self.caches.roles().len() {
+            // So that the first who looks at the status has something to see.
+            let _ = self.caches.holdings(cache);
+        }
         Ok(mesh)
     }
 

@@ -19,10 +19,11 @@ use granary_protocol::store_path::{StoreDir, StorePath, StorePathHash};
 use serde::{Deserialize, Serialize};
 
 use crate::activity::{Activity, LookupView, TransferView};
+use crate::binary_cache::{Told, WebCaches};
 use crate::history::Spans;
 use crate::mesh::MeshHandle;
 use crate::metrics::{Gauges, Metrics, UploadGauges};
-pub use crate::page::{counted, form, human_bytes};
+pub use crate::page::{counted, form, human_bytes, human_seconds};
 use crate::store::LocalStore;
 use crate::store::shared::SharingRules;
 use crate::upload;
@@ -134,6 +135,9 @@ pub struct Cache {
     pub failed_probe_in: Option<u64>,
     pub answers_within_ms: Option<u64>,
     pub bytes_per_second: Option<u64>,
+    /// What an anchor of Granary told last of this cache of it; `None` while it told nothing.
+    #[serde(default)]
+    pub holds: Option<Told>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -193,6 +197,8 @@ pub struct Sources<'a> {
     pub mesh: Option<&'a MeshHandle>,
     /// Of this node.
     pub certificate: Option<CertificateAbout>,
+    /// The caches outside the mesh, which anchors tell of.
+    pub caches: Option<&'a Arc<WebCaches>>,
     pub upload: Option<upload::View>,
     pub metrics: &'a Metrics,
     pub activity: &'a Activity,
@@ -252,7 +258,7 @@ pub async fn report(sources: Sources<'_>) -> Report {
                 bytes_per_second: view.bytes_per_second,
             });
         }
-        let cache = |(url, view): (Arc<str>, CacheView)| Cache {
+        let cache = |(number, (url, view)): (usize, (Arc<str>, CacheView))| Cache {
             url: url.to_string(),
             role: view.role.word().to_owned(),
             failed_probe_in: match view.breaker {
@@ -261,8 +267,9 @@ pub async fn report(sources: Sources<'_>) -> Report {
             },
             answers_within_ms: view.answers_within.map(milliseconds),
             bytes_per_second: view.bytes_per_second,
+            holds: sources.caches.and_then(|caches| caches.holdings(number)),
         };
-        caches = snapshot.caches.into_iter().map(cache).collect();
+        caches = snapshot.caches.into_iter().enumerate().map(cache).collect();
     }
     let refused = metrics.transfers_refused.get();
     if refused > 0 {
@@ -645,6 +652,9 @@ impl fmt::Display for Report {
                 write!(f, "  failed, asked again in {probe_in} s at the earliest")?;
             }
             writeln!(f)?;
+            if let Some(told) = &cache.holds {
+                write_holdings(f, told)?;
+            }
         }
         if let Some(upload) = &self.upload {
             writeln!(
@@ -683,6 +693,47 @@ impl fmt::Display for Report {
         }
         Ok(())
     }
+}
+
+fn write_holdings(f: &mut fmt::Formatter<'_>, told: &Told) -> fmt::Result {
+    let Told {
+        seconds_ago,
+        holdings: of,
+    } = told;
+    write!(
+        f,
+        "  holds   {}, {} in {} of storage",
+        counted(of.paths, "path"),
+        human_bytes(of.nar_bytes),
+        human_bytes(of.stored_bytes),
+    )?;
+    if let Some((bytes, word)) = of.limit() {
+        write!(f, " of {} ({word})", human_bytes(bytes))?;
+    }
+    let readers = match of.public {
+        true => "anybody reads it",
+        false => "private",
+    };
+    write!(f, "; {readers}, keeps ")?;
+    match of.retention {
+        Some(seconds) => write!(f, "what was used within {}", human_seconds(seconds))?,
+        None => write!(f, "all")?,
+    }
+    if of.arriving > 0 {
+        write!(f, "; {} coming in", counted(of.arriving, "path"))?;
+    }
+    writeln!(f, "; told {} ago", human_seconds(*seconds_ago))?;
+    if let Some(last) = &of.collected {
+        let ago = human_seconds(last.seconds_ago);
+        match &last.refused {
+            None => {
+                let paths = counted(last.paths, "path");
+                writeln!(f, "  garbage collected {ago} ago, {paths} taken out")
+            }
+            Some(why) => writeln!(f, "  garbage not collected {ago} ago: {why}"),
+        }?;
+    }
+    Ok(())
 }
 
 impl fmt::Display for Why {

@@ -516,6 +516,7 @@ impl Substituter {
             rules: &engine.rules,
             mesh: joined.map(|joined| &joined.mesh),
             certificate: joined.and_then(|joined| joined.certificate.borrow().clone()),
+            caches: joined.map(|joined| &joined.caches),
             upload: engine.uploader.get().map(|uploader| uploader.view()),
             metrics: &self.metrics,
             activity: &self.activity,

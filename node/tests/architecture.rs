@@ -83,7 +83,15 @@ const EDGES: &[(&str, &[&str])] = &[
     (
         "status",
         &[
-            "page", "mesh", "store", "metrics", "activity", "history", "upload",
+            "page",
+            "mesh",
+            "store",
+            "metrics",
+            "activity",
+            "history",
+            "upload",
+            // What anchors told of their caches is shown as it came.
+            "binary_cache",
         ],
     ),
     (

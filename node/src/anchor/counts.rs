@@ -32,6 +32,7 @@ use super::gc::Collection;
 use super::http::{Answer, Refusal};
 use super::page::Collected;
 use super::tokens::{Bearer, Denied};
+use crate::binary_cache;
 use crate::metrics::{Counter, Exposition};
 use crate::serve::respond;
 
@@ -64,12 +65,20 @@ pub struct Counts {
     collected_nars: Counter,
     collected_bytes: Counter,
     /// When the last one was, and what came of it.
-    last_collection: Mutex<Option<(Instant, Collected)>>,
+    last_collection: Mutex<Option<LastCollection>>,
     pub scrubbed_nars: Counter,
     pub scrub_damaged: Counter,
     pub scrub_unread: Counter,
     pub healed_nars: Counter,
     sizes: tokio::sync::Mutex<Option<(Instant, Sizes)>>,
+}
+
+struct LastCollection {
+    at: Instant,
+    whole: Collected,
+    /// Of caches of which something was to go, by name: how much, and why it stays.
+    caches: BTreeMap<String, (u64, Option<String>)>,
+    has_failed: bool,
 }
 
 /// What there is: of each cache, and of all.
@@ -129,8 +138,16 @@ impl Counts {
 
     /// What came of a collection.
     pub fn collected<E: std::fmt::Display>(&self, outcome: &Result<Collection, E>) {
-        let last = match outcome {
+        let mut caches = BTreeMap::new();
+        let whole = match outcome {
             Ok(done) => {
+                for one in &done.caches {
+                    let gone = match one.refused {
+                        None => one.paths.len() as u64,
+                        Some(_) => 0,
+                    };
+                    caches.insert(one.cache.clone(), (gone, one.refused.clone()));
+                }
                 let paths: usize = done.caches.iter().map(|expired| expired.paths.len()).sum();
                 let paths = paths as u64;
                 self.collections.add(1);
@@ -159,7 +176,32 @@ impl Counts {
             .last_collection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        *known = Some((Instant::now(), last));
+        *known = Some(LastCollection {
+            at: Instant::now(),
+            whole,
+            caches,
+            has_failed: outcome.is_err(),
+        });
+    }
+
+    /// What the last collection since the start did to one cache, for who may know of no other.
+    pub fn last_collection_of(&self, cache: &CacheName) -> Option<binary_cache::Collected> {
+        let known = self
+            .last_collection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let last = known.as_ref()?;
+        let (paths, refused) = match (last.caches.get(cache.as_str()), last.has_failed) {
+            (Some((paths, refused)), _) => (*paths, refused.clone()),
+            (None, false) => (0, None),
+            // What stood in the way may name any cache.
+            (None, true) => (0, Some("it failed, the anchor's log says why".to_owned())),
+        };
+        Some(binary_cache::Collected {
+            seconds_ago: last.at.elapsed().as_secs(),
+            paths,
+            refused,
+        })
     }
 
     /// The last collection since the start.
@@ -168,10 +210,10 @@ impl Counts {
             .last_collection
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        let (at, last) = known.as_ref()?;
+        let last = known.as_ref()?;
         Some(Collected {
-            seconds_ago: at.elapsed().as_secs(),
-            ..last.clone()
+            seconds_ago: last.at.elapsed().as_secs(),
+            ..last.whole.clone()
         })
     }
 

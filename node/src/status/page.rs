@@ -6,8 +6,9 @@ use granary_protocol::certificate::UnixTime;
 use maud::{Markup, html};
 
 use super::chart::history;
-use super::{Answers, Cache, Peer, Report, Why, counted, form, human_bytes};
+use super::{Answers, Cache, Peer, Report, Why, counted, form, human_bytes, human_seconds};
 use crate::activity::{LookupView, TransferView};
+use crate::binary_cache::{Collected, Told};
 use crate::page::Frame;
 pub use crate::page::policy;
 
@@ -15,6 +16,9 @@ const SECONDS_PER_DAY: u64 = 86_400;
 
 /// A certificate that ends within so many days is shown as trouble.
 const CERTIFICATE_WARNING_DAYS: u64 = 3;
+
+/// A cache that is so full, in hundredths of its quota, is shown as trouble, as on the anchor's page.
+const FULL_PERCENT: u64 = 90;
 
 /// The page while the store is not open.
 pub fn starting() -> String {
@@ -43,6 +47,9 @@ pub fn page(report: &Report, now: UnixTime) -> String {
         (transfers(report))
         (peers(&report.peers))
         (caches(report))
+        @for (number, cache) in report.caches.iter().enumerate() {
+            @if let Some(told) = &cache.holds { (anchor(number, &cache.url, told)) }
+        }
         (lookups(&report.lookups))
     };
     whole(name, &sections, true)
@@ -144,6 +151,28 @@ fn trouble(report: &Report, now: UnixTime) -> Markup {
             cache.role, cache.url
         ));
     }
+    for cache in &report.caches {
+        let Some(told) = &cache.holds else { continue };
+        let refused = told.holdings.collected.as_ref();
+        if let Some(why) = refused.and_then(|last| last.refused.as_ref()) {
+            said.push(format!(
+                "Garbage of {} was not collected: {why}.",
+                cache.url
+            ));
+        }
+        let quota = told.holdings.quota.filter(|quota| {
+            let full = u128::from(told.holdings.stored_bytes) * 100;
+            full >= u128::from(*quota) * u128::from(FULL_PERCENT)
+        });
+        if let Some(quota) = quota {
+            said.push(format!(
+                "{} holds {} of {}; pushes that do not fit are refused.",
+                cache.url,
+                human_bytes(told.holdings.stored_bytes),
+                human_bytes(quota)
+            ));
+        }
+    }
     if let Some(problem) = report
         .upload
         .as_ref()
@@ -178,6 +207,10 @@ fn node(report: &Report, now: UnixTime) -> Markup {
                             }
                         }
                     },
+                }
+                @if !report.silent.is_empty() {
+                    dt { "Silent" }
+                    dd { "on " (report.silent.join(", ")) ": on no network of mesh.networks, nobody there hears this node or reaches it" }
                 }
                 dt { "Offers" } dd { (counted(report.paths_held, "path")) }
                 dt { "Sent to peers" } dd { (human_bytes(report.bytes.sent)) }
@@ -308,6 +341,49 @@ fn caches(report: &Report) -> Markup {
                     @if let Some(seconds) = upload.retry_in { p.bad { "Tried again in " (seconds) " s." } }
                 }
             }
+        }
+    }
+}
+
+/// An anchor, as far as this node's own token sees it: the cache that the node uses of it.
+fn anchor(number: usize, url: &str, told: &Told) -> Markup {
+    let of = &told.holdings;
+    let (root, name) = url.rsplit_once('/').unwrap_or(("", url));
+    let is_web = ["http://", "https://"]
+        .iter()
+        .any(|scheme| root.starts_with(scheme));
+    html! {
+        section.wide id={ "anchor-" (number) } {
+            h2 { "Anchor: cache " (name) }
+            div.columns { dl {
+                dt { "Holds" } dd { (counted(of.paths, "path")) ", " (human_bytes(of.nar_bytes)) " unpacked" }
+                dt { "In storage" }
+                dd {
+                    (human_bytes(of.stored_bytes))
+                    @if let Some((bytes, word)) = of.limit() {
+                        " of " (human_bytes(bytes)) " (" (word) ") "
+                        progress value=(of.stored_bytes.min(bytes)) max=(bytes.max(1)) aria-label={ "of the " (word) " of " (name) } {}
+                    }
+                }
+                dt { "Read by" } dd { @if of.public { "anybody" } @else { "who has a token for it" } }
+                dt { "Keeps" } dd { @match of.retention { Some(seconds) => { "what was used within " (human_seconds(seconds)) }, None => "all" } }
+            } dl {
+                dt { "Garbage" }
+                dd {
+                    @match &of.collected {
+                        None => span.dim { "not collected since the anchor started" },
+                        Some(Collected { refused: Some(why), seconds_ago, .. }) => span.bad { "not collected " (human_seconds(*seconds_ago)) " ago: " (why) },
+                        Some(last) => { "collected " (human_seconds(last.seconds_ago)) " ago, " (counted(last.paths, "path")) " taken out" },
+                    }
+                }
+                dt { "Coming in" } dd { @if of.arriving == 0 { span.dim { "nothing" } } @else { (counted(of.arriving, "path")) } }
+                dt { "Address" } dd { code { (url) } }
+                dt { "Told" }
+                dd {
+                    (human_seconds(told.seconds_ago)) " ago"
+                    @if is_web { "; more on " a href={ (root) "/" } rel="noreferrer" { "the anchor's own page" } ", with a token" }
+                }
+            } }
         }
     }
 }

@@ -13,6 +13,7 @@ mod command;
 mod documented;
 #[path = "../shared/exposition.rs"]
 mod exposition;
+mod holdings;
 mod killed;
 mod memory;
 mod hostile;

@@ -17,7 +17,7 @@ use granary_protocol::token::Permission::{Pull, Push};
 use crate::rig::{GENEROUS, Machine, Rig, hash};
 
 /// A machine whose node pushes to a cache of an anchor.
-struct Pusher {
+pub struct Pusher {
     machine: Machine,
     url: String,
     /// `[share]` and what follows, and what belongs into `[upload]`.
@@ -27,7 +27,7 @@ struct Pusher {
 }
 
 impl Pusher {
-    fn new(url: &str, token: &str) -> Pusher {
+    pub fn new(url: &str, token: &str) -> Pusher {
         let pusher = Pusher {
             machine: Machine::new(&[]),
             url: url.to_owned(),
@@ -66,7 +66,7 @@ impl Pusher {
         file
     }
 
-    fn granary(&self, arguments: &[&str]) -> Command {
+    pub fn granary(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_granary"));
         command
             .args(arguments)
@@ -76,7 +76,7 @@ impl Pusher {
         command
     }
 
-    fn start(&mut self) {
+    pub fn start(&mut self) {
         let mut options = fs::File::options();
         options.create(true).append(true);
         let log = options.open(self.file("log")).unwrap();

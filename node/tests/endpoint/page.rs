@@ -3,15 +3,17 @@
 //!
 //! `GRANARY_SCREENSHOTS=folder` keeps pictures of every state, light, dark and narrow, to be looked at.
 
+use std::io::Read;
 use std::path::Path;
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use granary::status::{Report, Why, page};
 use granary_protocol::certificate::UnixTime;
 use serde_json::{Value, json};
 
 use crate::browser::Browser;
-use crate::machine::{Machine, SMALL_BYTES};
+use crate::machine::{Machine, SMALL_BYTES, until};
 use crate::pages::Pages;
 
 /// What the clock reads while a page is written.
@@ -87,7 +89,7 @@ fn busy() -> Value {
             "paths_held": 9_876,
             "peers": [peer("desk", "linked", 2), peer("nas", "linked", 4), peer("attic", "away", 9)],
             "caches": [{"url": "https://nas.lan:4730/main", "role": "anchor", "failed_probe_in": null,
-                        "answers_within_ms": 12, "bytes_per_second": 50_000_000}],
+                        "answers_within_ms": 12, "bytes_per_second": 50_000_000, "holds": holds()}],
             "upload": {"cache": "https://nas.lan:4730/main", "paths_waiting": 3, "bytes_waiting": 7_000_000, "paths_failed": 0,
                        "paths_staying": 0, "paths_pushed": 40, "bytes_pushed": 90_000_000, "current": [], "retry_in": null, "problem": null},
             "transfers": [{"path": "00bgd045z0d4icpbc2yyz4gx48ak44la-linux-6.18", "bytes": 60_000_000, "nar_size": 150_000_000,
@@ -99,6 +101,15 @@ fn busy() -> Value {
             "history": history(),
         }),
     )
+}
+
+/// What an anchor told of its cache.
+fn holds() -> Value {
+    json!({
+        "seconds_ago": 5, "public": false, "paths": 12_345, "nar_bytes": 80_000_000_000_u64, "stored_bytes": 30_000_000_000_u64,
+        "size_cap": 200_000_000_000_u64, "quota": 250_000_000_000_u64, "retention": 90 * 86_400, "arriving": 2,
+        "collected": {"seconds_ago": 900, "paths": 17, "refused": null},
+    })
 }
 
 /// A day's work on a machine of an office: most from peers, the first of it from an upstream.
@@ -123,6 +134,10 @@ fn failing() -> Value {
     report["mesh"]["certificate"]["expires"] = json!(NOW.0 - 1);
     report["caches"][0]["failed_probe_in"] = json!(17);
     report["peers"][0]["quarantine"] = json!({"seconds_left": 25, "offence": "sent wrong bytes"});
+    report["caches"][0]["holds"]["quota"] = json!(31_000_000_000_u64);
+    report["caches"][0]["holds"]["collected"]["refused"] =
+        json!("the clock reads 2099-01-01, refusing to collect garbage");
+    report["silent"] = json!(["wlan0"]);
     report["upload"]["problem"] = json!("the token was refused");
     report["upload"]["retry_in"] = json!(30);
     with(
@@ -167,6 +182,14 @@ fn a_browser_shows_what_a_person_looks_for() {
                 "nobody has it",
                 "3 paths",
                 "2 ms",
+                "Anchor: cache main",
+                "12345 paths, 74.5 GiB unpacked",
+                "27.9 GiB of 232.8 GiB (quota)",
+                "who has a token for it",
+                "what was used within 90 days",
+                "collected 15 min ago, 17 paths taken out",
+                "2 paths",
+                "5 s ago; more on the anchor's own page",
                 "Last 24 hours: 6.7 GiB came from peers",
                 "Last 30 days:",
                 "up to 2.3 GiB",
@@ -185,6 +208,9 @@ fn a_browser_shows_what_a_person_looks_for() {
                 "1 NAR had other bytes",
                 "the token was refused",
                 "Tried again in 30 s",
+                "not collected 15 min ago: the clock reads 2099-01-01",
+                "https://nas.lan:4730/main holds 27.9 GiB of 28.9 GiB; pushes that do not fit",
+                "on wlan0: on no network of mesh.networks",
             ][..],
         ),
     ] {
@@ -308,6 +334,8 @@ fn what_strangers_chose_is_text() {
         "/peers/0/quarantine/offence",
         "/transfers",
         "/caches/0/url",
+        "/caches/0/holds/collected/refused",
+        "/silent/0",
         "/upload/problem",
         "/lookups/0/path",
         "/version",
@@ -320,6 +348,9 @@ fn what_strangers_chose_is_text() {
         }
     }
     report["refusals"] = json!({evil: 1});
+    let mut linked = report.clone();
+    linked["caches"][0]["url"] = json!("javascript:document.title='owned'//x/main");
+    assert!(!render(linked).contains("href=\"javascript"));
     let why: Why = serde_json::from_value(json!({
         "hash": evil, "path": evil, "status": 404, "source": evil, "sharing": null,
         "announced_by": [evil], "usable": [], "reasons": [evil],
@@ -339,6 +370,29 @@ fn what_strangers_chose_is_text() {
         assert!(!dom.contains("<title>owned"), "{dom}");
         assert!(dom.contains("&lt;script&gt;"), "{dom}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_anchor_that_says_nothing_delays_no_page() {
+    // Connections come to stand, and nobody answers.
+    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let mut machine = Machine::new();
+    let address = silent.local_addr().unwrap();
+    machine.extra = format!("[[anchor]]\nurl = \"http://{address}/main\"\n");
+    machine.start().await;
+    until("the mind", || !machine.status().caches.is_empty());
+    for target in ["/", "/api/v1/status", "/"] {
+        let started = Instant::now();
+        assert_eq!(machine.get(target).status, 200);
+        let took = started.elapsed();
+        assert!(took < Duration::from_secs(1), "{target} took {took:?}");
+    }
+    assert_eq!(machine.status().caches[0].holds, None);
+    // It was asked, all the same.
+    let (mut asked, _) = silent.accept().unwrap();
+    let mut line = [0; 27];
+    asked.read_exact(&mut line).unwrap();
+    assert_eq!(&line, b"GET /api/v1/caches/main HTT");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -134,6 +134,11 @@ fn one_command_makes_everything_and_a_second_changes_nothing() {
         let mode = fs::metadata(machine.file("state").join(name)).unwrap();
         assert_eq!(mode.permissions().mode() & 0o077, 0, "{name}");
     }
+    // The node shows the cache of the anchor beside it.
+    up.wait("what the anchor tells", || {
+        let status = machine.run(&["status"]);
+        status.contains("  holds ") && status.contains("; private, keeps all; told")
+    });
     // As the manual says of every certificate; the node renews it in time.
     let status: serde_json::Value =
         serde_json::from_str(&machine.run(&["status", "--json"])).unwrap();
