@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 
 use granary_protocol::availability::{AvailabilityIndex, Cursor, HashPrefix, Operation};
 use granary_protocol::peer::PeerId;
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OptionalExtension, params};
 use tracing::warn;
 
@@ -98,6 +99,8 @@ impl SqliteIndex {
         connection.pragma_update(None, "journal_mode", "wal")?;
         // A power cut may lose the last changes; the log's numbers reveal that to every reader.
         connection.pragma_update(None, "synchronous", "normal")?;
+        // Else SQLite compiles a statement anew for each value bound to it, in the hope of a better plan.
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
         connection.set_prepared_statement_cache_capacity(32);
         let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
         match version {
@@ -172,6 +175,9 @@ fn set_cursor(
 
 const INSERT: &str = "INSERT INTO holdings (writer, prefix) VALUES (?1, ?2)
      ON CONFLICT DO UPDATE SET is_hidden = 0";
+
+const PROVIDERS: &str = "SELECT peer FROM holdings JOIN writers ON id = writer
+     WHERE prefix = ?1 AND NOT is_hidden ORDER BY peer";
 
 impl AvailabilityIndex for SqliteIndex {
     fn cursor(&self, writer: &PeerId) -> Option<Cursor> {
@@ -271,10 +277,7 @@ impl AvailabilityIndex for SqliteIndex {
     fn providers(&self, prefix: HashPrefix) -> Vec<PeerId> {
         self.ask(|connection| {
             connection
-                .prepare_cached(
-                    "SELECT peer FROM holdings JOIN writers ON id = writer
-                     WHERE prefix = ?1 AND NOT is_hidden ORDER BY peer",
-                )?
+                .prepare_cached(PROVIDERS)?
                 .query_map([signed(prefix.0)], |row| {
                     Ok(PeerId::from_public_key(row.get(0)?))
                 })?
@@ -326,6 +329,7 @@ impl AvailabilityIndex for SqliteIndex {
 #[cfg(test)]
 mod tests {
     use granary_protocol::availability::conformance;
+    use rusqlite::StatementStatus;
 
     use super::*;
 
@@ -338,6 +342,17 @@ mod tests {
     #[test]
     fn sqlite_index_conforms() {
         conformance::run(|| SqliteIndex::in_memory().unwrap());
+    }
+
+    #[test]
+    fn a_question_is_compiled_once() {
+        let index = SqliteIndex::in_memory().unwrap();
+        for prefix in 0..4 {
+            index.providers(HashPrefix(prefix));
+        }
+        let statement = index.connection.prepare_cached(PROVIDERS).unwrap();
+        assert_eq!(statement.get_status(StatementStatus::Run), 4);
+        assert_eq!(statement.get_status(StatementStatus::RePrepare), 0);
     }
 
     #[test]

@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use granary_protocol::hash::NarHash;
 use granary_protocol::store_path::StorePathHash;
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -681,6 +682,8 @@ fn prepare(connection: &Connection) -> rusqlite::Result<()> {
     // What was acknowledged must survive a power cut.
     connection.pragma_update(None, "synchronous", "full")?;
     connection.pragma_update(None, "foreign_keys", "on")?;
+    // Else SQLite compiles a statement anew for each value bound to it, in the hope of a better plan.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     connection.set_prepared_statement_cache_capacity(64);
     Ok(())
 }

@@ -23,6 +23,7 @@ use granary_protocol::{
     hash::HashError,
     store_path::{StorePath, StorePathError, StorePathHash},
 };
+use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, Row, params};
 use tokio::sync::oneshot;
 
@@ -333,6 +334,8 @@ impl Reader {
         let connection = Connection::open_with_flags(&self.config.database, flags)
             .and_then(|connection| {
                 connection.busy_timeout(BUSY_TIMEOUT)?;
+                // Else SQLite compiles a statement anew for each value bound to it, in the hope of a better plan.
+                connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
                 Ok(connection)
             })
             .map_err(|error| self.error(error))?;

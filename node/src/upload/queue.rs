@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use granary_protocol::store_path::{StorePath, StorePathHash};
+use rusqlite::config::DbConfig;
 use rusqlite::{
     Connection, ErrorCode, OptionalExtension, Transaction, TransactionBehavior, params,
 };
@@ -473,6 +474,8 @@ fn is_damage(error: &rusqlite::Error) -> bool {
 fn try_open(path: &Path) -> rusqlite::Result<Connection> {
     let mut connection = Connection::open(path)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
+    // Else SQLite compiles a statement anew for each value bound to it, in the hope of a better plan.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_ENABLE_QPSG, true)?;
     connection.pragma_update(None, "journal_mode", "wal")?;
     // A power cut may lose the last changes: then something is asked about once more.
     connection.pragma_update(None, "synchronous", "normal")?;
