@@ -605,6 +605,7 @@ impl Start {
             acceptor.open_to_strangers();
         }
         let connector = tls::connector(&self.identity, HANDSHAKE_TIMEOUT)?;
+        tokio::task::spawn_blocking(tls::gather_randomness);
         let mesh = mesh::start(&self.identity, shared.clone(), options).await?;
         if !is_alone {
             info!(address = %mesh.listening(), ?transfer_port, "joined the mesh");

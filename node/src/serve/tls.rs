@@ -298,6 +298,14 @@ impl Connector {
     }
 }
 
+/// Gathers the randomness from which the library draws for as long as the process lives: some 40 ms of computing,
+/// which else the first handshake does on the reactor, while everything waits.
+///
+/// What fails here fails in every handshake, and is said there.
+pub fn gather_randomness() {
+    let _ = provider().secure_random.fill(&mut [0]);
+}
+
 fn provider() -> Arc<CryptoProvider> {
     let mut provider = aws_lc_rs::default_provider();
     provider.cipher_suites = vec![
