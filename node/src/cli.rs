@@ -173,7 +173,7 @@ pub fn run() -> ExitCode {
 }
 
 fn fail(command: &str, error: &anyhow::Error, format: Format) -> ExitCode {
-    let said = daemon::chain(error.as_ref());
+    let said = log::chain(error.as_ref());
     if format != Format::Text {
         tracing::error!(command, error = said, "gave up");
     }

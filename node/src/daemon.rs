@@ -34,6 +34,7 @@ use crate::config::Config;
 use crate::crowd::Crowd;
 use crate::identity::Identity;
 use crate::listener::{Address, Listener, bind_tcp};
+use crate::log::chain;
 use crate::loopback_key::{self, LoopbackKeyError};
 use crate::mesh;
 use crate::place::Place;
@@ -866,18 +867,4 @@ pub fn make_state_dir(path: &Path) -> io::Result<()> {
         .recursive(true)
         .mode(0o700)
         .create(path)
-}
-
-/// An error and those of its causes that it does not name itself.
-pub fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        cause = error.source();
-    }
-    text
 }

@@ -267,7 +267,7 @@ async fn store(patient: &Patient<'_>) -> Finding {
         ),
         Err(error) => Finding::failed(
             "store",
-            crate::daemon::chain(&error),
+            crate::log::chain(&error),
             "set [store] database and real-dir to where this machine's Nix has them, and run the node as a user that may read them",
         ),
     }
@@ -623,7 +623,7 @@ async fn anchor(config: &Config, anchor: &Anchor) -> Vec<Finding> {
     let answer = match answer {
         Ok(answer) => answer,
         Err(error) => {
-            let found = crate::daemon::chain(&error);
+            let found = crate::log::chain(&error);
             let advice = format!(
                 "is the anchor running, and is {url} its address? Away from home this is as it should be"
             );

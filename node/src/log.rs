@@ -23,6 +23,20 @@ const FILTER: &str = "warn,granary=info";
 /// Before the names of our fields in the journal: `journalctl GRANARY_CACHE=team`.
 const JOURNAL_PREFIX: &str = "GRANARY";
 
+/// An error and those of its causes that it does not name itself, on one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let said = error.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        cause = error.source();
+    }
+    text
+}
+
 /// The form of the log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -14,6 +14,7 @@ use std::process::Command;
 /// folder (`store/*`, `mesh/*`) count as the module they belong to.
 const EDGES: &[(&str, &[&str])] = &[
     ("clock", &[]),
+    // How an error and its causes are said, by whoever says them.
     ("log", &[]),
     ("secret", &[]),
     ("identity", &["secret"]),
@@ -47,7 +48,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "serve",
         &["store", "identity", "metrics", "allowance", "crowd"],
     ),
-    ("binary_cache", &["authority", "identity", "serve"]),
+    ("binary_cache", &["authority", "identity", "log", "serve"]),
     (
         "mesh",
         // The mind asks caches for narinfos through the loop, as it asks peers.
@@ -79,7 +80,7 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     // It sends what the store has, to whatever anchor; it shares no code with that.
-    ("upload", &["store", "clock", "secret", "authority"]),
+    ("upload", &["store", "clock", "log", "secret", "authority"]),
     (
         "status",
         &[
@@ -123,6 +124,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "store",
             "serve",
             "binary_cache",
+            "log",
             "metrics",
             "secret",
             "authority",
@@ -137,6 +139,7 @@ const EDGES: &[(&str, &[&str])] = &[
         &[
             "anchor",
             "clock",
+            "log",
             // Whose file is one of the state folder.
             "history",
             "config",
@@ -171,6 +174,7 @@ const EDGES: &[(&str, &[&str])] = &[
         "doctor",
         &[
             "clock",
+            "log",
             "config",
             "identity",
             "state_folder",

@@ -437,15 +437,7 @@ async fn upload(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Ans
         .map_err(|error| Refusal::ours(&error))?;
     let narinfo = metadata.narinfo(&dir)?;
     if narinfo.nar_size > anchor.nar_bytes_max {
-        let message = format!(
-            "nars of more than {} bytes are not taken",
-            anchor.nar_bytes_max
-        );
-        return Err(Refusal::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "RequestError",
-            message,
-        ));
+        return Err(Refusal::too_large(anchor.nar_bytes_max));
     }
     let _slot = anchor.intakes.acquire().await;
     // A NAR that is here is only hashed, as proof that its sender has it.

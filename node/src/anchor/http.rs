@@ -60,6 +60,7 @@ use super::{
     Anchor, attic, counts, health, holdings, oidc, page, put, read, scrub, to_its_end, uploads,
 };
 use crate::crowd::{Bounds, Crowd, Stranger};
+use crate::log::chain;
 use crate::serve::{
     self,
     respond::{self, Body},
@@ -135,6 +136,12 @@ impl Refusal {
 
     pub fn bad_request(message: impl Into<String>) -> Refusal {
         Refusal::new(StatusCode::BAD_REQUEST, "RequestError", message)
+    }
+
+    /// Refuses a NAR that is larger than this anchor takes.
+    pub fn too_large(bytes_max: u64) -> Refusal {
+        let message = format!("nars of more than {bytes_max} bytes are not taken");
+        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "RequestError", message)
     }
 
     pub fn not_found(message: impl Into<String>) -> Refusal {
@@ -826,20 +833,6 @@ fn is_about_room(error: &(dyn std::error::Error + 'static)) -> bool {
             Some(io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
         ) || sqlite == Some(rusqlite::ErrorCode::DiskFull)
     })
-}
-
-/// An error and those of its causes that it does not name itself.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 /// Listens where the configuration says.

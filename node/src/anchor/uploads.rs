@@ -378,15 +378,7 @@ async fn begin(
     let narinfo = NarInfo::parse(&begin.narinfo, &dir);
     let narinfo = narinfo.map_err(|error| Refusal::bad_request(error.to_string()))?;
     if narinfo.nar_size > anchor.nar_bytes_max {
-        let message = format!(
-            "nars of more than {} bytes are not taken",
-            anchor.nar_bytes_max
-        );
-        return Err(Refusal::new(
-            StatusCode::PAYLOAD_TOO_LARGE,
-            "RequestError",
-            message,
-        ));
+        return Err(Refusal::too_large(anchor.nar_bytes_max));
     }
     // Whoever names a path that is here may add signatures to it, as with `nix store sign`.
     let known = anchor

@@ -25,6 +25,7 @@ use super::strangers::{self, Strangers};
 use super::unpack::{self, Unpacked, Unpackers};
 use super::{Origin, RESPONSE_TIMEOUT, SILENCE_TIMEOUT, Transfer, TransferError, Wanted};
 use crate::authority::Authorities;
+use crate::log::chain;
 
 /// Time for name resolution, TCP and TLS. The mind waits for nobody that long; a connection that
 /// comes to stand later is of use to the next request.
@@ -496,14 +497,4 @@ fn name_of(url: &Url) -> Arc<str> {
     let _ = url.set_password(None);
     url.set_query(None);
     url.as_str().trim_end_matches('/').into()
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }

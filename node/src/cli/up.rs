@@ -35,8 +35,9 @@ use crate::anchor::cache::CacheName;
 use crate::anchor::server::{Server, nearest};
 use crate::clock::unix_time;
 use crate::config::{self, Config};
-use crate::daemon::{Holdings, chain, make_state_dir};
+use crate::daemon::{Holdings, make_state_dir};
 use crate::identity::Identity;
+use crate::log::chain;
 use crate::state_folder;
 use crate::upload::read_token;
 

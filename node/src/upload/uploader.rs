@@ -29,6 +29,7 @@ use super::target::{Marks, chance};
 use super::{Extent, Outcome, PushError, Root, Target, TokenFileError, push_round, read_token};
 use crate::authority::{Authorities, AuthorityError};
 use crate::clock::unix_time;
+use crate::log::chain;
 use crate::store::hidden::Hidden;
 use crate::store::{LocalStore, PathInfo, StoreEvent};
 
@@ -441,18 +442,4 @@ async fn write_marks(
 
 async fn is_gone(store: &Arc<dyn LocalStore>, path: &StorePath) -> bool {
     matches!(store.path_info(path.hash()).await, Ok(None))
-}
-
-/// An error and its causes, as one line for a status.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let said = error.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        cause = error.source();
-    }
-    text
 }
