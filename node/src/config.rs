@@ -707,14 +707,22 @@ fn default_state_dir() -> Option<PathBuf> {
         .or_else(|| variable("HOME").map(|home| home.join(".local/state/granary")))
 }
 
-/// Appends "did you mean" to serde's message about an unknown field.
+/// Appends "did you mean" to serde's message about an unknown field, if a valid one is near: at most one letter in three
+/// differs. A guess at something else would only mislead.
 fn with_nearest_key(message: &str) -> String {
     let mut words = message.split('`').skip(1).step_by(2);
-    let nearest = message
-        .starts_with("unknown field")
-        .then(|| words.next())
-        .flatten()
-        .and_then(|unknown| words.min_by_key(|valid| strsim::damerau_levenshtein(unknown, valid)));
+    let unknown = match message.starts_with("unknown field") {
+        true => words.next(),
+        false => None,
+    };
+    let nearest = unknown.and_then(|unknown| {
+        let with_distance = |valid| (strsim::damerau_levenshtein(unknown, valid), valid);
+        let (distance, nearest) = words
+            .map(with_distance)
+            .min_by_key(|(distance, _)| *distance)?;
+        let letters = unknown.chars().count().max(nearest.chars().count());
+        (distance * 3 <= letters).then_some(nearest)
+    });
     match nearest {
         Some(nearest) => format!("{message}\nhint: did you mean `{nearest}`?"),
         None => message.to_owned(),
@@ -908,6 +916,17 @@ mod tests {
         assert!(text.contains("did you mean `mesh`"), "{text}");
         let text = problem("[store]\nrealdir = 1");
         assert!(text.contains("did you mean `real-dir`"), "{text}");
+        let text = problem("[substituter]\nlitsen = \"127.0.0.1:1\"");
+        assert!(text.contains("did you mean `listen`"), "{text}");
+        // What is like nothing there is gets no guess; serde lists what there is.
+        for unknown in ["[mesh]\npassword = 1", "[trust]\nx = 1", "[cachix]"] {
+            let text = problem(unknown);
+            assert!(
+                text.contains("unknown field") && !text.contains("did you mean"),
+                "{text}"
+            );
+            assert!(text.contains("expected"), "{text}");
+        }
     }
 
     #[test]
