@@ -9,6 +9,7 @@ use tokio::net::TcpSocket;
 
 use crate::client::{Answer, Client};
 use crate::machine::{LARGE_BYTES, Machine, SMALL_BYTES, own_address, until};
+use crate::smuggling;
 
 const LAN_PORT: u16 = 4729;
 
@@ -59,6 +60,31 @@ fn count(machine: &Machine, series: &str) -> u64 {
     let text = String::from_utf8(machine.get("/metrics").body).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(series));
     line.unwrap().trim().parse().unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_request_is_smuggled_past_the_port_of_the_lan() {
+    let mut desktop = Machine::new();
+    share(&mut desktop, "");
+    let path = desktop.add("shared", SMALL_BYTES);
+    desktop.start().await;
+    let cases = smuggling::cases(&path.narinfo(), "/nix-cache-info");
+    for (name, bytes) in &cases {
+        let address = SocketAddr::from((desktop.address, LAN_PORT));
+        let stream = tokio::net::TcpStream::connect(address).await;
+        smuggling::check(name, bytes, stream.unwrap()).await;
+    }
+    let report = desktop.status();
+    assert_eq!(
+        report.refusals.get("malformed"),
+        Some(&(cases.len() as u64)),
+        "{:?}",
+        report.refusals
+    );
+    // What was hidden would have been answered.
+    let info = ask(&desktop, "GET", "/nix-cache-info", "Host: localhost\r\n").await;
+    assert_eq!(info.line("WantMassQuery"), Some("1"));
+    desktop.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
