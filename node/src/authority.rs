@@ -8,6 +8,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use reqwest::{Certificate, Client, ClientBuilder};
+use rustls::InvalidMessage;
 use tracing::warn;
 
 /// Largest file read: the bundle of a whole system has some 250 KiB.
@@ -82,6 +83,29 @@ impl Authorities {
             Ok(client)
         })
     }
+}
+
+/// Whether a request over https failed because the other end speaks HTTP without TLS.
+///
+/// rustls says that of a first record of no known kind, in words that tell a person nothing.
+pub fn speaks_no_tls(error: &reqwest::Error) -> bool {
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        if let Some(rustls::Error::InvalidMessage(InvalidMessage::InvalidContentType)) =
+            error.downcast_ref()
+        {
+            return true;
+        }
+        // An I/O error names as its source what the error in it has for one, and not that error itself.
+        let held = error
+            .downcast_ref::<io::Error>()
+            .and_then(io::Error::get_ref);
+        cause = match held {
+            Some(held) => Some(held),
+            None => error.source(),
+        };
+    }
+    false
 }
 
 /// Whether nobody on the way can change what comes from there.

@@ -17,7 +17,7 @@ use reqwest::StatusCode;
 use reqwest::header::DATE;
 use serde::Serialize;
 
-use crate::authority::Authorities;
+use crate::authority::{self, Authorities};
 use crate::clock::unix_time;
 use crate::config::{Anchor, Config};
 use crate::identity::Identity;
@@ -624,9 +624,14 @@ async fn anchor(config: &Config, anchor: &Anchor) -> Vec<Finding> {
         Ok(answer) => answer,
         Err(error) => {
             let found = crate::log::chain(&error);
-            let advice = format!(
-                "is the anchor running, and is {url} its address? Away from home this is as it should be"
-            );
+            let advice = match authority::speaks_no_tls(&error) {
+                true => format!(
+                    "write http:// for https:// in {url}: what answers there speaks HTTP without TLS"
+                ),
+                false => format!(
+                    "is the anchor running, and is {url} its address? Away from home this is as it should be"
+                ),
+            };
             return vec![Finding::failed("anchor", found, advice)];
         }
     };

@@ -21,6 +21,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
@@ -43,6 +44,9 @@ const FOREIGN_PERMISSIONS: u32 = 0o007;
 
 pub const HTTP_2: &[u8] = b"h2";
 const HTTP_1: &[u8] = b"http/1.1";
+
+/// What is read of a request in the clear, so that its sender hears the answer before the connection ends.
+const CLEAR_BYTES_MAX: u64 = 256 * 1024;
 
 /// Where certificate and key are.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -140,9 +144,21 @@ impl Tls {
         &self.files.certificate
     }
 
-    /// Agrees on keys with a client.
+    /// Agrees on keys with a client. One that speaks HTTP in the clear hears so in its own language.
     pub async fn accept(&self, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
-        tokio::time::timeout(HANDSHAKE_TIMEOUT, self.acceptor.accept(stream)).await?
+        let agreed = async {
+            let mut first = [0];
+            // A record of TLS begins with 22, a request with a letter.
+            if stream.peek(&mut first).await? == 1 && first[0].is_ascii_alphabetic() {
+                say_that_tls_is_spoken(stream).await?;
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "it speaks HTTP without TLS",
+                ));
+            }
+            self.acceptor.accept(stream).await
+        };
+        tokio::time::timeout(HANDSHAKE_TIMEOUT, agreed).await?
     }
 
     /// Takes the certificate that is in the files, if they changed since they were read; `false` when they
@@ -241,6 +257,20 @@ fn read_file(what: &'static str, path: &Path) -> Result<Zeroizing<Vec<u8>>, TlsE
         });
     }
     fs::read(path).map(Zeroizing::new).map_err(failed)
+}
+
+/// Answers a request that came in the clear, as the anchor refuses others.
+async fn say_that_tls_is_spoken(mut stream: TcpStream) -> io::Result<()> {
+    let body = "{\"code\":400,\"error\":\"TlsExpected\",\"message\":\"this anchor speaks TLS: write https:// for http:// in its address\"}\n";
+    let head = format!(
+        "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nContent-Length: {}\r\nConnection: close\r\n\r\n",
+        body.len()
+    );
+    stream.write_all((head + body).as_bytes()).await?;
+    stream.shutdown().await?;
+    let mut rest = stream.take(CLEAR_BYTES_MAX);
+    tokio::io::copy(&mut rest, &mut tokio::io::sink()).await?;
+    Ok(())
 }
 
 #[cfg(test)]

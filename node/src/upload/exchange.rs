@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 use zeroize::Zeroizing;
 
 use super::Target;
-use crate::authority::{Authorities, is_safe};
+use crate::authority::{self, Authorities, is_safe};
 
 /// How long each of the two may take to answer. The anchor asks the issuer meanwhile, which gets 5 s twice.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -52,6 +52,10 @@ pub enum ExchangeError {
     Insecure { url: String },
     #[error("{url} did not answer: {source}")]
     Silent { url: String, source: reqwest::Error },
+    #[error(
+        "{url} speaks HTTP without TLS\nhint: write http:// for https:// in the address of the cache"
+    )]
+    NoTls { url: String },
     #[error("{url} answered {status}: {said}")]
     Refused {
         url: String,
@@ -215,9 +219,14 @@ fn read<'a, T: Deserialize<'a>>(bytes: &'a [u8], url: String) -> Result<T, Excha
 }
 
 async fn answer(request: RequestBuilder, url: &str) -> Result<Zeroizing<Vec<u8>>, ExchangeError> {
-    let silent = |source: reqwest::Error| ExchangeError::Silent {
-        url: url.to_owned(),
-        source: source.without_url(),
+    let silent = |source: reqwest::Error| match authority::speaks_no_tls(&source) {
+        true => ExchangeError::NoTls {
+            url: url.to_owned(),
+        },
+        false => ExchangeError::Silent {
+            url: url.to_owned(),
+            source: source.without_url(),
+        },
     };
     let mut response = request.send().await.map_err(silent)?;
     let mut bytes = Zeroizing::new(Vec::new());

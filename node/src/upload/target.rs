@@ -24,7 +24,7 @@ use zeroize::Zeroizing;
 use super::order;
 use super::pace::{self, Pace};
 use super::progress::{Meter, Progress};
-use crate::authority::Authorities;
+use crate::authority::{self, Authorities};
 use crate::store::{LocalStore, NarError, PathInfo, StoreError};
 
 /// zstd's level on the wire: 500 MiB/s a core, so a gigabit line is the limit and not the processor.
@@ -121,6 +121,10 @@ pub enum PushError {
     Store(#[from] StoreError),
     #[error("cannot reach the anchor")]
     Unreachable { source: reqwest::Error },
+    #[error(
+        "{address} speaks HTTP without TLS\nhint: write http:// for https:// in the address of the cache"
+    )]
+    NoTls { address: String },
     #[error("cannot read what is to be sent: {source}")]
     Read { source: BodyError },
     #[error("the anchor refused: {error}: {message}")]
@@ -201,6 +205,7 @@ impl PushError {
             | PushError::Client { .. }
             | PushError::Store(_)
             | PushError::Unreachable { .. }
+            | PushError::NoTls { .. }
             | PushError::Answer { .. } => Extent::Everything,
         }
     }
@@ -332,7 +337,12 @@ impl Target {
         request: reqwest::RequestBuilder,
     ) -> Result<T, PushError> {
         let request = request.bearer_auth(self.token().as_str());
-        let unreachable = |source| PushError::Unreachable { source };
+        let unreachable = |source| match authority::speaks_no_tls(&source) {
+            true => PushError::NoTls {
+                address: self.base.origin().ascii_serialization(),
+            },
+            false => PushError::Unreachable { source },
+        };
         let response = request.send().await.map_err(unreachable)?;
         let status = response.status();
         let retry_after = response.headers().get(RETRY_AFTER);

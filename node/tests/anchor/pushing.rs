@@ -12,7 +12,7 @@ use granary_protocol::token::Permission::{Pull, Push};
 use crate::rig::{Machine, Rig, Sample, bearer, hash};
 
 /// Runs `granary push` on a machine.
-fn try_push(machine: &Machine, cache: &str, token: &str, paths: &[&str]) -> Output {
+pub fn try_push(machine: &Machine, cache: &str, token: &str, paths: &[&str]) -> Output {
     push_as(machine, cache, token, paths, "")
 }
 

@@ -14,7 +14,7 @@ use granary_protocol::token::Permission::{Pull, Push};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 
 use crate::command::Place;
-use crate::pushing::{brittle, push_as};
+use crate::pushing::{brittle, push_as, try_push};
 use crate::rig::{Machine, Rig, Sample, bearer};
 
 /// An authority of a home, in a folder of its own.
@@ -103,11 +103,46 @@ async fn clients_that_trust_the_authority_speak_http_2_or_1_and_others_turn_away
             let told = curl(Some(&ca), &[version, &config]).unwrap();
             assert!(told.contains(&format!("\"{url}/main\"")), "{told}");
         }
-        // curl's words for "no authority that I know", and for what is no TLS.
+        // curl's words for "no authority that I know".
         assert_eq!(curl(None, &[&info]), Err(60));
+        // Who speaks in the clear hears what to do, and nothing else.
         let plain = info.replace("https", "http");
-        assert!(curl(None, &[&plain]).is_err());
+        let told = curl(None, &[&plain]).unwrap();
+        assert!(
+            told.contains("write https:// for http://") && told.ends_with("400 1.1\n"),
+            "{told}"
+        );
+        assert!(!told.contains("StoreDir"), "{told}");
     });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_push_by_the_wrong_scheme_is_told_the_right_one() {
+    let authority = Authority::new();
+    let (secured, plain) = (Rig::with_tls(authority.certify()).await, Rig::new().await);
+    let builder = Machine::new(&[]);
+    let closure = builder.build();
+    for (rig, wrong, hint) in [
+        (
+            &plain,
+            "https",
+            "write http:// for https:// in the address of the cache",
+        ),
+        (
+            &secured,
+            "http",
+            "write https:// for http:// in its address",
+        ),
+    ] {
+        rig.cache("main", false).await;
+        let token = rig.token(&[("main", &[Pull, Push])]).await;
+        let url = format!("{wrong}://127.0.0.1:{}/main", rig.address().port());
+        tokio::task::block_in_place(|| {
+            let output = try_push(&builder, &url, &token, &[&closure[2]]);
+            let said = String::from_utf8_lossy(&output.stderr);
+            assert!(!output.status.success() && said.contains(hint), "{said}");
+        });
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
