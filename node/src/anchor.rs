@@ -51,7 +51,7 @@ pub mod accesses;
 pub mod sessions;
 pub mod http;
 pub mod page;
-pub mod holdings;
+pub mod stock;
 pub mod read;
 pub mod published;
 pub mod repack;

@@ -24,13 +24,13 @@ mod member;
 mod strangers;
 mod pieces;
 mod web;
-mod holdings;
+mod stock;
 mod unpack;
 
 pub use held_back::{HELD_BACK_BYTES, HeldBack, WrongBytes};
-pub use holdings::{Collected, Holdings, Told};
 pub use member::PeerCaches;
 pub use pieces::PiecesError;
+pub use stock::{Collected, Stock, Told};
 pub use strangers::Strangers;
 pub use unpack::{Unpacked, Unpackers};
 pub use web::{FromWeb, WebCache, WebCaches, WebSetupError};

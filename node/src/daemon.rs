@@ -647,7 +647,7 @@ impl Start {
         }
         for cache in 0..self.caches.roles().len() {
             // So that the first who looks at the status has something to see.
-            let _ = self.caches.holdings(cache);
+            let _ = self.caches.stock(cache);
         }
         Ok(mesh)
     }

@@ -267,7 +267,7 @@ pub async fn report(sources: Sources<'_>) -> Report {
             },
             answers_within_ms: view.answers_within.map(milliseconds),
             bytes_per_second: view.bytes_per_second,
-            holds: sources.caches.and_then(|caches| caches.holdings(number)),
+            holds: sources.caches.and_then(|caches| caches.stock(number)),
         };
         caches = snapshot.caches.into_iter().enumerate().map(cache).collect();
     }
@@ -653,7 +653,7 @@ impl fmt::Display for Report {
             }
             writeln!(f)?;
             if let Some(told) = &cache.holds {
-                write_holdings(f, told)?;
+                write_stock(f, told)?;
             }
         }
         if let Some(upload) = &self.upload {
@@ -695,10 +695,10 @@ impl fmt::Display for Report {
     }
 }
 
-fn write_holdings(f: &mut fmt::Formatter<'_>, told: &Told) -> fmt::Result {
+fn write_stock(f: &mut fmt::Formatter<'_>, told: &Told) -> fmt::Result {
     let Told {
         seconds_ago,
-        holdings: of,
+        stock: of,
     } = told;
     write!(
         f,

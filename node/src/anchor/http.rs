@@ -5,7 +5,7 @@
 //! GET    /health  /metrics                                                                    health.rs, counts.rs
 //! GET    /<cache>/nix-cache-info  /<cache>/<hash>.narinfo  /<cache>/nar/…  /<cache>/log/… …   read.rs
 //! PUT    the same                                                                             put.rs
-//! GET    /api/v1/caches/<cache>                                                               holdings.rs
+//! GET    /api/v1/caches/<cache>                                                               stock.rs
 //! POST   /api/v1/caches/<cache>/narinfos                                                      read.rs
 //! *      /api/v1/caches/<cache>/missing  …/uploads                                              uploads.rs
 //! DELETE /api/v1/caches/<cache>/paths/<hash>; POST …/keys; GET, POST /api/v1/collection         here
@@ -57,7 +57,7 @@ use super::object_store::StorageError;
 use super::tls::{HTTP_2, Tls};
 use super::tokens::{Bearer, Denied};
 use super::{
-    Anchor, attic, counts, health, holdings, oidc, page, put, read, scrub, to_its_end, uploads,
+    Anchor, attic, counts, health, oidc, page, put, read, scrub, stock, to_its_end, uploads,
 };
 use crate::crowd::{Bounds, Crowd, Stranger};
 use crate::log::chain;
@@ -613,7 +613,7 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
         ["health"] if is_get => health::answer(anchor).await,
         ["metrics"] if is_get => counts::answer(anchor, parts).await,
         ["_api", "v1", rest @ ..] => attic::answer(anchor, parts, rest, body).await,
-        ["api", "v1", "caches", cache] if is_get => holdings::answer(anchor, parts, cache).await,
+        ["api", "v1", "caches", cache] if is_get => stock::answer(anchor, parts, cache).await,
         ["api", "v1", "caches", cache, "narinfos"] if parts.method == Method::POST => {
             read::narinfos(anchor, parts, cache, body).await
         }

@@ -1,4 +1,4 @@
-//! Holdings: what one cache holds and keeps, told to who may pull from it (`GET /api/v1/caches/<cache>`).
+//! Stock: what one cache holds and keeps, told to who may pull from it (`GET /api/v1/caches/<cache>`).
 //!
 //! Nodes ask it, with the token that they have for the cache, to show it to the users of their machine. So it says
 //! nothing that is not of this cache alone; what is of all caches stands on the anchor's page, for tokens that may
@@ -12,7 +12,7 @@ use granary_protocol::token::Permission;
 use super::Anchor;
 use super::cache::CacheName;
 use super::http::{Answer, Refusal};
-use crate::binary_cache::Holdings;
+use crate::binary_cache::Stock;
 use crate::serve::respond;
 
 pub async fn answer(anchor: &Arc<Anchor>, parts: &Parts, name: &str) -> Answer {
@@ -23,7 +23,7 @@ pub async fn answer(anchor: &Arc<Anchor>, parts: &Parts, name: &str) -> Answer {
     let totals = sizes.caches.get(&name).cloned().unwrap_or_default();
     let arriving = anchor.uploads.views();
     let settings = cache.settings;
-    let holdings = Holdings {
+    let stock = Stock {
         public: settings.public,
         paths: totals.paths,
         nar_bytes: totals.nar_bytes,
@@ -34,6 +34,6 @@ pub async fn answer(anchor: &Arc<Anchor>, parts: &Parts, name: &str) -> Answer {
         collected: anchor.counts.last_collection_of(&name),
         arriving: arriving.iter().filter(|(id, _)| *id == cache.id).count() as u64,
     };
-    let text = serde_json::to_string(&holdings).map_err(|error| Refusal::ours(&error))?;
+    let text = serde_json::to_string(&stock).map_err(|error| Refusal::ours(&error))?;
     Ok(respond::json(text))
 }

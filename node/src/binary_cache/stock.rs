@@ -1,4 +1,4 @@
-//! Holdings: what an anchor tells a node of the cache that the node uses of it, for status.
+//! Stock: what an anchor tells a node of the cache that the node uses of it, for status.
 //!
 //! `GET <root>/api/v1/caches/<cache>` beside the cache's own address `<root>/<cache>`, with the node's own token: so a
 //! node shows nobody more than what it may read, which is what its endpoint gives to every user of the machine.
@@ -26,7 +26,7 @@ const WORDS_MAX: usize = 300;
 
 /// What a cache holds and keeps.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Holdings {
+pub struct Stock {
     /// Whether anybody may read it.
     pub public: bool,
     pub paths: u64,
@@ -62,7 +62,7 @@ pub struct Collected {
     pub refused: Option<String>,
 }
 
-impl Holdings {
+impl Stock {
     /// The bytes in storage at which something happens, and what it is called.
     pub fn limit(&self) -> Option<(u64, &'static str)> {
         let quota = self.quota.map(|bytes| (bytes, "quota"));
@@ -75,12 +75,12 @@ impl Holdings {
 pub struct Told {
     pub seconds_ago: u64,
     #[serde(flatten)]
-    pub holdings: Holdings,
+    pub stock: Stock,
 }
 
 /// Why an anchor told nothing.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum HoldingsError {
+pub(super) enum StockError {
     #[error("request failed: {0}")]
     Request(#[from] reqwest::Error),
     #[error("answered {0}")]
@@ -99,7 +99,7 @@ pub(super) struct Memory(Mutex<State>);
 
 #[derive(Default)]
 struct State {
-    told: Option<(Instant, Holdings)>,
+    told: Option<(Instant, Stock)>,
     /// When it was asked last, whatever came of it.
     asked: Option<Instant>,
 }
@@ -115,21 +115,18 @@ impl Memory {
         is_due
     }
 
-    pub fn tell(&self, holdings: Holdings, now: Instant) {
-        self.state().told = Some((now, holdings));
+    pub fn tell(&self, stock: Stock, now: Instant) {
+        self.state().told = Some((now, stock));
     }
 
     /// `None` while nothing was told.
     pub fn told(&self, now: Instant) -> Option<Told> {
-        let (at, mut holdings) = self.state().told.clone()?;
+        let (at, mut stock) = self.state().told.clone()?;
         let seconds_ago = (now - at).as_secs();
-        if let Some(last) = &mut holdings.collected {
+        if let Some(last) = &mut stock.collected {
             last.seconds_ago = last.seconds_ago.saturating_add(seconds_ago);
         }
-        Some(Told {
-            seconds_ago,
-            holdings,
-        })
+        Some(Told { seconds_ago, stock })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -137,7 +134,7 @@ impl Memory {
     }
 }
 
-/// Where the holdings of the cache at `base` are told; `None` for an address without a cache's name.
+/// Where the stock of the cache at `base` is told; `None` for an address without a cache's name.
 pub(super) fn address(base: &Url) -> Option<Url> {
     let name = base.path_segments()?.rfind(|segment| !segment.is_empty())?;
     let mut url = base.clone();
@@ -151,23 +148,23 @@ pub(super) fn address(base: &Url) -> Option<Url> {
 }
 
 /// Reads an answer.
-pub(super) async fn read(mut response: Response) -> Result<Holdings, HoldingsError> {
+pub(super) async fn read(mut response: Response) -> Result<Stock, StockError> {
     if response.status() != StatusCode::OK {
-        return Err(HoldingsError::Status(response.status()));
+        return Err(StockError::Status(response.status()));
     }
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await? {
         if body.len() + chunk.len() > ANSWER_BYTES_MAX {
-            return Err(HoldingsError::TooLarge);
+            return Err(StockError::TooLarge);
         }
         body.extend_from_slice(&chunk);
     }
     parse(&body)
 }
 
-fn parse(body: &[u8]) -> Result<Holdings, HoldingsError> {
-    let mut holdings: Holdings = serde_json::from_slice(body)?;
-    if let Some(words) = holdings
+fn parse(body: &[u8]) -> Result<Stock, StockError> {
+    let mut stock: Stock = serde_json::from_slice(body)?;
+    if let Some(words) = stock
         .collected
         .as_mut()
         .and_then(|last| last.refused.as_mut())
@@ -176,7 +173,7 @@ fn parse(body: &[u8]) -> Result<Holdings, HoldingsError> {
         let plain = words.chars().filter(|c| !c.is_control()).take(WORDS_MAX);
         *words = plain.collect();
     }
-    Ok(holdings)
+    Ok(stock)
 }
 
 #[cfg(test)]
@@ -209,19 +206,19 @@ mod tests {
         assert!(memory.is_due(begin));
         assert!(!memory.is_due(after(29)));
         assert_eq!(memory.told(after(29)), None);
-        let holdings = Holdings {
+        let stock = Stock {
             paths: 3,
             collected: Some(Collected {
                 seconds_ago: 60,
                 ..Collected::default()
             }),
-            ..Holdings::default()
+            ..Stock::default()
         };
-        memory.tell(holdings, after(1));
+        memory.tell(stock, after(1));
         assert!(memory.is_due(after(30)));
         let told = memory.told(after(3601)).unwrap();
-        assert_eq!((told.seconds_ago, told.holdings.paths), (3600, 3));
-        assert_eq!(told.holdings.collected.unwrap().seconds_ago, 3660);
+        assert_eq!((told.seconds_ago, told.stock.paths), (3600, 3));
+        assert_eq!(told.stock.collected.unwrap().seconds_ago, 3660);
     }
 
     #[test]

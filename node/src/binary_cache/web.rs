@@ -20,7 +20,7 @@ use reqwest::{Client, Response, Url};
 use tokio::sync::Semaphore;
 use tracing::debug;
 
-use super::holdings::{self, HoldingsError, Memory, Told};
+use super::stock::{self, Memory, StockError, Told};
 use super::strangers::{self, Strangers};
 use super::unpack::{self, Unpacked, Unpackers};
 use super::{Origin, RESPONSE_TIMEOUT, SILENCE_TIMEOUT, Transfer, TransferError, Wanted};
@@ -75,7 +75,7 @@ struct Known {
     /// For logs and errors: without whatever secrets the URL holds.
     name: Arc<str>,
     narinfos: Semaphore,
-    holdings: Memory,
+    stock: Memory,
 }
 
 /// Why a cache did not answer for a narinfo.
@@ -128,7 +128,7 @@ impl WebCaches {
                 base: with_slash(cache.url),
                 token: cache.token,
                 narinfos: Semaphore::new(NARINFOS_AT_ONCE),
-                holdings: Memory::default(),
+                stock: Memory::default(),
             })
         };
         Ok(WebCaches {
@@ -155,30 +155,30 @@ impl WebCaches {
 
     /// What an anchor told last of the cache that is used of it; it is asked anew in the background when that is
     /// long ago. `None` for others, and while nothing was told.
-    pub fn holdings(self: &Arc<Self>, cache: usize) -> Option<Told> {
+    pub fn stock(self: &Arc<Self>, cache: usize) -> Option<Told> {
         let known = self.caches.get(cache)?;
         if known.role != CacheRole::Anchor {
             return None;
         }
         let now = Instant::now();
-        if known.holdings.is_due(now) {
+        if known.stock.is_due(now) {
             let caches = self.clone();
-            tokio::spawn(async move { caches.ask_for_holdings(cache).await });
+            tokio::spawn(async move { caches.ask_for_stock(cache).await });
         }
-        known.holdings.told(now)
+        known.stock.told(now)
     }
 
-    async fn ask_for_holdings(&self, cache: usize) {
+    async fn ask_for_stock(&self, cache: usize) {
         let Some(known) = self.caches.get(cache) else {
             return;
         };
-        let Some(url) = holdings::address(&known.base) else {
+        let Some(url) = stock::address(&known.base) else {
             return;
         };
-        let answer = async { holdings::read(self.get(known, url, None).await?).await };
-        let answer = tokio::time::timeout(holdings::TIMEOUT, answer).await;
-        match answer.unwrap_or(Err(HoldingsError::TimedOut)) {
-            Ok(told) => known.holdings.tell(told, Instant::now()),
+        let answer = async { stock::read(self.get(known, url, None).await?).await };
+        let answer = tokio::time::timeout(stock::TIMEOUT, answer).await;
+        match answer.unwrap_or(Err(StockError::TimedOut)) {
+            Ok(told) => known.stock.tell(told, Instant::now()),
             // Its breaker says whether it is away, and other caches than Granary's do not know the question.
             Err(error) => {
                 debug!(cache = %known.name, error = %chain(&error), "an anchor did not tell what it holds");

@@ -153,22 +153,22 @@ fn trouble(report: &Report, now: UnixTime) -> Markup {
     }
     for cache in &report.caches {
         let Some(told) = &cache.holds else { continue };
-        let refused = told.holdings.collected.as_ref();
+        let refused = told.stock.collected.as_ref();
         if let Some(why) = refused.and_then(|last| last.refused.as_ref()) {
             said.push(format!(
                 "Garbage of {} was not collected: {why}.",
                 cache.url
             ));
         }
-        let quota = told.holdings.quota.filter(|quota| {
-            let full = u128::from(told.holdings.stored_bytes) * 100;
+        let quota = told.stock.quota.filter(|quota| {
+            let full = u128::from(told.stock.stored_bytes) * 100;
             full >= u128::from(*quota) * u128::from(FULL_PERCENT)
         });
         if let Some(quota) = quota {
             said.push(format!(
                 "{} holds {} of {}; pushes that do not fit are refused.",
                 cache.url,
-                human_bytes(told.holdings.stored_bytes),
+                human_bytes(told.stock.stored_bytes),
                 human_bytes(quota)
             ));
         }
@@ -347,7 +347,7 @@ fn caches(report: &Report) -> Markup {
 
 /// An anchor, as far as this node's own token sees it: the cache that the node uses of it.
 fn anchor(number: usize, url: &str, told: &Told) -> Markup {
-    let of = &told.holdings;
+    let of = &told.stock;
     let (root, name) = url.rsplit_once('/').unwrap_or(("", url));
     let is_web = ["http://", "https://"]
         .iter()

@@ -13,7 +13,6 @@ mod command;
 mod documented;
 #[path = "../shared/exposition.rs"]
 mod exposition;
-mod holdings;
 mod killed;
 mod memory;
 mod hostile;
@@ -32,6 +31,7 @@ mod scrub;
 mod sizes;
 #[path = "../shared/smuggling.rs"]
 mod smuggling;
+mod stock;
 mod storage;
 mod tls;
 mod watching;
