@@ -1,6 +1,8 @@
 //! The data plane between two nodes, beside TLS alone with the same cipher in the same run.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use granary::identity::Identity;
@@ -38,7 +40,7 @@ pub fn measure(lan: &Lan, desktop: &Machine, large: &str) {
                     .namespace
                     .inside(|| transfer(&laptop, desktop, &target))
             },
-            Some(|| laptop.namespace.inside(alone)),
+            Some(|| alone(&laptop, desktop)),
         ),
         ">= 0.85",
     );
@@ -95,29 +97,44 @@ fn transfer(laptop: &Machine, desktop: &Machine, target: &str) -> f64 {
     })
 }
 
-/// The same bytes over the same TLS, from memory and to nowhere.
-fn alone() -> f64 {
+/// The same bytes over the same TLS and the same cable, from memory and to nowhere.
+fn alone(laptop: &Machine, desktop: &Machine) -> f64 {
+    let (tell, told) = mpsc::sync_channel(1);
+    thread::scope(|scope| {
+        scope.spawn(|| desktop.namespace.inside(|| send_alone(desktop, tell)));
+        let address = told.recv().expect("an address");
+        laptop.namespace.inside(|| receive_alone(address))
+    })
+}
+
+fn ends() -> (Identity, Identity) {
+    (Identity::from_seed(&[1; 32]), Identity::from_seed(&[2; 32]))
+}
+
+fn send_alone(desktop: &Machine, tell: mpsc::SyncSender<SocketAddr>) {
     runtime().block_on(async {
-        let (server, client) = (Identity::from_seed(&[1; 32]), Identity::from_seed(&[2; 32]));
-        let acceptor = tls::acceptor(&server, None, DEADLINE).expect("an acceptor");
-        let connector = tls::connector(&client, DEADLINE).expect("a connector");
-        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
-            .await
-            .expect("bind");
+        let acceptor = tls::acceptor(&ends().0, None, DEADLINE).expect("an acceptor");
+        let listener = TcpListener::bind((desktop.namespace.address, 0)).await;
+        let listener = listener.expect("bind");
         let address = listener.local_addr().expect("an address");
-        tokio::spawn(async move {
-            let (socket, _) = listener.accept().await.expect("accept");
-            let (mut stream, ..) = acceptor.accept(socket, |_| true).await.expect("a session");
-            let piece = vec![0; PIECE_BYTES];
-            for _ in 0..LARGE_BYTES / PIECE_BYTES {
-                stream.write_all(&piece).await.expect("write");
-            }
-            stream.shutdown().await.expect("end");
-        });
-        let mut stream = connector
-            .connect(address, server.peer_id())
-            .await
-            .expect("connect");
+        tell.send(address).expect("somebody listens");
+        let (socket, _) = listener.accept().await.expect("accept");
+        let (mut stream, ..) = acceptor.accept(socket, |_| true).await.expect("a session");
+        let piece = vec![0; PIECE_BYTES];
+        for _ in 0..LARGE_BYTES / PIECE_BYTES {
+            stream.write_all(&piece).await.expect("write");
+        }
+        stream.shutdown().await.expect("end");
+    });
+}
+
+/// Returns MB/s.
+fn receive_alone(address: SocketAddr) -> f64 {
+    runtime().block_on(async {
+        let (server, client) = ends();
+        let connector = tls::connector(&client, DEADLINE).expect("a connector");
+        let connect = connector.connect(address, server.peer_id()).await;
+        let mut stream = connect.expect("connect");
         let started = Instant::now();
         let bytes = drain(&mut stream).await;
         bytes as f64 / started.elapsed().as_secs_f64() / 1e6
