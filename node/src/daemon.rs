@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::BoxFuture;
 use granary_protocol::certificate::{Certificate, SignedCertificate, UnixTime, mesh_tag};
 use granary_protocol::mesh::{CacheRole, Config as MindConfig};
 use granary_protocol::peer::PeerId;
@@ -346,6 +347,25 @@ impl Start {
         ));
     }
 
+    /// Has the endpoint say of a path which caches have it shared.
+    fn name_publishers(&self, published: Arc<Published>) {
+        let publishers = move |hash| {
+            let published = published.clone();
+            let caches = async move {
+                let caches = published.publishing(hash).await;
+                caches.unwrap_or_else(|error| {
+                    warn!(%hash, error = chain(&error), "could not ask the catalog which caches have a path");
+                    Vec::new()
+                })
+            };
+            Box::pin(caches) as BoxFuture<'static, _>
+        };
+        if let Some(engine) = self.endpoint.engine() {
+            // Set once: there is one anchor.
+            let _ = engine.publishers.set(Box::new(publishers));
+        }
+    }
+
     async fn bring_up(
         &self,
         store: Arc<dyn LocalStore>,
@@ -361,7 +381,9 @@ impl Start {
         let own = Arc::new(SharedStore::new(store, rules.clone(), readers));
         let published = |anchor: &Arc<Anchor>| {
             let dir = self.config.store.dir.clone();
-            Arc::new(Published::new(anchor.clone(), dir, rules))
+            let published = Arc::new(Published::new(anchor.clone(), dir, rules));
+            self.name_publishers(published.clone());
+            published
         };
         let shared: Arc<dyn LocalStore> = match &self.holdings {
             Holdings::Store => own,

@@ -12,6 +12,7 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
+use futures::future::BoxFuture;
 use granary_protocol::mesh::{BreakerView, CacheView, LookupOutcome, PeerState};
 use granary_protocol::narinfo::{Proof, VerifiedNarInfo};
 use granary_protocol::peer::PeerId;
@@ -180,6 +181,9 @@ pub struct Why {
     /// Whether `granary hide` keeps it here, valid or not.
     #[serde(default)]
     pub hidden: bool,
+    /// Public caches of the anchor in this process that hold it, so that members are told of it.
+    #[serde(default)]
+    pub published_by: Vec<String>,
     /// Peers that announced it.
     pub announced_by: Vec<String>,
     /// Those of them that may be asked now, best first.
@@ -188,11 +192,16 @@ pub struct Why {
     pub reasons: Vec<String>,
 }
 
+/// Says which public caches of an anchor in this process hold a path, by name.
+pub type Publishers = Box<dyn Fn(StorePathHash) -> BoxFuture<'static, Vec<String>> + Send + Sync>;
+
 /// Where the facts come from.
 pub struct Sources<'a> {
     pub about: &'a About,
     pub store: &'a dyn LocalStore,
     pub rules: &'a SharingRules,
+    /// `None` beside no anchor.
+    pub publishers: Option<&'a Publishers>,
     /// `None` while this node is linked to no mesh.
     pub mesh: Option<&'a MeshHandle>,
     /// Of this node.
@@ -375,6 +384,7 @@ pub async fn why(sources: Sources<'_>, text: &str) -> Option<Why> {
         source: "nowhere".into(),
         sharing: None,
         hidden: sources.rules.is_hidden(&hash),
+        published_by: Vec::new(),
         announced_by: Vec::new(),
         usable: Vec::new(),
         reasons: Vec::new(),
@@ -393,6 +403,18 @@ pub async fn why(sources: Sources<'_>, text: &str) -> Option<Why> {
         Err(error) => why
             .reasons
             .push(format!("the local store cannot be asked: {error}")),
+    }
+    if let Some(publishers) = sources.publishers {
+        why.published_by = publishers(hash).await;
+        if !why.published_by.is_empty() {
+            let caches = why.published_by.as_slice();
+            why.reasons.push(format!(
+                "shared with members: the public {} {} of this machine's anchor {} it",
+                form(caches.len() as u64, "cache", "caches"),
+                caches.join(", "),
+                form(caches.len() as u64, "publishes", "publish"),
+            ));
+        }
     }
     match sources.mesh {
         None => why.reasons.push("this node is linked to no mesh".into()),

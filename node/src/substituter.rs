@@ -68,6 +68,8 @@ pub struct Engine {
     pub records: OnceLock<Records>,
     pub rules: Arc<SharingRules>,
     pub about: status::About,
+    /// Set beside an anchor.
+    pub publishers: OnceLock<status::Publishers>,
     /// Set where the node pushes by itself.
     pub uploader: OnceLock<Arc<Uploader>>,
     /// Signs what only a member vouches for; `None` where members are not believed.
@@ -99,6 +101,7 @@ impl Engine {
             records: records.map_or_else(OnceLock::new, OnceLock::from),
             rules,
             about,
+            publishers: OnceLock::new(),
             uploader: OnceLock::new(),
             loopback_key,
             joined: RwLock::default(),
@@ -514,6 +517,7 @@ impl Substituter {
             about: &engine.about,
             store: engine.store.as_ref(),
             rules: &engine.rules,
+            publishers: engine.publishers.get(),
             mesh: joined.map(|joined| &joined.mesh),
             certificate: joined.and_then(|joined| joined.certificate.borrow().clone()),
             caches: joined.map(|joined| &joined.caches),

@@ -66,6 +66,13 @@ impl Published {
         }
     }
 
+    /// The names of the caches for which members are told of a path; that somebody wonders is no use of it.
+    pub async fn publishing(&self, hash: StorePathHash) -> Result<Vec<String>, StoreError> {
+        let found = self.view().find(vec![hash]).await?.into_iter().flatten();
+        let caches = found.flat_map(|found| found.caches);
+        Ok(caches.map(|cache| cache.name.to_string()).collect())
+    }
+
     fn view(&self) -> View {
         View {
             catalog: self.anchor.catalog.clone(),

@@ -73,6 +73,18 @@ fn what_public_caches_hold_is_found_through_the_mesh_alone() {
     push(&nas, &mut desk, "team", &path);
     push(&nas, &mut desk, "secret", &secret);
     drop(desk);
+    // The node beside the anchor says why it shares a path that its own store does not have.
+    let why = nas.granary(&["why", &path]).expect_success();
+    let reason = "shared with members: the public cache team of this machine's anchor publishes it";
+    assert!(
+        why.contains(reason) && why.contains("not in the local store"),
+        "{why}"
+    );
+    let why = nas.granary(&["why", &secret]).expect_success();
+    assert!(
+        !why.contains("publishes it") && !why.contains("cache secret"),
+        "{why}"
+    );
 
     // It knows of no anchor.
     let mut laptop = lan.believer("laptop", &keys[0]);
