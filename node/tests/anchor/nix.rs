@@ -1,7 +1,8 @@
 //! What the real Nix client sees of an anchor.
 
-use granary_protocol::token::Permission::{Pull, Push};
+use granary_protocol::token::Permission::{Delete, Pull, Push};
 
+use crate::pushing::try_push;
 use crate::rig::{Machine, Rig, bearer, hash};
 use crate::s3::S3;
 
@@ -169,6 +170,50 @@ async fn a_second_copy_puts_nothing_and_signing_keeps_older_signatures() {
         narinfo.text()
     );
     assert!(!narinfo.text().contains("stranger"), "{}", narinfo.text());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_removed_path_is_pushed_again_by_granary_at_once_and_by_nix_when_it_asks_anew() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Pull, Push, Delete])]).await;
+    let builder = Machine::new(&[]);
+    builder.login(&token);
+    let closure = builder.build();
+    let (url, top) = (rig.url("main"), &closure[2]);
+    let remove = || {
+        let target = format!("/api/v1/caches/main/paths/{}", hash(top));
+        let headers = [("Authorization", bearer(&token))];
+        let headers = headers
+            .each_ref()
+            .map(|(name, value)| (*name, value.as_str()));
+        assert_eq!(rig.ask("DELETE", &target, &headers, b"").status, 204);
+    };
+    let is_there = || rig.get(&format!("/main/{}.narinfo", hash(top))).status == 200;
+    // Nix's own default, of thirty days.
+    let as_usual = ["--option", "narinfo-cache-positive-ttl", "2592000"];
+    let copy = ["copy", "--to", &url, top];
+    tokio::task::block_in_place(|| {
+        builder.nix("nix", &[&copy[..], &as_usual].concat());
+        let narinfo = rig.get(&format!("/main/{}.narinfo", hash(top)));
+        let nar = narinfo
+            .text()
+            .lines()
+            .find_map(|line| line.strip_prefix("URL: "));
+        let nar = format!("/main/{}", nar.unwrap());
+        assert_eq!(rig.get(&nar).status, 200);
+        remove();
+        // Whoever remembers the narinfo hears that its NAR is gone.
+        assert_eq!(rig.get(&nar).status, 404);
+        // It remembers that the cache has the path.
+        builder.nix("nix", &[&copy[..], &as_usual].concat());
+        assert!(!is_there());
+        builder.nix("nix", &[&copy[..], &as_usual, &["--refresh"]].concat());
+        assert!(is_there());
+        remove();
+        let pushed = try_push(&builder, &url, &token, &[top]);
+        assert!(pushed.status.success() && is_there(), "{pushed:?}");
+    });
 }
 
 #[tokio::test(flavor = "multi_thread")]
