@@ -286,7 +286,7 @@ fn peers(peers: &[Peer]) -> Markup {
             h2 { "Peers" }
             @if peers.is_empty() { p.dim { "No peer was seen yet." } }
             @else {
-                div.scroll tabindex="0" {
+                div.scroll tabindex="0" role="region" aria-label="Peers" {
                     table {
                         tr { th { "Name" } th { "State" } th.number { "Answers in" } th.number { "Speed" } th.number { "Paths" } th.number { "Gave" } th.number { "Took" } th { "Address" } }
                         @for peer in peers {
@@ -395,7 +395,7 @@ fn lookups(lookups: &[LookupView]) -> Markup {
             (question(""))
             @if lookups.is_empty() { p.dim { "Nothing yet." } }
             @else {
-                div.scroll tabindex="0" {
+                div.scroll tabindex="0" role="region" aria-label="What Nix asked last" {
                     table {
                         tr { th { "Path" } th { "Answer" } th.number { "Took" } th.number { "Ago" } }
                         @for one in lookups {
