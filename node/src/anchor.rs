@@ -205,6 +205,7 @@ impl Anchor {
         let is_new = !catalog_file.exists();
         make_folders(&options.state, &spool)?;
         let storage = ObjectStore::open(&options.storage, &options.s3)?;
+        let storage = storage.noting(&options.state.join("multipart"));
         check_format(&storage).await?;
         let catalog = Catalog::open(&catalog_file)?;
         if is_new && rebuild::holds_caches(&storage).await? {

@@ -6,7 +6,7 @@
 //!
 //! Invariants: a `put` that returned is durable, and until then the object is whole or absent (a
 //! folder is written by temporary file, fsync, rename, fsync of the folder; S3 by its own promise,
-//! multipart uploads being aborted on failure). A read gives the bytes it promised or ends in an
+//! [`multipart`] uploads being aborted on failure, and after a crash by the next run). A read gives the bytes it promised or ends in an
 //! error. Nothing rests on conditional puts, which Garage accepts and ignores.
 
 use std::fs;
@@ -34,6 +34,10 @@ use tokio::sync::Semaphore;
 use zeroize::Zeroizing;
 
 use crate::secret::exposed;
+
+mod multipart;
+
+use multipart::Multipart;
 
 /// Bytes of one part of a multipart upload. S3 takes at most 10,000 parts, so this allows 78 GiB;
 /// at least 5 MiB are demanded.
@@ -73,8 +77,11 @@ pub struct ObjectStore {
     location: String,
     /// One permit for each of [`PARTS_IN_ALL`].
     parts: Arc<Semaphore>,
-    /// Makes links, where that is wanted.
-    signer: Option<Arc<AmazonS3>>,
+    s3: Option<Arc<AmazonS3>>,
+    /// Whether clients may be sent to S3 itself.
+    may_redirect: bool,
+    /// How large objects are stored in S3, where that is noted.
+    multipart: Option<Multipart>,
 }
 
 /// What S3 wants to know beyond the URL.
@@ -166,7 +173,7 @@ impl ObjectStore {
             url: url.to_owned(),
             source,
         };
-        let mut signer = None;
+        let mut amazon = None;
         let (store, prefix): (Arc<dyn Backend>, Path) = if url == "memory:" {
             (Arc::new(InMemory::new()), Path::default())
         } else if let Some(folder) = url.strip_prefix("file://") {
@@ -197,7 +204,7 @@ impl ObjectStore {
                     url: url.to_owned(),
                 })?;
             let store = Arc::new(s3_builder(bucket, s3)?.build().map_err(backend)?);
-            signer = s3.redirect.then(|| store.clone());
+            amazon = Some(store.clone());
             (store, prefix)
         } else {
             return Err(SetupError::Url {
@@ -209,8 +216,36 @@ impl ObjectStore {
             prefix,
             location: url.to_owned(),
             parts: Arc::new(Semaphore::new(PARTS_IN_ALL)),
-            signer,
+            s3: amazon,
+            may_redirect: s3.redirect,
+            multipart: None,
         })
+    }
+
+    /// Notes uploads under way in this folder, for [`ObjectStore::abort_left`] of a later run.
+    pub fn noting(mut self, folder: &FilePath) -> ObjectStore {
+        let multipart = |s3| Multipart::new(s3, &self.location, folder);
+        self.multipart = self.s3.clone().map(multipart);
+        self
+    }
+
+    /// Looks for uploads that earlier runs noted and did not end, and returns what aborts them. Blocks for a moment.
+    ///
+    /// To be called while nobody else works with the folder, and before the first object of this run is stored; the
+    /// future may run beside everything.
+    pub fn abort_left(&self) -> impl Future<Output = ()> + Send + 'static {
+        let left = self.multipart.clone().map(|multipart| {
+            let left = multipart.left().unwrap_or_else(|error| {
+                tracing::warn!(%error, "could not look for uploads that were interrupted");
+                Vec::new()
+            });
+            (multipart, left)
+        });
+        async move {
+            if let Some((multipart, left)) = left {
+                multipart.abort(left).await;
+            }
+        }
     }
 
     /// The URL it was opened with.
@@ -228,8 +263,7 @@ impl ObjectStore {
     /// Stores the contents of a file, with memory bounded by [`PARTS_PARALLEL`] parts, and for all calls together by
     /// [`PARTS_IN_ALL`]: then it waits for others.
     ///
-    /// Not cancel-safe for the storage's space: a call that is dropped may leave parts behind, which a
-    /// bucket's rule to abort incomplete uploads removes.
+    /// Not cancel-safe for the storage's space: a call that is dropped may leave parts behind until the next run.
     pub async fn put_file(&self, key: &str, file: &FilePath) -> Result<(), StorageError> {
         let path = self.path(key)?;
         let unreadable = |source| StorageError::Source {
@@ -248,7 +282,10 @@ impl ObjectStore {
             source.read_to_end(&mut bytes).await.map_err(unreadable)?;
             return self.put(key, bytes.into()).await;
         }
-        let upload = self.backend.put_multipart(&path).await;
+        let upload = match &self.multipart {
+            Some(multipart) => multipart.begin(path).await,
+            None => self.backend.put_multipart(&path).await,
+        };
         let upload = upload.map_err(failed("begin to store", key))?;
         let mut upload = WriteMultipart::new_with_chunk_size(upload, PART_BYTES);
         let written = async {
@@ -376,7 +413,7 @@ impl ObjectStore {
     /// Returns an address from where anybody can read an object for a while, without asking whether it is there;
     /// `None` where clients are not to be sent elsewhere.
     pub async fn link(&self, key: &str) -> Result<Option<String>, StorageError> {
-        let Some(signer) = &self.signer else {
+        let Some(signer) = self.s3.as_ref().filter(|_| self.may_redirect) else {
             return Ok(None);
         };
         let path = self.path(key)?;

@@ -133,6 +133,7 @@ impl Server {
         let scrub_after = options.scrub_after;
         let may_heal = !options.heal_from.is_empty();
         let anchor = Anchor::open(options).await?;
+        let aborting = anchor.storage.abort_left();
         anchor.recover().await?;
         if let Some(name) = default_cache {
             let name = CacheName::new(name)?;
@@ -150,6 +151,13 @@ impl Server {
         }
         let shutdown = CancellationToken::new();
         let tasks = TaskTracker::new();
+        let end = shutdown.clone();
+        tasks.spawn(async move {
+            tokio::select! {
+                () = end.cancelled() => {}
+                () = aborting => {}
+            }
+        });
         let resuming = anchor.clone();
         tasks.spawn(async move {
             // Interrupted anywhere, the next start goes on.

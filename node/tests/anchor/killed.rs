@@ -11,6 +11,7 @@ use granary_protocol::signature::{PublicKey, TrustedKeys};
 
 use crate::command::{Anchor, Place};
 use crate::rig::{GENEROUS, Sample, ask, bearer};
+use crate::s3::{Fault, S3};
 
 pub fn rounds(default: u64) -> u64 {
     let rounds = std::env::var("GRANARY_KILL_ROUNDS").ok();
@@ -205,6 +206,60 @@ fn an_anchor_that_is_killed_again_and_again_loses_nothing_it_acknowledged() {
     place.run(&["anchor", "rebuild"]);
     let anchor = place.start();
     assert_consistent(&place, &anchor, &token, &acknowledged);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_killed_anchor_had_sent_of_an_object_does_not_stay_in_the_bucket() {
+    let s3 = S3::start().await;
+    let credentials = s3.options().credentials_file.unwrap();
+    let place = Place::with(&format!(
+        "storage = \"s3://granary-test/some/prefix\"\n[anchor-server.s3]\n\
+         endpoint = {:?}\nregion = \"us-east-1\"\ncredentials-file = {credentials:?}\n",
+        s3.endpoint()
+    ));
+    let token = token(&place);
+    // What s3s-fs keeps of uploads under way.
+    let in_parts = || {
+        let entries = std::fs::read_dir(s3.folder.path()).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.filter(|name| name.starts_with(".upload")).count()
+    };
+    let noted = || {
+        let entries = std::fs::read_dir(place.path().join("state/anchor/multipart"));
+        entries.map_or(0, |entries| entries.count())
+    };
+    let wait = |what: &str, is_so: &dyn Fn() -> bool| {
+        let started = Instant::now();
+        while !is_so() {
+            assert!(started.elapsed() < GENEROUS, "{what}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    };
+    for round in 0..2 {
+        let mut anchor = place.start();
+        wait("the parts of the last round go", &|| in_parts() == 0);
+        wait("the note of the last round goes", &|| noted() == 0);
+        // The second of two parts is never answered.
+        s3.fail(Fault::Silence, |_, target| target.contains("partNumber=2"));
+        let samples = vec![Sample::new(round, 20 << 20)];
+        let pushing = push(&anchor, &token, samples);
+        wait("the parts come", &|| {
+            in_parts() >= 2 && s3.faults_left() == 0
+        });
+        assert_eq!(noted(), 1);
+        anchor.kill();
+        let (done, was_interrupted) = pushing.join().unwrap();
+        assert!(done.is_empty() && was_interrupted);
+        assert!(in_parts() >= 2);
+    }
+    let anchor = place.start();
+    wait("the parts of the last round go", &|| in_parts() == 0);
+    // What is completed is noted no longer.
+    let samples = vec![Sample::new(0, 20 << 20)];
+    let (done, _) = push(&anchor, &token, samples).join().unwrap();
+    assert_eq!((done.len(), in_parts(), noted()), (1, 0, 0));
+    let narinfo = anchor.get(&format!("/main/{}.narinfo", done[0].hash()), &token);
+    assert_eq!(narinfo.status, 200);
 }
 
 /// Lets days pass for everything that an anchor knows, while it does not run.
