@@ -248,10 +248,11 @@ fn lines(
         }
         text.push_str(&format!(
             "granary node\ngranary use\n\n\
-             To use the anchor as well, it needs this in its granary.toml, with the address of this one, and a token:\n\n\
+             To use the anchor as well, it needs this in its granary.toml, with the address of this one:\n\n\
              [[anchor]]\nurl = \"http://<this machine>:{port}/{cache}\"\n\
              token-file = \"/etc/granary/token\"\npublic-keys = [\"{key}\"]\n\
              [upload]\ncache = \"{cache}\"\n\n\
+             and in that file, of mode 0600, the token that this prints, here:\n\n\
              {place}granary token create --subject <its name> --cache {cache} --allow pull,push\n",
         ));
     }
