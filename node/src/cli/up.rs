@@ -252,7 +252,7 @@ fn lines(
              [[anchor]]\nurl = \"http://<this machine>:{port}/{cache}\"\n\
              token-file = \"/etc/granary/token\"\npublic-keys = [\"{key}\"]\n\
              [upload]\ncache = \"{cache}\"\n\n\
-             and in that file, of mode 0600, the token that this prints, here:\n\n\
+             and in its token-file, of mode 0600, the token that this prints, here:\n\n\
              {place}granary token create --subject <its name> --cache {cache} --allow pull,push\n",
         ));
     }
