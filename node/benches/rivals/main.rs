@@ -2,7 +2,7 @@
 //!
 //! `HARMONIA=/path/to/harmonia-cache ATTICD=/path/to/atticd cargo bench -p granary --bench rivals`, as root.
 //! `atticadm` is expected beside `atticd`; a rival that is not given is left out, and the run says so. Words after `--`
-//! choose parts: `narinfo`, `nar`, `wire`, `copy`, `push`; `ROUNDS=5` is how often each side is measured, in turn.
+//! choose parts: `narinfo`, `nar`, `wire`, `copy`, `push` (and pull); `ROUNDS=5` is how often each side is measured, in turn.
 //! `TMPDIR=/dev/shm` spares the disk, and hides that a node reads what a disk's cache holds without changing threads.
 //! Every figure is the median. Machines are network namespaces, so nothing leaves this one; all ends share its processors.
 

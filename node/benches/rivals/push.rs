@@ -1,4 +1,6 @@
-//! Pushing to the anchor, beside pushing to atticd.
+//! Pushing to the anchor and pulling from it, beside atticd.
+//!
+//! What was pushed is pulled from either by the real Nix, into an empty store.
 //!
 //! Attic's own client needs the headers of a newer Nix than Debian's, so its part is played by [`client`]: what it
 //! sends, in its order and with its five uploads at a time, out of our own reader of the store. It starts faster
@@ -35,16 +37,19 @@ const DEADLINE: Duration = Duration::from_secs(300);
 pub fn measure(lan: &Lan, desktop: &Machine, atticd: Option<&Path>, top: &str, large: &str) {
     for (what, path) in [("300 paths", top), ("1 GiB", large)] {
         let (known, attic_known) = (RefCell::default(), RefCell::default());
+        let (pulled, attic_pulled) = (RefCell::default(), RefCell::default());
         let cold = in_turn(
             || {
                 let anchor = start_anchor(lan);
                 let push = || granary(desktop, &anchor, path);
                 let took = push();
                 note(&known, push());
+                let address = (anchor.anchor.namespace.address, PORT).into();
+                note(&pulled, pull(lan, address, "team", path));
                 took
             },
             atticd.map(|program| {
-                let attic_known = &attic_known;
+                let (attic_known, attic_pulled) = (&attic_known, &attic_pulled);
                 move || {
                     let namespace = lan.plug("attic");
                     let attic = Attic::start(program, &namespace);
@@ -52,6 +57,7 @@ pub fn measure(lan: &Lan, desktop: &Machine, atticd: Option<&Path>, top: &str, l
                     let push = |is_first| attic_push(desktop, address, &attic, path, is_first);
                     let took = push(true);
                     note(attic_known, push(false));
+                    note(attic_pulled, pull(lan, address, "bench", path));
                     took
                 }
             }),
@@ -67,7 +73,28 @@ pub fn measure(lan: &Lan, desktop: &Machine, atticd: Option<&Path>, top: &str, l
             ),
             "<= 0.1",
         );
+        row(
+            &format!("pull of {what} by nix copy"),
+            "s",
+            (
+                median(pulled.take()).expect("one round at least"),
+                median(attic_pulled.take()),
+            ),
+            "",
+        );
     }
+}
+
+/// Seconds that the real Nix takes to bring a closure into an empty store. Each cache signs with a key of its own,
+/// which is not what is measured.
+fn pull(lan: &Lan, address: SocketAddr, cache: &str, path: &str) -> f64 {
+    let laptop = lan.machine("laptop");
+    let from = format!("http://{address}/{cache}");
+    let arguments = ["copy", "--no-check-sigs", "--from", &from, path];
+    let done = laptop.nix.run(&laptop.namespace, "nix", &arguments);
+    let took = done.elapsed.as_secs_f64();
+    done.expect_success();
+    took
 }
 
 fn note(figures: &RefCell<Vec<f64>>, figure: f64) {
