@@ -86,7 +86,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     }
     if config.anchor_server.tls_cert.is_some() {
         bail!(
-            "with anchor-server.tls-cert, run granary anchor and granary node, and name the anchor in an [[anchor]]: granary up does not know by which name its certificate is good"
+            "with anchor-server.tls-cert, run granary anchor and granary node, and name the anchor in an [[anchor]], or granary anchor alone with anchor-server.member = true: granary up does not know by which name its certificate is good"
         );
     }
     let listen = config.anchor_server.listen;
