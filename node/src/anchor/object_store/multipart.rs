@@ -101,10 +101,16 @@ impl Multipart {
         for entry in entries.take(LEFT_MAX) {
             let file = entry?.path();
             match Note::read(&file) {
-                Some(note) if note.location == self.location => left.push(Left { file, note }),
-                Some(_) => {}
+                Ok(Some(note)) if note.location == self.location => {
+                    left.push(Left { file, note });
+                }
+                Ok(Some(_)) => {}
                 // It was never whole, so no part followed it.
-                None => fs::remove_file(file)?,
+                Ok(None) => forget(&file),
+                // A disk in trouble must not make us forget what is paid for.
+                Err(error) => {
+                    warn!(file = %file.display(), %error, "could not read the note of an upload, it stays");
+                }
             }
         }
         Ok(left)
@@ -151,10 +157,13 @@ impl Note {
         Ok(path)
     }
 
-    fn read(file: &FilePath) -> Option<Note> {
-        let size = fs::metadata(file).ok()?.len();
-        let bytes = (size <= NOTE_BYTES_MAX).then(|| fs::read(file).ok())??;
-        serde_json::from_slice(&bytes).ok()
+    /// Returns `None` for what is no whole note.
+    fn read(file: &FilePath) -> io::Result<Option<Note>> {
+        if fs::metadata(file)?.len() > NOTE_BYTES_MAX {
+            return Ok(None);
+        }
+        let bytes = fs::read(file)?;
+        Ok(serde_json::from_slice(&bytes).ok())
     }
 }
 
@@ -231,5 +240,37 @@ impl MultipartUpload for Upload {
                 Err(error) => Err(error),
             }
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use object_store::aws::AmazonS3Builder;
+
+    use super::*;
+
+    #[test]
+    fn what_is_no_note_is_removed_and_what_cannot_be_read_stays_and_hides_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = AmazonS3Builder::new()
+            .with_bucket_name("b")
+            .with_region("x")
+            .build()
+            .unwrap();
+        let multipart = Multipart::new(Arc::new(store), "s3://b", folder.path());
+        let note = |location: &str| Note {
+            location: location.to_owned(),
+            key: "nar/x".to_owned(),
+            upload: "id".to_owned(),
+        };
+        let own = note("s3://b").write(folder.path()).unwrap();
+        let other = note("s3://elsewhere").write(folder.path()).unwrap();
+        let (torn, unreadable) = (folder.path().join("torn"), folder.path().join("unreadable"));
+        fs::write(&torn, "{\"location\":\"s3://b\"").unwrap();
+        fs::create_dir(&unreadable).unwrap();
+        let left = multipart.left().unwrap();
+        assert_eq!(left.len(), 1);
+        assert_eq!(left[0].file, own);
+        assert!(other.exists() && unreadable.exists() && !torn.exists());
     }
 }
