@@ -25,6 +25,7 @@ pub mod admission;
 pub mod voucher;
 pub mod contact;
 pub mod token;
+pub mod assertion;
 pub mod sharing;
 pub mod announcement;
 pub mod wire;

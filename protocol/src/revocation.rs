@@ -101,7 +101,8 @@ impl Revocations {
         self.is_void(&badge.peer, badge.not_before)
     }
 
-    fn is_void(&self, peer: &PeerId, not_before: UnixTime) -> bool {
+    /// Whether a certificate of `peer` that begins then is void.
+    pub fn is_void(&self, peer: &PeerId, not_before: UnixTime) -> bool {
         let until = self.revoked.get(peer);
         until.is_some_and(|until| not_before <= *until)
     }

@@ -7,6 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use granary_protocol::announcement::{Delta, SetDigest, SignedHead};
+use granary_protocol::assertion::Assertion;
 use granary_protocol::availability::{Cursor, HashPrefix, Operation};
 use granary_protocol::certificate::{Certificate, SignedBadge, SignedCertificate, UnixTime};
 use granary_protocol::contact::{Contact, SignedContact};
@@ -238,6 +239,15 @@ fn certificates_are_seeds_whole_and_as_badges() {
     seed("certificate", "text", signed.to_text().as_bytes());
     seed("certificate", "bytes", &signed.to_bytes());
     seed("certificate", "badge", &signed.badge().to_bytes());
+    let assertion = Assertion {
+        certificate: signed,
+        cache: "main".to_owned(),
+        cache_key: mesh().public_key(),
+        issued: UnixTime(1),
+        nonce: [9; 16],
+    };
+    let assertion = assertion.sign(&writer()).unwrap();
+    seed("certificate", "assertion", assertion.to_text().as_bytes());
     seed("certificate", "permissions", b"share,vouch,push:team-*");
     seed(
         "certificate",

@@ -1,6 +1,7 @@
-//! No bytes or text make a certificate panic, and none that was not signed verifies.
+//! No bytes or text make a certificate or an assertion panic, and none that was not signed verifies.
 #![no_main]
 
+use granary_protocol::assertion::SignedAssertion;
 use granary_protocol::certificate::{Permissions, SignedBadge, SignedCertificate, UnixTime};
 use granary_protocol::peer::PeerId;
 use granary_protocol::signature::{PublicKey, SecretKey, Signature};
@@ -21,6 +22,10 @@ fuzz_target!(|bytes: &[u8]| {
     }
     if let Ok(text) = std::str::from_utf8(bytes) {
         let _ = SignedCertificate::from_text(text);
+        if let Ok(assertion) = SignedAssertion::from_text(text) {
+            assert!(assertion.verify(&mesh, assertion.claims().issued).is_err());
+            assert_eq!(SignedAssertion::from_text(&assertion.to_text()), Ok(assertion));
+        }
         let _ = text.parse::<Permissions>();
         let _ = text.parse::<PeerId>();
         let _ = text.parse::<PublicKey>();
