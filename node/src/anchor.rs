@@ -37,6 +37,7 @@ pub mod uses;
 pub mod cache;
 pub mod tokens;
 pub mod oidc;
+pub mod members;
 pub mod intake;
 pub mod ingest;
 pub mod sizes;
@@ -63,6 +64,7 @@ pub mod import;
 pub mod server;
 
 use crate::binary_cache::{Unpackers, WebSetupError};
+use crate::mesh::revocations::RevocationsFileError;
 
 use self::object_store::{ObjectStore, S3Options, SetupError, StorageError};
 use cache::Keys;
@@ -115,6 +117,8 @@ pub struct Options {
     pub attic_key: Option<PathBuf>,
     /// Issuers whose tokens are traded for ours.
     pub oidc: Vec<oidc::Options>,
+    /// The mesh whose members get tokens by their certificates.
+    pub members: Option<members::Options>,
     /// Largest NAR taken in.
     pub nar_bytes_max: u64,
     /// What the server shows to clients; plain HTTP without.
@@ -150,6 +154,8 @@ pub enum OpenError {
     TokenKey(#[from] TokenKeyError),
     #[error(transparent)]
     Issuer(#[from] oidc::IssuerError),
+    #[error(transparent)]
+    Revocations(#[from] RevocationsFileError),
     #[error(transparent)]
     Sources(#[from] WebSetupError),
     #[error(
@@ -188,6 +194,7 @@ pub struct Anchor {
     accesses: accesses::Accesses,
     sessions: sessions::Sessions,
     issuers: Option<oidc::Issuers>,
+    members: Option<Arc<members::Members>>,
     sources: heal::Sources,
     unpackers: Unpackers,
 }
@@ -233,12 +240,16 @@ impl Anchor {
         let public = token_key.public_key();
         let issuers = match options.oidc.is_empty() {
             true => None,
-            false => Some(oidc::Issuers::new(options.oidc, token_key)?),
+            false => Some(oidc::Issuers::new(options.oidc, token_key.clone())?),
         };
+        let members = options.members;
+        let members = members.map(|options| members::Members::new(options, token_key));
+        let members = members.transpose()?.map(Arc::new);
         let attic = options.attic_key.as_deref().map(tokens::attic_key);
         Ok(Arc::new(Anchor {
-            tokens: Tokens::new(catalog.clone(), public, attic.transpose()?),
+            tokens: Tokens::new(catalog.clone(), public, attic.transpose()?, members.clone()),
             issuers,
+            members,
             sources: heal::Sources::new(options.heal_from)?,
             unpackers: Unpackers::default(),
             keys: Keys::in_folder(&options.state),

@@ -16,7 +16,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use granary_protocol::hash::sha256;
 use granary_protocol::network::Network;
+use granary_protocol::nix32;
 use granary_protocol::signature::{PublicKey, TrustedKeys};
 use granary_protocol::store_path::StoreDir;
 use granary_protocol::ticket::{TICKET_TEXT_BYTES_MAX, Ticket};
@@ -643,6 +645,18 @@ impl Config {
             let url = anchor.url.as_str().trim_end_matches('/');
             url == cache || url.rsplit('/').next() == Some(cache)
         })
+    }
+
+    /// Where the token for an anchor's cache is: that of the configuration, else the one that this machine gets as a
+    /// member, for which it must know a key of the cache.
+    pub fn token_file_of(&self, anchor: &Anchor) -> Option<PathBuf> {
+        let own = || {
+            let key = anchor.public_keys.first()?;
+            let hash = sha256(format!("{}\n{key}", anchor.url).as_bytes());
+            let name = format!("member-{}.token", nix32::encode(&hash[..10]));
+            Some(self.state_dir.join(name))
+        };
+        anchor.token_file.clone().or_else(own)
     }
 
     /// The folder of the anchor's catalog, keys and spool.

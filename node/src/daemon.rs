@@ -23,7 +23,6 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{error, info, warn};
-use zeroize::Zeroizing;
 
 use crate::admission::{self, Admission};
 use crate::anchor::Anchor;
@@ -48,16 +47,19 @@ use crate::store::hidden::{Hidden, HiddenError};
 use crate::store::shared::{Readers, SharedStore, SharingRules};
 use crate::store::{Beside, LocalStore, Records};
 use crate::substituter::{Engine, Joined, Substituter};
-use crate::upload::{TokenFileError, Uploader, read_token, uploader};
+use crate::upload::exchange::ExchangeError;
+use crate::upload::{TokenFileError, Uploader, uploader};
 
 mod history;
 mod holdings;
 mod renewal;
 pub mod share;
+mod tokens;
 
 pub use holdings::Holdings;
 use renewal::Keeper;
 use share::{Share, ShareError};
+use tokens::Shown;
 
 /// How often what is missing (a store, a certificate) is looked for again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -98,6 +100,8 @@ pub enum StartError {
     LoopbackKey(#[from] LoopbackKeyError),
     #[error(transparent)]
     Share(#[from] ShareError),
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
     #[error(transparent)]
     Hidden(#[from] HiddenError),
     #[error(transparent)]
@@ -178,7 +182,8 @@ impl Daemon {
             true => Some(loopback_key::load_or_create(&config.loopback_key_file())?),
             false => None,
         };
-        let caches = Arc::new(web_caches(&config, &identity)?);
+        let tokens = tokens::gather(&config, &identity, &shutdown, &tasks)?;
+        let caches = Arc::new(web_caches(&config, &identity, &tokens)?);
         let share = Share::prepare(&config)?;
         let place = Place::follow(config.mesh.networks.clone(), shutdown.clone());
         let mut transfer = Vec::new();
@@ -219,6 +224,7 @@ impl Daemon {
             hidden,
             changes: folder,
             caches,
+            tokens,
             share,
             place,
             endpoint: endpoint.clone(),
@@ -312,6 +318,8 @@ struct Start {
     /// Of the state folder.
     changes: watch::Receiver<()>,
     caches: Arc<WebCaches>,
+    /// Of the anchors, in their order.
+    tokens: Vec<Shown>,
     share: Share,
     place: Place,
     endpoint: Arc<Substituter>,
@@ -471,9 +479,12 @@ impl Start {
 
     /// Begins to push what this machine builds, if it is told where to.
     fn push_builds(&self, store: Arc<dyn LocalStore>) {
-        let Some(options) = upload_options(&self.config) else {
+        let Some(mut options) = upload_options(&self.config) else {
             return;
         };
+        let mut anchors = self.config.anchor.iter().zip(&self.tokens);
+        let target = anchors.find(|(anchor, _)| anchor.url.as_str() == options.url);
+        options.token_problem = target.and_then(|(_, shown)| shown.problem.clone());
         let uploader = Arc::new(Uploader::new(options, self.hidden.clone()));
         if let Some(engine) = self.endpoint.engine() {
             // Set once: this function runs once per process.
@@ -717,7 +728,8 @@ pub fn upload_options(config: &Config) -> Option<uploader::Options> {
     Some(uploader::Options {
         file: config.uploads_file(),
         url: anchor.url.to_string(),
-        token_file: anchor.token_file.clone()?,
+        token_file: config.token_file_of(anchor)?,
+        token_problem: None,
         ca_file: anchor.ca_file.clone(),
         rate: upload.rate.map(|rate| rate.0),
         filter: upload.filter.clone(),
@@ -728,17 +740,17 @@ pub fn upload_options(config: &Config) -> Option<uploader::Options> {
 }
 
 /// The caches of the configuration, anchors first.
-fn web_caches(config: &Config, identity: &Identity) -> Result<WebCaches, StartError> {
+fn web_caches(
+    config: &Config,
+    identity: &Identity,
+    tokens: &[Shown],
+) -> Result<WebCaches, StartError> {
     let mut caches = Vec::new();
-    for anchor in &config.anchor {
-        let token = match &anchor.token_file {
-            None => None,
-            Some(path) => Some(bearer(anchor.url.as_str(), path)?),
-        };
+    for (anchor, shown) in config.anchor.iter().zip(tokens) {
         caches.push(WebCache {
             role: CacheRole::Anchor,
             url: anchor.url.clone(),
-            token,
+            token: shown.header.clone(),
             authorities: Authorities::read(anchor.ca_file.as_deref())?,
         });
     }
@@ -746,7 +758,7 @@ fn web_caches(config: &Config, identity: &Identity) -> Result<WebCaches, StartEr
         caches.push(WebCache {
             role: CacheRole::Upstream,
             url: upstream.url.clone(),
-            token: None,
+            token: watch::channel(None).1,
             authorities: Authorities::read(upstream.ca_file.as_deref())?,
         });
     }
@@ -755,21 +767,6 @@ fn web_caches(config: &Config, identity: &Identity) -> Result<WebCaches, StartEr
         false => None,
     };
     Ok(WebCaches::new(caches, strangers)?)
-}
-
-/// Reads the token for an anchor as the value of the header that carries it.
-fn bearer(url: &str, path: &PathBuf) -> Result<http::HeaderValue, StartError> {
-    let token = read_token(path).map_err(|source| StartError::Token {
-        url: url.to_owned(),
-        source,
-    })?;
-    let bearer = Zeroizing::new(format!("Bearer {}", token.as_str()));
-    let mut value = http::HeaderValue::from_str(&bearer).map_err(|_| StartError::NoToken {
-        url: url.to_owned(),
-        path: path.clone(),
-    })?;
-    value.set_sensitive(true);
-    Ok(value)
 }
 
 /// Reads what is hidden whenever that may have changed, until shutdown.

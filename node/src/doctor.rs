@@ -574,7 +574,10 @@ fn multicast() -> Finding {
 /// An anchor's cache: whether it answers, whether the token counts, and whose clock is right.
 async fn anchor(config: &Config, anchor: &Anchor) -> Vec<Finding> {
     let url = anchor.url.as_str().trim_end_matches('/');
-    let token = match &anchor.token_file {
+    let file = config.token_file_of(anchor);
+    // A member's own is there when its node got one.
+    let file = file.filter(|file| anchor.token_file.is_some() || file.exists());
+    let token = match &file {
         None => None,
         Some(file) => match read_token(file) {
             Ok(token) => Some(token),
@@ -669,7 +672,7 @@ async fn anchor(config: &Config, anchor: &Anchor) -> Vec<Finding> {
             Finding::failed(
                 "token",
                 format!("{url} refuses it: {}", name.unwrap_or(status.to_string())),
-                format!("where the anchor runs, granary token create --subject <this machine> --cache {cache} --allow {allowed}, and put it into token-file; or is the last word of the url no cache of it?"),
+                format!("where the anchor runs, granary token create --subject <this machine> --cache {cache} --allow {allowed}, and put it into token-file, or join by a ticket that allows push:{cache}; or is the last word of the url no cache of it?"),
             )
         }
         status => Finding::failed(

@@ -24,6 +24,7 @@ use crate::store::{BATCH_MAX, LocalStore, Nar, PathInfo};
 pub mod order;
 pub mod pace;
 pub mod exchange;
+pub mod member;
 pub mod progress;
 pub mod target;
 pub mod queue;

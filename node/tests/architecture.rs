@@ -80,7 +80,18 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     // It sends what the store has, to whatever anchor; it shares no code with that.
-    ("upload", &["store", "clock", "log", "secret", "authority"]),
+    (
+        "upload",
+        // A member's token is a file of the state folder.
+        &[
+            "store",
+            "clock",
+            "log",
+            "secret",
+            "authority",
+            "state_folder",
+        ],
+    ),
     (
         "status",
         &[
@@ -130,6 +141,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "authority",
             // Who has not asked anything yet may have to make room.
             "crowd",
+            // Members get tokens until the file that the mesh keeps says that they were put out.
+            "mesh",
         ],
     ),
     ("nix_conf", &[]),

@@ -51,7 +51,7 @@ impl Sources {
         let cache = |source: Source| WebCache {
             role: CacheRole::Upstream,
             url: source.url,
-            token: None,
+            token: tokio::sync::watch::channel(None).1,
             authorities: source.authorities,
         };
         let caches = WebCaches::new(sources.into_iter().map(cache).collect(), None)?;

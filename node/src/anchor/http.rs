@@ -11,6 +11,7 @@
 //! DELETE /api/v1/caches/<cache>/paths/<hash>; POST …/keys; GET, POST /api/v1/collection         here
 //! POST   /api/v1/scrub                                                                       scrub.rs
 //! POST   /api/v1/oidc/token                                                                  oidc.rs
+//! POST   /api/v1/member/token                                                                members.rs
 //! *      /_api/v1/…  /<cache>/attic-cache-info                                                attic.rs
 //! ```
 //!
@@ -57,7 +58,8 @@ use super::object_store::StorageError;
 use super::tls::{HTTP_2, Tls};
 use super::tokens::{Bearer, Denied};
 use super::{
-    Anchor, attic, counts, health, oidc, page, put, read, scrub, stock, to_its_end, uploads,
+    Anchor, attic, counts, health, members, oidc, page, put, read, scrub, stock, to_its_end,
+    uploads,
 };
 use crate::crowd::{Bounds, Crowd, Stranger};
 use crate::log::chain;
@@ -625,6 +627,7 @@ async fn route(anchor: &Arc<Anchor>, parts: &Parts, body: &mut Incoming) -> Answ
         }
         ["api", "v1", "collection"] => collection(anchor, parts).await,
         ["api", "v1", "oidc", "token"] => oidc::answer(anchor, parts, body).await,
+        ["api", "v1", "member", "token"] => members::answer(anchor, parts, body).await,
         ["api", "v1", "scrub"] => scrub::answer(anchor, parts, body).await,
         ["api", "v1", "caches", cache, rest @ ..] => {
             uploads::answer(anchor, parts, cache, rest, body).await

@@ -26,6 +26,7 @@ use zeroize::Zeroizing;
 
 use super::cache::{CacheName, Keys, KeysError, write_secret};
 use super::catalog::{Catalog, CatalogError, signed};
+use super::members::{Members, is_void};
 use crate::anchor::catalog::unsigned;
 use crate::secret::exposed;
 use crate::serve::credentials;
@@ -44,6 +45,8 @@ pub struct Tokens {
     catalog: Catalog,
     key: PublicKey,
     attic: Option<Arc<(Algorithm, DecodingKey)>>,
+    /// Whose tokens end with their membership.
+    members: Option<Arc<Members>>,
 }
 
 /// Who asks.
@@ -177,11 +180,13 @@ impl Tokens {
         catalog: Catalog,
         key: PublicKey,
         attic: Option<(Algorithm, DecodingKey)>,
+        members: Option<Arc<Members>>,
     ) -> Tokens {
         Tokens {
             catalog,
             key,
             attic: attic.map(Arc::new),
+            members,
         }
     }
 
@@ -212,6 +217,10 @@ impl Tokens {
             Ok(()) => {}
             Err(Untimely::Expired) => return Err(Denied::TokenExpired),
             Err(Untimely::Early) => return Err(Denied::TokenEarly),
+        }
+        let id = token.claims.id.as_deref();
+        if is_void(self.members.as_ref(), id) {
+            return Err(Denied::TokenRevoked);
         }
         if self.is_revoked(revocation_id(&token.claims, text)).await? {
             return Err(Denied::TokenRevoked);

@@ -17,7 +17,7 @@ use granary_protocol::store_path::StorePathHash;
 use http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_RANGE, RANGE};
 use http::{HeaderValue, StatusCode};
 use reqwest::{Client, Response, Url};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tracing::debug;
 
 use super::stock::{self, Memory, StockError, Told};
@@ -47,8 +47,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct WebCache {
     pub role: CacheRole,
     pub url: Url,
-    /// Sent to this cache's own server only, as a bearer token.
-    pub token: Option<HeaderValue>,
+    /// Sent to this cache's own server only, as a bearer token. It may be renewed.
+    pub token: watch::Receiver<Option<HeaderValue>>,
     pub authorities: Authorities,
 }
 
@@ -71,7 +71,7 @@ struct Known {
     role: CacheRole,
     /// Ends with a slash.
     base: Url,
-    token: Option<HeaderValue>,
+    token: watch::Receiver<Option<HeaderValue>>,
     /// For logs and errors: without whatever secrets the URL holds.
     name: Arc<str>,
     narinfos: Semaphore,
@@ -390,8 +390,9 @@ impl WebCaches {
     ) -> Result<Response, reqwest::Error> {
         let is_own = url.origin() == cache.base.origin();
         let mut request = cache.client.get(url);
-        if let Some(token) = cache.token.as_ref().filter(|_| is_own) {
-            request = request.header(AUTHORIZATION, token.clone());
+        let token = cache.token.borrow().clone();
+        if let Some(token) = token.filter(|_| is_own) {
+            request = request.header(AUTHORIZATION, token);
         }
         if let Some(from) = from {
             request = request.header(RANGE, format!("bytes={from}-"));

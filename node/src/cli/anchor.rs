@@ -28,7 +28,7 @@ use crate::anchor::server::{ADDRESS_FILE, Server, StartError, StateLock, nearest
 use crate::anchor::sizes::Statistics;
 use crate::anchor::tls::Files;
 use crate::anchor::tokens::token_key;
-use crate::anchor::{Anchor, Clock, Options, heal, oidc, rebuild};
+use crate::anchor::{Anchor, Clock, Options, heal, members, oidc, rebuild};
 use crate::authority::Authorities;
 use crate::clock::unix_time;
 use crate::config::{self, Config};
@@ -273,6 +273,8 @@ pub(super) fn options(config: &Config) -> Result<Options> {
         trust: config.trusted_keys(),
         attic_key: server.attic_token_key_file.clone(),
         oidc: issuers(&server.oidc),
+        // Who was put out is heard by members.
+        members: server.member.then(|| members(config)).flatten(),
         nar_bytes_max: server.nar_bytes_max,
         tls: match (&server.tls_cert, &server.tls_key) {
             (Some(certificate), Some(key)) => Some(Files {
@@ -287,6 +289,14 @@ pub(super) fn options(config: &Config) -> Result<Options> {
             .map(|days| Duration::from_secs(days * SECONDS_PER_DAY)),
         heal_from: sources(config)?,
         clock: Clock::default(),
+    })
+}
+
+/// Whose certificates get tokens.
+pub(super) fn members(config: &Config) -> Option<members::Options> {
+    Some(members::Options {
+        mesh: config.mesh.key.clone()?,
+        revocations: config.revocations_file(),
     })
 }
 

@@ -232,7 +232,12 @@ fn place(config: &Config, arguments: &Arguments) -> Result<Place> {
     Ok(Place {
         url,
         token_file: arguments.token_file.clone(),
-        configured_token_file: anchor.and_then(|anchor| anchor.token_file.clone()),
+        // A member's own is there when its node got one.
+        configured_token_file: anchor
+            .and_then(|anchor| config.token_file_of(anchor))
+            .filter(|file| {
+                anchor.is_some_and(|anchor| anchor.token_file.is_some()) || file.exists()
+            }),
         ca_file: arguments.ca_file.clone().or(configured_ca_file),
     })
 }

@@ -23,7 +23,7 @@ use http::{HeaderMap, HeaderValue};
 use tracing::warn;
 use zeroize::Zeroizing;
 
-use super::anchor::options;
+use super::anchor::{members, options};
 use super::mesh::ticket::{self, Terms};
 use super::mesh::{CERTIFICATE_DAYS, certify, make_own_mesh_key, remember_own_mesh};
 use super::nix_conf;
@@ -90,7 +90,9 @@ pub async fn run(arguments: Arguments) -> Result<()> {
         );
     }
     let listen = config.anchor_server.listen;
-    let server = Server::start(options(&config)?, listen, Some(&default_cache)).await?;
+    let mut options = options(&config)?;
+    options.members = members(&config);
+    let server = Server::start(options, listen, Some(&default_cache)).await?;
     let prepared = use_own_anchor(&mut config, &server, &default_cache).await;
     let outcome = match prepared {
         Ok(key) => {
@@ -232,16 +234,17 @@ fn lines(
             true => format!("STATE_DIRECTORY={} ", config.state_dir.display()),
             false => String::new(),
         };
+        let allow = next_machine(cache);
         match ticket_to_show(config) {
             Some(ticket) => text.push_str(&format!(
                 "\nThe next machine joins mesh {mesh} by this ticket, which is good for one machine and an hour\n\
-                 ({place}granary mesh ticket makes others); there:\n\n\
+                 ({place}granary mesh ticket --allow {allow} makes others); there:\n\n\
                  granary join {}\n",
                 ticket.as_str()
             )),
             None => text.push_str(&format!(
                 "\nThe next machine joins mesh {mesh} with what this prints, here:\n\n\
-                 {place}granary mesh ticket\n\n\
+                 {place}granary mesh ticket --allow {allow}\n\n\
                  and there:\n\n\
                  granary join <ticket>\n"
             )),
@@ -250,9 +253,10 @@ fn lines(
             "granary node\ngranary use\n\n\
              To use the anchor as well, it needs this in its granary.toml, with the address of this one:\n\n\
              [[anchor]]\nurl = \"http://<this machine>:{port}/{cache}\"\n\
-             token-file = \"/etc/granary/token\"\npublic-keys = [\"{key}\"]\n\
+             public-keys = [\"{key}\"]\n\
              [upload]\ncache = \"{cache}\"\n\n\
-             and in its token-file, of mode 0600, the token that this prints, here:\n\n\
+             Its certificate allows that (push:{cache}). A machine that is no such member has in its [[anchor]] a\n\
+             token-file, of mode 0600, with the token that this prints, here:\n\n\
              {place}granary token create --subject <its name> --cache {cache} --allow pull,push\n",
         ));
     }
@@ -260,6 +264,11 @@ fn lines(
 }
 
 /// A ticket for one machine, if a person reads what is printed and nothing keeps it.
+/// What the next machine may do: what this one may, which pushes to the anchor beside it.
+fn next_machine(cache: &str) -> String {
+    format!("share,vouch,push:{cache}")
+}
+
 fn ticket_to_show(config: &Config) -> Option<Zeroizing<String>> {
     if !std::io::stdout().is_terminal() {
         return None;
@@ -268,8 +277,7 @@ fn ticket_to_show(config: &Config) -> Option<Zeroizing<String>> {
         let terms = Terms {
             uses: 1,
             expires: TICKET_LIFE,
-            // What `granary mesh ticket` gives, so that the next machine is a member like this one.
-            allow: "share,vouch".parse()?,
+            allow: next_machine(&config.anchor_server.default_cache).parse()?,
             days: CERTIFICATE_DAYS,
         };
         ticket::issue(config, terms, &[])

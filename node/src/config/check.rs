@@ -75,9 +75,9 @@ impl Config {
                         "upload.cache is {cache:?}, but no [[anchor]] has a url that ends in it"
                     ));
                 }
-                Some(anchor) if anchor.token_file.is_none() => {
+                Some(anchor) if self.token_file_of(anchor).is_none() => {
                     return Some(format!(
-                        "upload.cache is {cache:?}, but its [[anchor]] {} has no token-file, which must allow to push",
+                        "upload.cache is {cache:?}, but its [[anchor]] {} has neither a token-file, which must allow to push, nor public-keys, by which a member whose certificate allows push:<cache> gets a token",
                         anchor.url
                     ));
                 }

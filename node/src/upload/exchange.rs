@@ -1,9 +1,10 @@
-//! Exchange: a job of CI proves who it is, and gets a token of an anchor for it.
+//! Exchange: a job of CI, or a member of the mesh, proves who it is, and gets a token of an anchor for it.
 //!
 //! GitHub Actions tells a job with `permissions: id-token: write` where it gets a proof for an audience; other
 //! systems put one into the environment. The anchor (`anchor/oidc.rs`) looks at it and gives a token for an hour; a push
 //! that takes longer proves it again in time ([`Exchange::keep`]). Nothing is sent where somebody on the way could read it: the proof goes over HTTPS, or to loopback, except to an
-//! anchor that speaks HTTP, which its tokens do as well.
+//! anchor that speaks HTTP, which its tokens do as well. A member's proof is good once and for one cache
+//! ([`super::member`]).
 
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tracing::{debug, warn};
 use zeroize::Zeroizing;
 
 use super::Target;
+use super::member::{Membership, MembershipError};
 use crate::authority::{self, Authorities, is_safe};
 
 /// How long each of the two may take to answer. The anchor asks the issuer meanwhile, which gets 5 s twice.
@@ -27,7 +29,7 @@ const ANSWER_BYTES_MAX: usize = TOKEN_BYTES_MAX + 4096;
 const RENEWAL_PART: u32 = 3;
 
 /// Pause after a renewal that failed; of short lives a part, so that several fit.
-const RENEWAL_PAUSE: Duration = Duration::from_secs(60);
+pub(super) const RENEWAL_PAUSE: Duration = Duration::from_secs(60);
 const RENEWAL_PAUSE_PART: u32 = 10;
 
 /// Whatever an anchor says of a token's life, it is asked no more often than this.
@@ -39,6 +41,8 @@ pub enum Proof {
     Given(Zeroizing<String>),
     /// It is asked for, with what shows that we are the job.
     Asked { url: Url, bearer: Zeroizing<String> },
+    /// It is signed by this machine, which is a member of the anchor's mesh.
+    Member(Box<Membership>),
 }
 
 /// Why there is no token.
@@ -64,6 +68,8 @@ pub enum ExchangeError {
     },
     #[error("{url} has more than {ANSWER_BYTES_MAX} bytes to say")]
     TooLarge { url: String },
+    #[error(transparent)]
+    Membership(#[from] MembershipError),
     #[error("the answer of {url} has no token")]
     Malformed { url: String },
 }
@@ -128,10 +134,10 @@ impl Exchange {
         })
     }
 
-    /// Trades the job's proof, asked for anew where that can be done, for a token.
+    /// Trades the proof, asked for or signed anew where that can be done, for a token.
     pub async fn token(&self) -> Result<Token, ExchangeError> {
-        let proof = match &self.proof {
-            Proof::Given(proof) => proof.clone(),
+        let (path, question) = match &self.proof {
+            Proof::Given(proof) => issuers(proof),
             Proof::Asked { url, bearer } => {
                 let place = place(url);
                 if !is_safe(url) {
@@ -143,16 +149,20 @@ impl Exchange {
                 let request = self.client.get(url).bearer_auth(bearer.as_str());
                 let bytes = answer(request, &place).await?;
                 let given: Given = read(&bytes, place)?;
-                Zeroizing::new(given.value)
+                issuers(&given.value)
+            }
+            Proof::Member(membership) => {
+                let assertion = membership.assertion()?;
+                let question = serde_json::json!({ "assertion": assertion });
+                ("api/v1/member/token", question)
             }
         };
         // The root ends in a slash, so this stands below it.
-        let url = self.root.join("api/v1/oidc/token");
+        let url = self.root.join(path);
         let url = url.map_err(|_| ExchangeError::NoAddress {
             cache: self.root.to_string(),
         })?;
         let place = place(&url);
-        let question = serde_json::json!({ "token": proof.as_str() });
         let request = self
             .client
             .post(url)
@@ -170,23 +180,35 @@ impl Exchange {
     ///
     /// While that fails the push goes on with the token it has, and says so when that one is over. Cancel-safe.
     pub async fn keep(&self, target: &Target, mut life: Duration) {
-        let mut pause = life - life / RENEWAL_PART;
+        let mut pause = renewal_after(life);
         loop {
-            tokio::time::sleep(pause.max(RENEWAL_PAUSE_MIN)).await;
+            tokio::time::sleep(pause).await;
             pause = match self.token().await {
                 Ok(token) => {
                     target.renew(token.text);
                     life = token.life;
                     debug!("renewed the token");
-                    life - life / RENEWAL_PART
+                    renewal_after(life)
                 }
                 Err(error) => {
                     warn!(%error, "could not renew the token, trying again until it is over");
-                    RENEWAL_PAUSE.min(life / RENEWAL_PAUSE_PART)
+                    RENEWAL_PAUSE
+                        .min(life / RENEWAL_PAUSE_PART)
+                        .max(RENEWAL_PAUSE_MIN)
                 }
             };
         }
     }
+}
+
+/// When a token is renewed that is good for so long.
+pub(super) fn renewal_after(life: Duration) -> Duration {
+    (life - life / RENEWAL_PART).max(RENEWAL_PAUSE_MIN)
+}
+
+/// Where an issuer's proof is traded, and the question.
+fn issuers(proof: &str) -> (&'static str, serde_json::Value) {
+    ("api/v1/oidc/token", serde_json::json!({ "token": proof }))
 }
 
 /// The address of the anchor that has a cache: what stands before its last word.

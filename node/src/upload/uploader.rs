@@ -51,6 +51,8 @@ pub struct Options {
     pub url: String,
     /// Read again for every round, so that a new token is taken without a restart.
     pub token_file: PathBuf,
+    /// Why there is no token in it yet, if this machine gets it as a member.
+    pub token_problem: Option<watch::Receiver<Option<String>>>,
     /// Certificates that count beside the system's.
     pub ca_file: Option<PathBuf>,
     /// Bytes that may leave in a second.
@@ -106,6 +108,8 @@ pub struct View {
 enum Trouble {
     #[error(transparent)]
     Token(#[from] TokenFileError),
+    #[error("got no token as a member: {0}")]
+    NoToken(String),
     #[error(transparent)]
     Authority(#[from] AuthorityError),
     #[error(transparent)]
@@ -362,6 +366,11 @@ impl Uploader {
     }
 
     async fn token(&self) -> Result<zeroize::Zeroizing<String>, Stopped> {
+        let problem = self.options.token_problem.as_ref();
+        let problem = problem.and_then(|problem| problem.borrow().clone());
+        if let Some(problem) = problem.filter(|_| !self.options.token_file.exists()) {
+            return Err(Trouble::NoToken(problem).into());
+        }
         let file = self.options.token_file.clone();
         let read = tokio::task::spawn_blocking(move || read_token(&file)).await;
         let token = read.map_err(|_| Trouble::Stopped)?;

@@ -14,6 +14,7 @@ mod documented;
 #[path = "../shared/exposition.rs"]
 mod exposition;
 mod killed;
+mod members;
 mod memory;
 mod hostile;
 mod import;

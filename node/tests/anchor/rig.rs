@@ -29,6 +29,7 @@ pub struct Rig {
     tls: Option<Files>,
     pub clock: Clock,
     pub oidc: Vec<granary::anchor::oidc::Options>,
+    pub members: Option<granary::anchor::members::Options>,
     pub heal_from: Vec<granary::anchor::heal::Source>,
     pub server: Option<Server>,
 }
@@ -70,6 +71,7 @@ impl Rig {
             tls,
             clock: Clock::default(),
             oidc: Vec::new(),
+            members: None,
             heal_from: Vec::new(),
             server: None,
         };
@@ -89,6 +91,7 @@ impl Rig {
             trust: TrustedKeys::new(),
             attic_key: None,
             oidc: self.oidc.clone(),
+            members: self.members.clone(),
             nar_bytes_max: 1 << 30,
             tls: self.tls.clone(),
             scrub_after: None,

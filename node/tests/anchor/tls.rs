@@ -230,7 +230,7 @@ async fn a_node_asks_an_anchor_whose_authority_it_was_told() {
         let cache = WebCache {
             role: CacheRole::Anchor,
             url: format!("{url}/main").parse().unwrap(),
-            token: Some(token.parse().unwrap()),
+            token: tokio::sync::watch::channel(Some(token.parse().unwrap())).1,
             authorities,
         };
         WebCaches::new(vec![cache], None).unwrap()

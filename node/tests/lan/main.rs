@@ -43,3 +43,4 @@ mod faults;
 mod office;
 mod durable;
 mod published;
+mod membership;

@@ -190,7 +190,10 @@ fn a_ticket_is_shown_at_a_terminal_and_lets_one_machine_in_within_the_hour() {
     let mut laptop = Machine::new();
     laptop.extra = free_ports();
     let joined = laptop.run(&["join", &shown, "--name", "laptop"]);
-    assert!(joined.contains(" as laptop (share,vouch)"), "{joined}");
+    assert!(
+        joined.contains(" as laptop (share,vouch,push:main)"),
+        "{joined}"
+    );
     let other = Machine::new().granary(&["join", &shown]).output().unwrap();
     let refused = String::from_utf8_lossy(&other.stderr);
     assert!(

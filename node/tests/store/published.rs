@@ -44,6 +44,7 @@ impl Publishing {
             trust: TrustedKeys::default(),
             attic_key: None,
             oidc: Vec::new(),
+            members: None,
             nar_bytes_max: 1 << 30,
             tls: None,
             scrub_after: None,

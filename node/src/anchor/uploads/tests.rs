@@ -31,6 +31,7 @@ async fn an_upload_is_taken_up_alone_also_when_its_request_is_given_up() {
         trust: TrustedKeys::new(),
         attic_key: None,
         oidc: Vec::new(),
+        members: None,
         nar_bytes_max: 1 << 20,
         tls: None,
         scrub_after: None,
