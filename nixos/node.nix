@@ -168,7 +168,8 @@ in
               default = null;
               example = "/run/agenix/granary-token";
               description = ''
-                A file on this machine that holds the token for the cache; not a path in the Nix store.
+                A file on this machine that holds the token for the cache; not a path in the Nix store. A member whose
+                certificate allows `push:<cache>` needs none.
                 systemd reads it as root and shows it to the node alone.
               '';
             };

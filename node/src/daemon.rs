@@ -31,6 +31,7 @@ use crate::authority::{Authorities, AuthorityError};
 use crate::binary_cache::{PeerCaches, Strangers, WebCache, WebCaches, WebSetupError};
 use crate::clock::unix_time;
 use crate::config::Config;
+use crate::credential::Credential;
 use crate::crowd::Crowd;
 use crate::identity::Identity;
 use crate::listener::{Address, Listener, bind_tcp};
@@ -59,7 +60,6 @@ mod tokens;
 pub use holdings::Holdings;
 use renewal::Keeper;
 use share::{Share, ShareError};
-use tokens::Shown;
 
 /// How often what is missing (a store, a certificate) is looked for again.
 const RETRY_INTERVAL: Duration = Duration::from_secs(2);
@@ -182,8 +182,8 @@ impl Daemon {
             true => Some(loopback_key::load_or_create(&config.loopback_key_file())?),
             false => None,
         };
-        let tokens = tokens::gather(&config, &identity, &shutdown, &tasks)?;
-        let caches = Arc::new(web_caches(&config, &identity, &tokens)?);
+        let credentials = tokens::gather(&config, &identity, &shutdown, &tasks)?;
+        let caches = Arc::new(web_caches(&config, &identity, &credentials)?);
         let share = Share::prepare(&config)?;
         let place = Place::follow(config.mesh.networks.clone(), shutdown.clone());
         let mut transfer = Vec::new();
@@ -224,7 +224,7 @@ impl Daemon {
             hidden,
             changes: folder,
             caches,
-            tokens,
+            credentials,
             share,
             place,
             endpoint: endpoint.clone(),
@@ -319,7 +319,7 @@ struct Start {
     changes: watch::Receiver<()>,
     caches: Arc<WebCaches>,
     /// Of the anchors, in their order.
-    tokens: Vec<Shown>,
+    credentials: Vec<Credential>,
     share: Share,
     place: Place,
     endpoint: Arc<Substituter>,
@@ -482,9 +482,9 @@ impl Start {
         let Some(mut options) = upload_options(&self.config) else {
             return;
         };
-        let mut anchors = self.config.anchor.iter().zip(&self.tokens);
+        let mut anchors = self.config.anchor.iter().zip(&self.credentials);
         let target = anchors.find(|(anchor, _)| anchor.url.as_str() == options.url);
-        options.token_problem = target.and_then(|(_, shown)| shown.problem.clone());
+        options.credential = target.map(|(_, credential)| credential.clone());
         let uploader = Arc::new(Uploader::new(options, self.hidden.clone()));
         if let Some(engine) = self.endpoint.engine() {
             // Set once: this function runs once per process.
@@ -729,7 +729,7 @@ pub fn upload_options(config: &Config) -> Option<uploader::Options> {
         file: config.uploads_file(),
         url: anchor.url.to_string(),
         token_file: config.token_file_of(anchor)?,
-        token_problem: None,
+        credential: None,
         ca_file: anchor.ca_file.clone(),
         rate: upload.rate.map(|rate| rate.0),
         filter: upload.filter.clone(),
@@ -743,14 +743,14 @@ pub fn upload_options(config: &Config) -> Option<uploader::Options> {
 fn web_caches(
     config: &Config,
     identity: &Identity,
-    tokens: &[Shown],
+    credentials: &[Credential],
 ) -> Result<WebCaches, StartError> {
     let mut caches = Vec::new();
-    for (anchor, shown) in config.anchor.iter().zip(tokens) {
+    for (anchor, credential) in config.anchor.iter().zip(credentials) {
         caches.push(WebCache {
             role: CacheRole::Anchor,
             url: anchor.url.clone(),
-            token: shown.header.clone(),
+            credential: credential.clone(),
             authorities: Authorities::read(anchor.ca_file.as_deref())?,
         });
     }
@@ -758,7 +758,7 @@ fn web_caches(
         caches.push(WebCache {
             role: CacheRole::Upstream,
             url: upstream.url.clone(),
-            token: watch::channel(None).1,
+            credential: Credential::none(),
             authorities: Authorities::read(upstream.ca_file.as_deref())?,
         });
     }

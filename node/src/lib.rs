@@ -11,6 +11,7 @@ pub mod crowd;
 pub mod secret;
 pub mod state_folder;
 pub mod authority;
+pub mod credential;
 pub mod loopback_key;
 pub mod listener;
 pub mod supervisor;

@@ -23,6 +23,7 @@ use granary_protocol::mesh::{
 use granary_protocol::message::{Answer, Message, PROTOCOL_VERSION};
 use granary_protocol::narinfo::VerifiedNarInfo;
 use granary_protocol::peer::PeerId;
+use granary_protocol::revocation::SignedRevocations;
 use granary_protocol::store_path::StorePathHash;
 use granary_protocol::wire;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
@@ -354,6 +355,8 @@ struct Loop {
     revocations: Option<RevocationsFile>,
     /// Of the list that was kept last; 0 before the first.
     revocations_number: u64,
+    /// The list that could not be written.
+    unkept_revocations: Option<SignedRevocations>,
     /// Results of tasks that the loop started.
     results_sender: mpsc::Sender<TaskResult>,
     results: mpsc::Receiver<TaskResult>,
@@ -439,6 +442,7 @@ impl Loop {
             first_set: Some(Vec::new()),
             revocations: options.revocations,
             revocations_number: 0,
+            unkept_revocations: None,
             results_sender,
             results,
             local_reads: BTreeMap::new(),
@@ -491,7 +495,10 @@ impl Loop {
                 // What it wakes for is looked at below.
                 () = self.alarm.rings() => {}
                 () = sleep(patience) => self.doubt_silent(),
-                _ = clock_read.tick() => self.think(Input::ClockRead { unix: unix_time() }),
+                _ = clock_read.tick() => {
+                    self.keep_unkept_revocations();
+                    self.think(Input::ClockRead { unix: unix_time() });
+                }
                 () = sleep(deadline) => self.think(Input::Tick),
             }
             if self.clock.woke() {

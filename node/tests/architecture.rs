@@ -41,6 +41,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ),
     ("index", &[]),
     ("place", &[]),
+    ("credential", &[]),
     // Who stands there is counted.
     ("crowd", &["allowance", "metrics"]),
     // Strangers stand in one crowd, on whatever port they came; members have allowances.
@@ -48,7 +49,10 @@ const EDGES: &[(&str, &[&str])] = &[
         "serve",
         &["store", "identity", "metrics", "allowance", "crowd"],
     ),
-    ("binary_cache", &["authority", "identity", "log", "serve"]),
+    (
+        "binary_cache",
+        &["authority", "credential", "identity", "log", "serve"],
+    ),
     (
         "mesh",
         // The mind asks caches for narinfos through the loop, as it asks peers.
@@ -89,6 +93,8 @@ const EDGES: &[(&str, &[&str])] = &[
             "log",
             "secret",
             "authority",
+            // A member's is shown to its caches as well.
+            "credential",
             "state_folder",
         ],
     ),
@@ -139,10 +145,13 @@ const EDGES: &[(&str, &[&str])] = &[
             "metrics",
             "secret",
             "authority",
+            "credential",
             // Who has not asked anything yet may have to make room.
             "crowd",
-            // Members get tokens until the file that the mesh keeps says that they were put out.
+            // Members get tokens while this machine's own certificate is good, and until the file that the mesh keeps says
+            // that they were put out.
             "mesh",
+            "state_folder",
         ],
     ),
     ("nix_conf", &[]),
@@ -164,6 +173,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "identity",
             "state_folder",
             "authority",
+            "credential",
             "listener",
             "store",
             "serve",

@@ -5,9 +5,9 @@
 //! (after RFC 7523; the proof of possession is that of RFC 9449). One line of text,
 //! `granary-assertion-1:<base64url>`.
 //!
-//! The audience is the cache's public key, not an address: whoever else is shown an assertion, be it by a wrong
-//! name in the DNS, cannot show it to the anchor that has this key, unless the member was told to trust that key
-//! for the wrong place. What it is good for is little and short: one cache, minutes, once.
+//! The audience is the cache's public keys, not an address: no other cache takes what was said to this one. It keeps
+//! nobody who stands between the two from showing it to that cache first; TLS does. What it is good for is little and
+//! short: one cache, minutes, once.
 
 use data_encoding::BASE64URL_NOPAD;
 use prost::Message as _;
@@ -25,8 +25,11 @@ const SIGNING_CONTEXT: &[u8] = b"granary-assertion-1\n";
 
 const TEXT_PREFIX: &str = "granary-assertion-1:";
 
-/// Largest encoded assertion: a certificate, the name of a cache, its key, and a signature.
-pub const ASSERTION_BYTES_MAX: usize = CERTIFICATE_BYTES_MAX + 1024;
+/// Keys that a member may know of one cache: the old and the new one while they change, and some that are not its own.
+pub const CACHE_KEYS_MAX: usize = 8;
+
+/// Largest encoded assertion: a certificate, the name of a cache, its keys, and a signature.
+pub const ASSERTION_BYTES_MAX: usize = CERTIFICATE_BYTES_MAX + 4096;
 
 /// Longest text looked at: base-64 has four characters for three bytes.
 pub const ASSERTION_TEXT_BYTES_MAX: usize = ASSERTION_BYTES_MAX / 3 * 4 + 64;
@@ -42,14 +45,17 @@ pub const ASSERTION_SECONDS: u64 = 300;
 
 pub const NONCE_BYTES: usize = 16;
 
+/// What a member's token allows on the cache that it asked for.
+pub const GRANTED: [Permission; 2] = [Permission::Pull, Permission::Push];
+
 /// What a member says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Assertion {
     pub certificate: SignedCertificate,
     /// The cache that it wants to push to.
     pub cache: String,
-    /// A key that this cache signs with.
-    pub cache_key: PublicKey,
+    /// One of which this cache signs with; 1 to [`CACHE_KEYS_MAX`].
+    pub cache_keys: Vec<PublicKey>,
     pub issued: UnixTime,
     /// Random: an assertion is good once.
     pub nonce: [u8; NONCE_BYTES],
@@ -100,10 +106,11 @@ impl Assertion {
     /// [`AssertionError::Field`] for a cache that readers refuse.
     pub fn sign(self, key: &PeerKey) -> Result<SignedAssertion, AssertionError> {
         check_cache(&self.cache)?;
+        check_keys(&self.cache_keys)?;
         let body = AssertionBody {
             certificate: self.certificate.to_bytes(),
             cache: self.cache.clone(),
-            cache_key: self.cache_key.to_string(),
+            cache_keys: self.cache_keys.iter().map(PublicKey::to_string).collect(),
             issued: self.issued.0,
             nonce: self.nonce.to_vec(),
         }
@@ -118,13 +125,14 @@ impl Assertion {
     fn from_body(bytes: &[u8]) -> Result<Assertion, AssertionError> {
         let body = AssertionBody::decode(bytes)?;
         check_cache(&body.cache)?;
+        check_keys(&body.cache_keys)?;
+        let keys = body.cache_keys.iter().map(|key| key.parse());
         let certificate = SignedCertificate::from_bytes(&body.certificate);
         Ok(Assertion {
             certificate: certificate.map_err(|_| AssertionError::Field("certificate"))?,
             cache: body.cache,
-            cache_key: body
-                .cache_key
-                .parse()
+            cache_keys: keys
+                .collect::<Result<_, _>>()
                 .map_err(|_| AssertionError::Field("cache key"))?,
             issued: UnixTime(body.issued),
             nonce: body
@@ -206,9 +214,6 @@ impl From<LineError> for AssertionError {
     }
 }
 
-/// What a member's token allows on the cache that it asked for.
-pub const GRANTED: [Permission; 2] = [Permission::Pull, Permission::Push];
-
 /// Whether a certificate's permissions cover pushing to a cache; a pattern that no token could have covers none.
 pub fn may_push(permissions: &Permissions, cache: &str) -> bool {
     let mut patterns = permissions.push.iter();
@@ -227,6 +232,13 @@ fn check_cache(cache: &str) -> Result<(), AssertionError> {
     }
 }
 
+fn check_keys<T>(keys: &[T]) -> Result<(), AssertionError> {
+    match (1..=CACHE_KEYS_MAX).contains(&keys.len()) {
+        true => Ok(()),
+        false => Err(AssertionError::Field("cache key")),
+    }
+}
+
 fn signed_bytes(body: &[u8]) -> Vec<u8> {
     [SIGNING_CONTEXT, body].concat()
 }
@@ -237,8 +249,8 @@ struct AssertionBody {
     certificate: Vec<u8>,
     #[prost(string, tag = "2")]
     cache: String,
-    #[prost(string, tag = "3")]
-    cache_key: String,
+    #[prost(string, repeated, tag = "3")]
+    cache_keys: Vec<String>,
     #[prost(uint64, tag = "4")]
     issued: u64,
     #[prost(bytes = "vec", tag = "5")]
@@ -258,7 +270,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::signature::{KeyName, SecretKey};
+    use crate::signature::{KEY_NAME_BYTES_MAX, KeyName, SecretKey};
 
     const NOW: UnixTime = UnixTime(1_800_000_000);
 
@@ -270,8 +282,8 @@ mod tests {
         PeerKey::from_seed([2; 32])
     }
 
-    fn cache_key() -> PublicKey {
-        SecretKey::from_seed(KeyName::new("main").unwrap(), [3; 32]).public_key()
+    fn cache_key(seed: u8) -> PublicKey {
+        SecretKey::from_seed(KeyName::new("main").unwrap(), [seed; 32]).public_key()
     }
 
     fn certificate(permissions: &str) -> SignedCertificate {
@@ -290,7 +302,7 @@ mod tests {
         Assertion {
             certificate: certificate(permissions),
             cache: cache.to_owned(),
-            cache_key: cache_key(),
+            cache_keys: vec![cache_key(4), cache_key(3)],
             issued: NOW,
             nonce: [9; NONCE_BYTES],
         }
@@ -363,6 +375,23 @@ mod tests {
             let refused = assertion("share,push:*", cache).sign(&key());
             assert_eq!(refused, Err(AssertionError::Field("cache")), "{cache:?}");
         }
+    }
+
+    #[test]
+    fn a_cache_has_one_key_at_least_and_some_at_most() {
+        for count in [0, CACHE_KEYS_MAX + 1] {
+            let mut assertion = assertion("share,push:*", "main");
+            assertion.cache_keys = vec![cache_key(3); count];
+            let refused = assertion.sign(&key());
+            assert_eq!(refused, Err(AssertionError::Field("cache key")), "{count}");
+        }
+        let name = KeyName::new(&"k".repeat(KEY_NAME_BYTES_MAX)).unwrap();
+        let mut most = assertion("share,push:*", "main");
+        most.cache_keys = (0..8)
+            .map(|seed| SecretKey::from_seed(name.clone(), [seed; 32]).public_key())
+            .collect();
+        let text = most.sign(&key()).unwrap().to_text();
+        assert!(SignedAssertion::from_text(&text).is_ok());
     }
 
     #[test]

@@ -242,7 +242,7 @@ fn certificates_are_seeds_whole_and_as_badges() {
     let assertion = Assertion {
         certificate: signed,
         cache: "main".to_owned(),
-        cache_key: mesh().public_key(),
+        cache_keys: vec![mesh().public_key()],
         issued: UnixTime(1),
         nonce: [9; 16],
     };

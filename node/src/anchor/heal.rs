@@ -24,6 +24,7 @@ use super::intake::{Encoding, Intake, IntakeError};
 use super::{Anchor, to_its_end};
 use crate::authority::Authorities;
 use crate::binary_cache::{FromWeb, TransferError, WebCache, WebCaches, WebSetupError};
+use crate::credential::Credential;
 
 /// How often damaged NARs are looked for elsewhere: who has one may have been asleep.
 const INTERVAL: Duration = Duration::from_secs(60);
@@ -51,7 +52,7 @@ impl Sources {
         let cache = |source: Source| WebCache {
             role: CacheRole::Upstream,
             url: source.url,
-            token: tokio::sync::watch::channel(None).1,
+            credential: Credential::none(),
             authorities: source.authorities,
         };
         let caches = WebCaches::new(sources.into_iter().map(cache).collect(), None)?;

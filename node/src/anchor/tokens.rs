@@ -21,7 +21,7 @@ use granary_protocol::signature::{KeyName, PublicKey, SecretKey};
 use granary_protocol::token::{Algorithm, Claims, Permission, Token, TokenError, Untimely};
 use http::HeaderMap;
 use jsonwebtoken::DecodingKey;
-use rusqlite::{OptionalExtension, params};
+use rusqlite::{OptionalExtension, Transaction, params};
 use zeroize::Zeroizing;
 
 use super::cache::{CacheName, Keys, KeysError, write_secret};
@@ -231,43 +231,29 @@ impl Tokens {
     /// Notes a token that was made, so that it can be listed and revoked.
     pub async fn issued(&self, claims: Claims, now: UnixTime) -> Result<(), CatalogError> {
         self.catalog
-            .write(move |transaction| {
-                transaction
-                    .execute(
-                        "INSERT INTO tokens (id, subject, claims, issued, expires) VALUES (?1, ?2, ?3, ?4, ?5)",
-                        params![
-                            claims.id,
-                            claims.subject,
-                            claims.to_json(),
-                            signed(now.0),
-                            claims.expires.map(|time| signed(time.0))
-                        ],
-                    )
-                    .map(drop)
-            })
+            .write(move |transaction| insert(transaction, "INSERT", &claims, now).map(drop))
             .await
     }
 
-    /// Notes a token that was given for an issuer's, whose ids begin with `prefix`; forgets those that ended more
-    /// than a day ago, for every job gets one.
+    /// Notes a token that was given for an issuer's or a member's word, whose ids begin with `prefix`; forgets those that
+    /// ended more than a day ago, for every job gets one. Returns whether its id is a new one.
     pub async fn traded(
         &self,
         claims: Claims,
         prefix: &'static str,
         now: UnixTime,
-    ) -> Result<(), CatalogError> {
+    ) -> Result<bool, CatalogError> {
         let ended = signed(now.0.saturating_sub(SECONDS_PER_DAY));
         self.catalog
             .write(move |transaction| {
-                transaction
-                    .execute(
-                        "DELETE FROM tokens WHERE substr(id, 1, length(?1)) = ?1 AND expires < ?2",
-                        params![prefix, ended],
-                    )
-                    .map(drop)
+                transaction.execute(
+                    "DELETE FROM tokens WHERE substr(id, 1, length(?1)) = ?1 AND expires < ?2",
+                    params![prefix, ended],
+                )?;
+                let inserted = insert(transaction, "INSERT OR IGNORE", &claims, now)?;
+                Ok(inserted > 0)
             })
-            .await?;
-        self.issued(claims, now).await
+            .await
     }
 
     /// Every token that was made here, the newest first.
@@ -378,6 +364,27 @@ impl Bearer {
             Bearer::Somebody(claims) => Some(&claims.subject),
         }
     }
+}
+
+/// Writes the row of a token; returns how many rows that made.
+fn insert(
+    transaction: &Transaction<'_>,
+    verb: &'static str,
+    claims: &Claims,
+    now: UnixTime,
+) -> rusqlite::Result<usize> {
+    transaction.execute(
+        &format!(
+            "{verb} INTO tokens (id, subject, claims, issued, expires) VALUES (?1, ?2, ?3, ?4, ?5)"
+        ),
+        params![
+            claims.id,
+            claims.subject,
+            claims.to_json(),
+            signed(now.0),
+            claims.expires.map(|time| signed(time.0))
+        ],
+    )
 }
 
 fn revocation_id(claims: &Claims, text: &str) -> String {

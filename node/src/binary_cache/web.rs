@@ -14,10 +14,10 @@ use granary_protocol::mesh::CacheRole;
 use granary_protocol::message::Answer;
 use granary_protocol::narinfo::{Compression, NARINFO_BYTES_MAX, NarInfo};
 use granary_protocol::store_path::StorePathHash;
+use http::StatusCode;
 use http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_RANGE, RANGE};
-use http::{HeaderValue, StatusCode};
 use reqwest::{Client, Response, Url};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tracing::debug;
 
 use super::stock::{self, Memory, StockError, Told};
@@ -25,6 +25,7 @@ use super::strangers::{self, Strangers};
 use super::unpack::{self, Unpacked, Unpackers};
 use super::{Origin, RESPONSE_TIMEOUT, SILENCE_TIMEOUT, Transfer, TransferError, Wanted};
 use crate::authority::Authorities;
+use crate::credential::Credential;
 use crate::log::chain;
 
 /// Time for name resolution, TCP and TLS. The mind waits for nobody that long; a connection that
@@ -47,8 +48,8 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 pub struct WebCache {
     pub role: CacheRole,
     pub url: Url,
-    /// Sent to this cache's own server only, as a bearer token. It may be renewed.
-    pub token: watch::Receiver<Option<HeaderValue>>,
+    /// Shown to this cache's own server only.
+    pub credential: Credential,
     pub authorities: Authorities,
 }
 
@@ -71,7 +72,7 @@ struct Known {
     role: CacheRole,
     /// Ends with a slash.
     base: Url,
-    token: watch::Receiver<Option<HeaderValue>>,
+    credential: Credential,
     /// For logs and errors: without whatever secrets the URL holds.
     name: Arc<str>,
     narinfos: Semaphore,
@@ -126,7 +127,7 @@ impl WebCaches {
                 role: cache.role,
                 name: name_of(&cache.url),
                 base: with_slash(cache.url),
-                token: cache.token,
+                credential: cache.credential,
                 narinfos: Semaphore::new(NARINFOS_AT_ONCE),
                 stock: Memory::default(),
             })
@@ -390,14 +391,17 @@ impl WebCaches {
     ) -> Result<Response, reqwest::Error> {
         let is_own = url.origin() == cache.base.origin();
         let mut request = cache.client.get(url);
-        let token = cache.token.borrow().clone();
-        if let Some(token) = token.filter(|_| is_own) {
-            request = request.header(AUTHORIZATION, token);
+        if let Some(header) = cache.credential.header().filter(|_| is_own) {
+            request = request.header(AUTHORIZATION, header);
         }
         if let Some(from) = from {
             request = request.header(RANGE, format!("bytes={from}-"));
         }
-        request.send().await
+        let response = request.send().await?;
+        if is_own && response.status() == StatusCode::UNAUTHORIZED {
+            cache.credential.refuse();
+        }
+        Ok(response)
     }
 }
 

@@ -297,6 +297,7 @@ pub(super) fn members(config: &Config) -> Option<members::Options> {
     Some(members::Options {
         mesh: config.mesh.key.clone()?,
         revocations: config.revocations_file(),
+        certificate: config.certificate_file(),
     })
 }
 

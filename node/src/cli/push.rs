@@ -32,6 +32,9 @@ const FRAME: Duration = Duration::from_millis(100);
 /// Characters of the bar itself.
 const BAR_WIDTH: usize = 24;
 
+/// How often a token file is read again during a push: a member's is renewed twenty minutes before it is over.
+const FILE_PAUSE: Duration = Duration::from_secs(60);
+
 /// The environment variable that carries a token. It is no option, which would show in the list of processes
 /// and in `--help`.
 const TOKEN_VARIABLE: &str = "GRANARY_TOKEN";
@@ -44,7 +47,7 @@ pub struct Arguments {
     #[arg(required = true)]
     paths: Vec<PathBuf>,
     /// A file with a token that allows to push, mode 0600. Default: the token itself in the environment
-    /// variable GRANARY_TOKEN, else that `[[anchor]]`'s token-file.
+    /// variable GRANARY_TOKEN, else that `[[anchor]]`'s token-file, else what the node of this machine got as a member.
     #[arg(long, env = "GRANARY_TOKEN_FILE")]
     token_file: Option<PathBuf>,
     /// Prove who this job of CI is, and get a token from the anchor for that: in GitHub Actions with `permissions:
@@ -79,14 +82,17 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     }
     let place = place(&config, &arguments)?;
     let authorities = Authorities::read(place.ca_file.as_deref())?;
-    let (token, exchange) = match arguments.oidc {
+    let (token, renewal) = match arguments.oidc {
         true => {
             let audience = arguments.oidc_audience.as_deref();
             let exchange = Exchange::new(&place.url, audience, proof()?, &authorities)?;
             let token = exchange.token().await?;
-            (token.text, Some((exchange, token.life)))
+            (
+                token.text,
+                Renewal::Exchange(Box::new(exchange), token.life),
+            )
         }
-        false => (token(&place, std::env::var_os(TOKEN_VARIABLE))?, None),
+        false => token(&place, std::env::var_os(TOKEN_VARIABLE))?,
     };
     let target = Target::new(&place.url, token, &authorities)?;
     let is_shown = std::io::stderr().is_terminal() && !arguments.json;
@@ -95,7 +101,7 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     let push = async {
         tokio::select! {
             pushed = upload::push(&store, &target, roots, &trust, &progress) => pushed,
-            () = renew(exchange.as_ref(), &target) => unreachable!("it has no end"),
+            () = renewal.keep(&target) => unreachable!("it has no end"),
         }
     };
     let summary = match is_shown {
@@ -117,11 +123,33 @@ pub async fn run(arguments: Arguments) -> Result<()> {
     ))
 }
 
-/// Keeps the token good that a job of CI got. Has no end.
-async fn renew(exchange: Option<&(Exchange, Duration)>, target: &Target) {
-    match exchange {
-        Some((exchange, life)) => exchange.keep(target, *life).await,
-        None => std::future::pending().await,
+/// How the token of a push is kept good that takes longer than it.
+enum Renewal {
+    /// It is not: nobody gives another one.
+    No,
+    /// A job of CI proves again who it is.
+    Exchange(Box<Exchange>, Duration),
+    /// The node of this machine, or a person, puts a new one there.
+    File(PathBuf),
+}
+
+impl Renewal {
+    /// Has no end.
+    async fn keep(&self, target: &Target) {
+        match self {
+            Renewal::No => {}
+            Renewal::Exchange(exchange, life) => exchange.keep(target, *life).await,
+            Renewal::File(path) => loop {
+                tokio::time::sleep(FILE_PAUSE).await;
+                let path = path.clone();
+                let read = tokio::task::spawn_blocking(move || upload::read_token(&path)).await;
+                // While there is none the push goes on with the one that it has.
+                if let Ok(Ok(token)) = read {
+                    target.renew(token);
+                }
+            },
+        }
+        std::future::pending().await
     }
 }
 
@@ -242,10 +270,11 @@ fn place(config: &Config, arguments: &Arguments) -> Result<Place> {
     })
 }
 
-/// Finds the token: what was named for this push, else the environment's, else the configuration's.
-fn token(place: &Place, variable: Option<OsString>) -> Result<Zeroizing<String>> {
+/// Finds the token: what was named for this push, else the environment's, else the configuration's or the member's own.
+fn token(place: &Place, variable: Option<OsString>) -> Result<(Zeroizing<String>, Renewal)> {
+    let from_file = |file: &PathBuf| Ok((upload::read_token(file)?, Renewal::File(file.clone())));
     if let Some(file) = &place.token_file {
-        return Ok(upload::read_token(file)?);
+        return from_file(file);
     }
     // Systems for CI set a variable to nothing for whoever may not see the secret.
     let is_empty = variable.as_deref().is_some_and(OsStr::is_empty);
@@ -259,10 +288,10 @@ fn token(place: &Place, variable: Option<OsString>) -> Result<Zeroizing<String>>
                 token.len()
             );
         }
-        return Ok(Zeroizing::new(token.trim().to_owned()));
+        return Ok((Zeroizing::new(token.trim().to_owned()), Renewal::No));
     }
     if let Some(file) = &place.configured_token_file {
-        return Ok(upload::read_token(file)?);
+        return from_file(file);
     }
     let url = &place.url;
     match is_empty {
@@ -270,8 +299,8 @@ fn token(place: &Place, variable: Option<OsString>) -> Result<Zeroizing<String>>
             "no token for {url}: {TOKEN_VARIABLE} is empty; the secret is not set, or this job may not see it"
         ),
         false => bail!(
-            "no token for {url}: give --token-file, {TOKEN_VARIABLE} in the environment, or token-file in its [[anchor]]\nhint: where the anchor runs, granary token create --subject NAME --cache {} --allow pull,push prints one",
-            url.rsplit('/').next().unwrap_or_default()
+            "no token for {url}: give --token-file, {TOKEN_VARIABLE} in the environment, or token-file in its [[anchor]]; the node of a machine whose certificate allows push:{cache} gets one by itself while it runs\nhint: where the anchor runs, granary token create --subject NAME --cache {cache} --allow pull,push prints one",
+            cache = url.rsplit('/').next().unwrap_or_default()
         ),
     }
 }

@@ -263,12 +263,12 @@ fn lines(
     Ok(text)
 }
 
-/// A ticket for one machine, if a person reads what is printed and nothing keeps it.
 /// What the next machine may do: what this one may, which pushes to the anchor beside it.
 fn next_machine(cache: &str) -> String {
     format!("share,vouch,push:{cache}")
 }
 
+/// A ticket for one machine, if a person reads what is printed and nothing keeps it.
 fn ticket_to_show(config: &Config) -> Option<Zeroizing<String>> {
     if !std::io::stdout().is_terminal() {
         return None;

@@ -349,7 +349,7 @@ pub const SECTIONS: &[Section] = &[
                 default: Words("none, or what a member gets by itself"),
                 unit: "",
                 example: r#""/etc/granary/nas.token""#,
-                about: "A file with the token that is sent with every request to it. Of mode 0600, or a credential of systemd. Without one, a member whose certificate allows `push:<cache>` gets a token by itself from an anchor of its mesh, which it knows by the first of `public-keys`.",
+                about: "A file with the token that is sent with every request to it. Of mode 0600, or a credential of systemd. Without one, a member whose certificate allows `push:<cache>` gets a token by itself from an anchor of its mesh, which it knows by `public-keys`.",
             },
             Key {
                 name: "ca-file",

@@ -10,7 +10,7 @@ use granary_protocol::revocation::{
 };
 use granary_protocol::signature::PublicKey;
 use tokio::sync::watch;
-use tracing::{error, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::Loop;
 use crate::state_folder;
@@ -121,13 +121,34 @@ impl Loop {
         if list.claims().revoked.contains_key(&self.me) {
             warn!("this machine is on the list of revocations: others close their links to it");
         }
-        let Some(file) = &self.revocations else {
+        self.unkept_revocations = None;
+        if kept.as_ref() != Some(list)
+            && let Err(error) = self.write_revocations(list)
+        {
+            warn!(%error, "could not keep the list of revocations, trying again");
+            self.unkept_revocations = Some(list.clone());
+        }
+    }
+
+    fn write_revocations(&self, list: &SignedRevocations) -> io::Result<()> {
+        match &self.revocations {
+            Some(file) => write(&file.path, list),
+            None => Ok(()),
+        }
+    }
+
+    /// Writes a list that could not be written before: whoever reads the file, as the anchor beside us does, does not know
+    /// yet who was put out.
+    pub(super) fn keep_unkept_revocations(&mut self) {
+        let Some(list) = &self.unkept_revocations else {
             return;
         };
-        if kept.as_ref() != Some(list)
-            && let Err(error) = write(&file.path, list)
-        {
-            warn!(%error, "could not keep the list of revocations, it must be heard of again after a restart");
+        match self.write_revocations(list) {
+            Ok(()) => {
+                info!("kept the list of revocations at last");
+                self.unkept_revocations = None;
+            }
+            Err(error) => debug!(%error, "could not keep the list of revocations again"),
         }
     }
 }

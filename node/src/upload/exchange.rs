@@ -6,8 +6,11 @@
 //! anchor that speaks HTTP, which its tokens do as well. A member's proof is good once and for one cache
 //! ([`super::member`]).
 
+use std::mem::Discriminant;
 use std::time::Duration;
 
+use granary_protocol::certificate::mesh_tag;
+use granary_protocol::signature::PublicKey;
 use granary_protocol::token::TOKEN_BYTES_MAX;
 use reqwest::{Client, RequestBuilder, StatusCode, Url};
 use serde::Deserialize;
@@ -18,8 +21,14 @@ use super::Target;
 use super::member::{Membership, MembershipError};
 use crate::authority::{self, Authorities, is_safe};
 
+/// Where members show their assertions, and ask whose members may.
+const MEMBER_PATH: &str = "api/v1/member/token";
+
 /// How long each of the two may take to answer. The anchor asks the issuer meanwhile, which gets 5 s twice.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// An anchor that is not there is known by that.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Longest answer read: a token in JSON.
 const ANSWER_BYTES_MAX: usize = TOKEN_BYTES_MAX + 4096;
@@ -29,7 +38,7 @@ const ANSWER_BYTES_MAX: usize = TOKEN_BYTES_MAX + 4096;
 const RENEWAL_PART: u32 = 3;
 
 /// Pause after a renewal that failed; of short lives a part, so that several fit.
-pub(super) const RENEWAL_PAUSE: Duration = Duration::from_secs(60);
+const RENEWAL_PAUSE: Duration = Duration::from_secs(60);
 const RENEWAL_PAUSE_PART: u32 = 10;
 
 /// Whatever an anchor says of a token's life, it is asked no more often than this.
@@ -64,8 +73,16 @@ pub enum ExchangeError {
     Refused {
         url: String,
         status: StatusCode,
+        /// What an anchor calls it, for programs.
+        name: String,
         said: String,
     },
+    #[error(
+        "{url} gives members no tokens (it answered {status})\nhint: only an anchor that is a member of this mesh does; give its [[anchor]] a token-file"
+    )]
+    NoMembers { url: String, status: StatusCode },
+    #[error("{url} is of another mesh\nhint: give its [[anchor]] a token-file")]
+    OtherMesh { url: String },
     #[error("{url} has more than {ANSWER_BYTES_MAX} bytes to say")]
     TooLarge { url: String },
     #[error(transparent)]
@@ -88,9 +105,17 @@ struct Traded {
     expires_in: u64,
 }
 
-#[derive(Deserialize)]
+#[derive(Deserialize, Default)]
+#[serde(default)]
 struct Said {
+    error: String,
     message: String,
+}
+
+/// Whose members an anchor gives tokens.
+#[derive(Deserialize)]
+struct Mesh {
+    mesh: String,
 }
 
 /// A job and an anchor, between which proofs are traded for tokens.
@@ -108,6 +133,17 @@ pub struct Token {
     pub life: Duration,
 }
 
+impl ExchangeError {
+    /// What is the same when the same goes wrong again: messages may name the time.
+    pub(super) fn kind(&self) -> (Discriminant<ExchangeError>, &str) {
+        let name = match self {
+            ExchangeError::Refused { name, .. } => name,
+            _ => "",
+        };
+        (std::mem::discriminant(self), name)
+    }
+}
+
 impl Exchange {
     /// Gets ready to prove who this job is to the anchor that has this cache; asks nobody. `audience` is the
     /// anchor's address unless it goes by another name.
@@ -121,6 +157,7 @@ impl Exchange {
         let client = authorities.client(|| {
             Client::builder()
                 .timeout(ANSWER_TIMEOUT)
+                .connect_timeout(CONNECT_TIMEOUT)
                 // A redirect would send the proof elsewhere.
                 .redirect(reqwest::redirect::Policy::none())
         });
@@ -152,17 +189,15 @@ impl Exchange {
                 issuers(&given.value)
             }
             Proof::Member(membership) => {
-                let assertion = membership.assertion()?;
+                let certificate = membership.certificate()?;
+                // Who we are is nobody's business but our mesh's.
+                self.find_mesh(&membership.mesh).await?;
+                let assertion = membership.assertion(certificate)?;
                 let question = serde_json::json!({ "assertion": assertion });
-                ("api/v1/member/token", question)
+                (MEMBER_PATH, question)
             }
         };
-        // The root ends in a slash, so this stands below it.
-        let url = self.root.join(path);
-        let url = url.map_err(|_| ExchangeError::NoAddress {
-            cache: self.root.to_string(),
-        })?;
-        let place = place(&url);
+        let (url, place) = self.below(path)?;
         let request = self
             .client
             .post(url)
@@ -174,6 +209,33 @@ impl Exchange {
             text: Zeroizing::new(traded.token),
             life: Duration::from_secs(traded.expires_in),
         })
+    }
+
+    /// Asks the anchor whether it is of this mesh; it learns nothing by that.
+    async fn find_mesh(&self, mesh: &PublicKey) -> Result<(), ExchangeError> {
+        let (url, place) = self.below(MEMBER_PATH)?;
+        let answered = answer(self.client.get(url), &place).await;
+        let bytes = answered.map_err(|error| match error {
+            ExchangeError::Refused { url, status, .. } if status.is_client_error() => {
+                ExchangeError::NoMembers { url, status }
+            }
+            other => other,
+        })?;
+        let answered: Mesh = read(&bytes, place.clone())?;
+        match answered.mesh == mesh_tag(mesh) {
+            true => Ok(()),
+            false => Err(ExchangeError::OtherMesh { url: place }),
+        }
+    }
+
+    /// What stands below the anchor's root, and how that is called in errors.
+    fn below(&self, path: &str) -> Result<(Url, String), ExchangeError> {
+        let url = self.root.join(path);
+        let url = url.map_err(|_| ExchangeError::NoAddress {
+            cache: self.root.to_string(),
+        })?;
+        let place = place(&url);
+        Ok((url, place))
     }
 
     /// Renews the token of a target again and again, before the one that it has is over. Has no end.
@@ -263,17 +325,19 @@ async fn answer(request: RequestBuilder, url: &str) -> Result<Zeroizing<Vec<u8>>
     if response.status().is_success() {
         return Ok(bytes);
     }
-    let said = serde_json::from_slice::<Said>(&bytes).map(|said| said.message);
+    let said = serde_json::from_slice::<Said>(&bytes).unwrap_or_default();
+    // They are printed for a person.
+    let printable = |text: String| {
+        text.chars()
+            .filter(|c| !c.is_control())
+            .take(1000)
+            .collect()
+    };
     Err(ExchangeError::Refused {
         url: url.to_owned(),
         status: response.status(),
-        // It is printed for a person.
-        said: said
-            .unwrap_or_default()
-            .chars()
-            .filter(|c| !c.is_control())
-            .take(1000)
-            .collect(),
+        name: printable(said.error),
+        said: printable(said.message),
     })
 }
 

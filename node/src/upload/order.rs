@@ -18,6 +18,11 @@ const AWAY_PAUSE_MAX: Duration = Duration::from_secs(60);
 const PATH_PAUSE_MIN: Duration = Duration::from_secs(30);
 pub const PATH_PAUSE_MAX: Duration = Duration::from_secs(24 * 3600);
 
+/// Pause after an anchor gave a member no token; doubled after each time. The minimum is what a machine waits that was
+/// just made a member; a question every five minutes costs an anchor nothing that will never answer it.
+const TOKEN_PAUSE_MIN: Duration = Duration::from_secs(5);
+const TOKEN_PAUSE_MAX: Duration = Duration::from_secs(300);
+
 /// Longest that an anchor may ask us to wait.
 const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
 
@@ -115,6 +120,11 @@ pub fn away_pause(failures: u32, retry_after: Option<Duration>, chance: u32) -> 
 /// Pause of a path that was refused so many times.
 pub fn path_pause(failures: u32, chance: u32) -> Duration {
     jittered(doubled(PATH_PAUSE_MIN, failures, PATH_PAUSE_MAX), chance)
+}
+
+/// Pause of a member that got no token so many times in a row.
+pub fn token_pause(failures: u32, chance: u32) -> Duration {
+    jittered(doubled(TOKEN_PAUSE_MIN, failures, TOKEN_PAUSE_MAX), chance)
 }
 
 fn doubled(first: Duration, failures: u32, max: Duration) -> Duration {
@@ -220,6 +230,8 @@ mod tests {
         assert_eq!(away_pause(4, None, 0), seconds(6));
         assert_eq!(away_pause(u32::MAX, None, u32::MAX), seconds(60));
         assert_eq!(path_pause(u32::MAX, u32::MAX), PATH_PAUSE_MAX);
+        assert_eq!(token_pause(1, u32::MAX), seconds(5));
+        assert_eq!(token_pause(u32::MAX, 0), seconds(225));
         assert_eq!(attempt_pause(0, None, u32::MAX), ATTEMPT_PAUSE_MIN);
         assert_eq!(attempt_pause(u32::MAX, None, u32::MAX), ATTEMPT_PAUSE_MAX);
     }

@@ -210,6 +210,15 @@ impl PushError {
         }
     }
 
+    /// Whether the anchor does not take the token.
+    pub fn is_of_token(&self) -> bool {
+        match self {
+            PushError::Refused { status, .. } => *status == StatusCode::UNAUTHORIZED,
+            PushError::Path { source, .. } => source.is_of_token(),
+            _ => false,
+        }
+    }
+
     /// What the anchor asks to wait, if it does.
     pub fn retry_after(&self) -> Option<Duration> {
         match self {

@@ -29,6 +29,7 @@ use super::target::{Marks, chance};
 use super::{Extent, Outcome, PushError, Root, Target, TokenFileError, push_round, read_token};
 use crate::authority::{Authorities, AuthorityError};
 use crate::clock::unix_time;
+use crate::credential::Credential;
 use crate::log::chain;
 use crate::store::hidden::Hidden;
 use crate::store::{LocalStore, PathInfo, StoreEvent};
@@ -51,8 +52,8 @@ pub struct Options {
     pub url: String,
     /// Read again for every round, so that a new token is taken without a restart.
     pub token_file: PathBuf,
-    /// Why there is no token in it yet, if this machine gets it as a member.
-    pub token_problem: Option<watch::Receiver<Option<String>>>,
+    /// What it gets as a member, if the token in the file is that: why there is none, and who hears that it is refused.
+    pub credential: Option<Credential>,
     /// Certificates that count beside the system's.
     pub ca_file: Option<PathBuf>,
     /// Bytes that may leave in a second.
@@ -281,6 +282,12 @@ impl Uploader {
                         Trouble::Push(error) => error.retry_after(),
                         _ => None,
                     };
+                    if let (Trouble::Push(error), Some(credential)) =
+                        (&trouble, &self.options.credential)
+                        && error.is_of_token()
+                    {
+                        credential.refuse();
+                    }
                     let pause = order::away_pause(failures, retry_after, chance());
                     let text = chain(&trouble);
                     match failures {
@@ -366,8 +373,8 @@ impl Uploader {
     }
 
     async fn token(&self) -> Result<zeroize::Zeroizing<String>, Stopped> {
-        let problem = self.options.token_problem.as_ref();
-        let problem = problem.and_then(|problem| problem.borrow().clone());
+        let problem = self.options.credential.as_ref();
+        let problem = problem.and_then(Credential::problem);
         if let Some(problem) = problem.filter(|_| !self.options.token_file.exists()) {
             return Err(Trouble::NoToken(problem).into());
         }

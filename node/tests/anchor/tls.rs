@@ -9,6 +9,7 @@ use futures::StreamExt;
 use granary::anchor::tls::Files;
 use granary::authority::Authorities;
 use granary::binary_cache::{WebCache, WebCaches};
+use granary::credential::Credential;
 use granary_protocol::mesh::CacheRole;
 use granary_protocol::token::Permission::{Pull, Push};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
@@ -230,7 +231,7 @@ async fn a_node_asks_an_anchor_whose_authority_it_was_told() {
         let cache = WebCache {
             role: CacheRole::Anchor,
             url: format!("{url}/main").parse().unwrap(),
-            token: tokio::sync::watch::channel(Some(token.parse().unwrap())).1,
+            credential: Credential::fixed(&token).unwrap(),
             authorities,
         };
         WebCaches::new(vec![cache], None).unwrap()
