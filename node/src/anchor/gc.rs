@@ -3,8 +3,8 @@
 //! A cache with a retention keeps what was used since then, what is pinned, and everything that these
 //! reference. One that is larger than its size cap loses the closures that were not used for longest, but for
 //! what is pinned or was used within [`RECENT`]. A NAR that no path has is marked, and deleted once it has been so for [`GRACE`]; so are
-//! objects that the catalog does not know, which crashes leave. [`Anchor::plan`] only looks;
-//! [`Anchor::collect`] does it.
+//! objects that the catalog does not know, which crashes leave. Neither goes while a narinfo in the bucket names it
+//! ([`orphans`]). [`Anchor::plan`] only looks; [`Anchor::collect`] does it.
 //!
 //! Safe beside pushes and itself interrupted anywhere: a path goes only when nobody relies on it and
 //! nothing that stays references it, decided in the transaction that hides it ([`super::uses`]), and after
@@ -13,11 +13,10 @@
 //! object. A retention that would empty a cache is refused: more often the clock is wrong than the cache
 //! forgotten.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures::TryStreamExt;
 use granary_protocol::hash::NarHash;
 use granary_protocol::store_path::StorePathHash;
 use rusqlite::{OptionalExtension, params};
@@ -29,6 +28,7 @@ use super::ingest::IngestError;
 use super::{Anchor, nar_key, to_its_end};
 
 mod graph;
+mod orphans;
 
 use graph::Graph;
 
@@ -54,6 +54,9 @@ pub struct Collection {
     pub waiting: u64,
     /// Objects of NARs that the catalog does not know.
     pub orphans: u64,
+    /// NARs that would go, if narinfos in storage that the catalog does not know did not name them.
+    #[serde(default)]
+    pub spared: u64,
 }
 
 /// What expires in one cache.
@@ -89,22 +92,39 @@ impl Anchor {
             }
         }
         let cutoff = signed(now.saturating_sub(GRACE.as_secs()));
-        (plan.nars, plan.nar_file_bytes, plan.waiting) = self
+        let (due, waiting) = self
             .catalog
             .read(move |connection| {
-                connection.query_row(
-                    "SELECT coalesce(sum(unused_since <= ?1), 0),
-                            coalesce(sum(file_size) FILTER (WHERE unused_since <= ?1), 0),
-                            coalesce(sum(unused_since IS NULL OR unused_since > ?1), 0)
-                     FROM nars
+                let mut due = BTreeMap::new();
+                let mut waiting = 0;
+                let mut unused = connection.prepare(
+                    "SELECT nar_hash, file_size, coalesce(unused_since <= ?1, 0) FROM nars
                      WHERE NOT EXISTS (SELECT 1 FROM paths WHERE paths.nar_hash = nars.nar_hash)
                      AND NOT EXISTS (SELECT 1 FROM received WHERE received.nar_hash = nars.nar_hash AND at > ?1)",
-                    [cutoff],
-                    |row| Ok((unsigned(row, 0)?, unsigned(row, 1)?, unsigned(row, 2)?)),
-                )
+                )?;
+                let mut rows = unused.query([cutoff])?;
+                while let Some(row) = rows.next()? {
+                    match row.get(2)? {
+                        true => {
+                            due.insert(NarHash::from_bytes(row.get(0)?), unsigned(row, 1)?);
+                        }
+                        false => waiting += 1,
+                    }
+                }
+                Ok((due, waiting))
             })
             .await?;
-        plan.orphans = self.orphans(now).await?.len() as u64;
+        plan.waiting = waiting;
+        let going = self.going(&due, now, &mut plan).await?;
+        for nar_hash in going {
+            match due.get(&nar_hash) {
+                Some(file_size) => {
+                    plan.nars += 1;
+                    plan.nar_file_bytes += file_size;
+                }
+                None => plan.orphans += 1,
+            }
+        }
         Ok(plan)
     }
 
@@ -207,9 +227,6 @@ impl Anchor {
             done.caches.push(expired);
         }
         self.collect_nars(now, &mut done).await?;
-        for nar_hash in self.orphans(now).await? {
-            done.orphans += u64::from(self.remove_nar(nar_hash, NarRow::Absent).await?);
-        }
         let paths: usize = done.caches.iter().map(|expired| expired.paths.len()).sum();
         info!(
             paths,
@@ -217,6 +234,7 @@ impl Anchor {
             bytes = done.nar_file_bytes,
             waiting = done.waiting,
             orphans = done.orphans,
+            spared = done.spared,
             "collected garbage"
         );
         Ok(done)
@@ -284,9 +302,9 @@ impl Anchor {
         done: &mut Collection,
     ) -> Result<(), IngestError> {
         let cutoff = signed(now.saturating_sub(GRACE.as_secs()));
-        let now = signed(now);
+        let marked = signed(now);
         // First those that are used again, then those that are not any more, then those whose time has come.
-        let due: Vec<(NarHash, u64)> = self
+        let due: BTreeMap<NarHash, u64> = self
             .catalog
             .write(move |transaction| {
                 // The name by which a client sent the NAR of a path that is here is asked for again (repack.rs).
@@ -305,7 +323,7 @@ impl Anchor {
                     "UPDATE nars SET unused_since = ?1 WHERE unused_since IS NULL
                      AND NOT EXISTS (SELECT 1 FROM paths WHERE paths.nar_hash = nars.nar_hash)
                      AND NOT EXISTS (SELECT 1 FROM received WHERE received.nar_hash = nars.nar_hash)",
-                    [now],
+                    [marked],
                 )?;
                 transaction
                     .prepare("SELECT nar_hash, file_size FROM nars WHERE unused_since <= ?1")?
@@ -315,10 +333,17 @@ impl Anchor {
                     .collect()
             })
             .await?;
-        for (nar_hash, file_size) in due {
-            if self.remove_nar(nar_hash, NarRow::Unused).await? {
-                done.nars += 1;
-                done.nar_file_bytes += file_size;
+        for nar_hash in self.going(&due, now, done).await? {
+            match due.get(&nar_hash) {
+                Some(file_size) => {
+                    if self.remove_nar(nar_hash, NarRow::Unused).await? {
+                        done.nars += 1;
+                        done.nar_file_bytes += file_size;
+                    }
+                }
+                None => {
+                    done.orphans += u64::from(self.remove_nar(nar_hash, NarRow::Absent).await?);
+                }
             }
         }
         done.waiting = self
@@ -332,6 +357,20 @@ impl Anchor {
             })
             .await?;
         Ok(())
+    }
+
+    /// Returns which NARs are to go: those that are due, and those that the catalog does not know, but for what the
+    /// bucket keeps.
+    async fn going(
+        &self,
+        due: &BTreeMap<NarHash, u64>,
+        now: u64,
+        collection: &mut Collection,
+    ) -> Result<BTreeSet<NarHash>, IngestError> {
+        let mut going = self.orphans(now).await?;
+        going.extend(due.keys());
+        collection.spared = self.spare_named(&mut going).await?;
+        Ok(going)
     }
 
     /// Deletes the row of a NAR, unless a push has named it since it was found unused.
@@ -353,26 +392,5 @@ impl Anchor {
                 Ok(true)
             })
             .await
-    }
-
-    /// NARs in the bucket that the catalog does not know, older than [`GRACE`].
-    async fn orphans(&self, now: u64) -> Result<Vec<NarHash>, IngestError> {
-        let mut orphans = Vec::new();
-        let mut objects = self.storage.list("nar");
-        while let Some(object) = objects.try_next().await? {
-            let name = object
-                .key
-                .rsplit('/')
-                .next()
-                .and_then(|name| name.strip_suffix(".nar.zst"));
-            let Some(Ok(nar_hash)) = name.map(NarHash::from_nix32) else {
-                continue;
-            };
-            let is_old = object.modified.saturating_add(GRACE.as_secs()) <= now;
-            if is_old && self.catalog.nar_row(nar_hash).await?.is_none() {
-                orphans.push(nar_hash);
-            }
-        }
-        Ok(orphans)
     }
 }

@@ -14,7 +14,7 @@ use super::catalog::{Catalog, NewPath, PathRow, StoredNar};
 use super::object_store::{ObjectStore, StorageError};
 use super::{NARINFO_BYTES_MAX, OpenError, Options, check_format, make_folders, nar_key, nar_url};
 
-const CACHES_FOLDER: &str = "caches";
+pub(super) const CACHES_FOLDER: &str = "caches";
 
 /// What a rebuild found.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]

@@ -844,5 +844,11 @@ fn collected(collection: &Collection, is_plan: bool) -> String {
         counted(collection.waiting, "nar"),
         form(collection.waiting, "waits", "wait"),
     ));
+    if collection.spared > 0 {
+        text.push_str(&format!(
+            "kept {} that narinfos in storage name which the catalog does not know, see the log\n",
+            counted(collection.spared, "nar")
+        ));
+    }
     text
 }

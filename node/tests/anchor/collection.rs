@@ -210,6 +210,115 @@ async fn what_crashes_left_in_the_bucket_goes_after_a_day_and_nothing_else() {
     assert_eq!(nars(&rig), 2);
 }
 
+/// Forgets paths behind the anchor's back, as a catalog from a backup never knew them.
+fn forget(rig: &Rig, sample: &Sample) {
+    let catalog = rusqlite::Connection::open(rig.state().join("catalog.sqlite")).unwrap();
+    let hash: granary_protocol::store_path::StorePathHash = sample.hash().parse().unwrap();
+    let path = "DELETE FROM paths WHERE hash = ?1";
+    catalog.execute(path, [hash.as_bytes()]).unwrap();
+    let nar = "DELETE FROM nars WHERE nar_hash = ?1";
+    let gone = catalog.execute(nar, [sample.nar_hash().as_bytes()]);
+    assert_eq!(gone, Ok(1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_catalog_from_a_backup_does_not_know_is_not_deleted_and_can_be_taken_up() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let (known, since) = (sample(1, &[]), sample(2, &[]));
+    for path in [&known, &since] {
+        assert_eq!(rig.upload(&token, "main", path).status, 200);
+    }
+    rig.stop().await;
+    forget(&rig, &since);
+    rig.start().await;
+    let left = granary::anchor::nar_key(&sample(3, &[]).nar_hash());
+    let anchor = rig.server.as_ref().unwrap().anchor.clone();
+    anchor.storage.put(&left, "left".into()).await.unwrap();
+    rig.clock.advance(GRACE);
+    let plan = anchor.plan().await.unwrap();
+    assert_eq!((plan.orphans, plan.spared), (1, 1));
+    // What no narinfo names goes all the same.
+    let done = collect(&rig).await;
+    assert_eq!((done.orphans, done.spared), (1, 1));
+    assert_eq!(nars(&rig), 2);
+
+    drop(anchor);
+    rig.stop().await;
+    granary::anchor::rebuild::rebuild(&rig.options())
+        .await
+        .unwrap();
+    rig.start().await;
+    assert!(has(&rig, "main", &known) && has(&rig, "main", &since));
+    rig.clock.advance(GRACE);
+    assert_eq!(collect(&rig).await.spared, 0);
+    assert_eq!(nars(&rig), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_rebuild_left_out_keeps_its_nars_also_those_that_another_cache_let_go() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    rig.cache("team", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let (own, shared) = (sample(1, &[]), sample(2, &[]));
+    for (cache, path) in [("team", &own), ("team", &shared), ("main", &shared)] {
+        assert_eq!(rig.upload(&token, cache, path).status, 200);
+    }
+    rig.stop().await;
+    let settings = rig.folder.path().join("storage/caches/team/cache.json");
+    let whole = std::fs::read(&settings).unwrap();
+    std::fs::write(&settings, "{").unwrap();
+    let rebuild = async |rig: &Rig| {
+        for suffix in ["", "-wal", "-shm"] {
+            let _ = std::fs::remove_file(rig.state().join(format!("catalog.sqlite{suffix}")));
+        }
+        let found = granary::anchor::rebuild::rebuild(&rig.options()).await;
+        found.unwrap().caches
+    };
+    assert_eq!(rebuild(&rig).await, 1);
+    rig.start().await;
+    let anchor = rig.server.as_ref().unwrap().anchor.clone();
+    let main = anchor.catalog.cache(&"main".parse().unwrap()).await;
+    let main = main.unwrap().unwrap();
+    let gone = anchor.remove_path(&main, shared.hash().parse().unwrap());
+    assert!(gone.await.unwrap());
+    drop(anchor);
+    for spared in [1, 2, 2] {
+        rig.clock.advance(GRACE);
+        let done = collect(&rig).await;
+        assert_eq!((done.nars, done.orphans, done.spared), (0, 0, spared));
+    }
+    rig.stop().await;
+    std::fs::write(&settings, whole).unwrap();
+    assert_eq!(rebuild(&rig).await, 2);
+    rig.start().await;
+    assert!(has(&rig, "team", &own) && has(&rig, "team", &shared));
+    assert_eq!(nars(&rig), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_unknown_narinfo_that_cannot_be_read_keeps_all_nars() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let since = sample(1, &[]);
+    assert_eq!(rig.upload(&token, "main", &since).status, 200);
+    rig.stop().await;
+    forget(&rig, &since);
+    let key = format!("storage/caches/main/narinfo/{}.narinfo", since.hash());
+    let narinfo = rig.folder.path().join(key);
+    std::fs::write(&narinfo, "StorePath: ").unwrap();
+    rig.start().await;
+    rig.clock.advance(GRACE);
+    let done = collect(&rig).await;
+    assert_eq!((done.orphans, done.spared, nars(&rig)), (0, 1, 1));
+    std::fs::remove_file(narinfo).unwrap();
+    let done = collect(&rig).await;
+    assert_eq!((done.orphans, done.spared, nars(&rig)), (1, 0, 0));
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_clock_that_is_wrong_does_not_empty_a_cache() {
     let rig = Rig::new().await;
