@@ -163,6 +163,11 @@ pub enum OpenError {
         path = .path.display()
     )]
     CatalogLost { location: String, path: PathBuf },
+    #[error(
+        "storage {location} has no {FORMAT_KEY}, but the catalog {path} knows what was stored there, refusing to touch it: mount its disk or bring it back; if all of it is lost, move the catalog away to begin anew",
+        path = .path.display()
+    )]
+    StorageLost { location: String, path: PathBuf },
 }
 
 /// An open anchor.
@@ -213,8 +218,11 @@ impl Anchor {
         make_folders(&options.state, &spool)?;
         let storage = ObjectStore::open(&options.storage, &options.s3)?;
         let storage = storage.noting(&options.state.join("multipart"));
-        check_format(&storage).await?;
+        let is_begun = check_format(&storage).await?;
         let catalog = Catalog::open(&catalog_file)?;
+        if !is_begun {
+            begin(&storage, &catalog, &catalog_file).await?;
+        }
         if is_new && rebuild::holds_caches(&storage).await? {
             // Left as it was, so that the next start says the same.
             for suffix in ["", "-wal", "-shm"] {
@@ -279,6 +287,11 @@ impl Anchor {
         self.clock.now()
     }
 
+    /// Whether storage is the one that the anchor began with, and not the empty folder of a disk that is not mounted.
+    async fn has_own_storage(&self) -> Result<bool, StorageError> {
+        Ok(self.storage.size(FORMAT_KEY).await?.is_some())
+    }
+
     /// Notes that somebody is about to be told that a path is here, and will rely on it; `false` when it is
     /// on its way out.
     fn note_use(&self, cache: i64, hash: StorePathHash) -> bool {
@@ -323,15 +336,16 @@ fn make_folders(state: &Path, spool: &Path) -> Result<(), OpenError> {
     Ok(())
 }
 
-async fn check_format(storage: &ObjectStore) -> Result<(), OpenError> {
+/// Whether storage says that an anchor has begun with it.
+///
+/// # Errors
+/// When it says that in another format.
+async fn check_format(storage: &ObjectStore) -> Result<bool, OpenError> {
     let Some(bytes) = storage.get(FORMAT_KEY, NARINFO_BYTES_MAX).await? else {
-        let format = Format { format: FORMAT };
-        let text = serde_json::to_string(&format).unwrap_or_else(|_| unreachable!("a number"));
-        storage.put(FORMAT_KEY, text.into()).await?;
-        return Ok(());
+        return Ok(false);
     };
     match serde_json::from_slice::<Format>(&bytes) {
-        Ok(Format { format: FORMAT }) => Ok(()),
+        Ok(Format { format: FORMAT }) => Ok(true),
         Ok(Format { format: found }) => Err(OpenError::Format {
             location: storage.location().to_owned(),
             found,
@@ -341,6 +355,24 @@ async fn check_format(storage: &ObjectStore) -> Result<(), OpenError> {
             source,
         }),
     }
+}
+
+/// Marks storage as begun with.
+///
+/// # Errors
+/// When the catalog knows what was stored: a disk that is not mounted is an empty folder, which would count as the
+/// right one from then on.
+async fn begin(storage: &ObjectStore, catalog: &Catalog, path: &Path) -> Result<(), OpenError> {
+    if !catalog.is_empty().await? {
+        return Err(OpenError::StorageLost {
+            location: storage.location().to_owned(),
+            path: path.to_owned(),
+        });
+    }
+    let format = Format { format: FORMAT };
+    let text = serde_json::to_string(&format).unwrap_or_else(|_| unreachable!("a number"));
+    storage.put(FORMAT_KEY, text.into()).await?;
+    Ok(())
 }
 
 /// Where a NAR lies in the bucket: 1,024 folders, so that none grows beyond what file systems like.

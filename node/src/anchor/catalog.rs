@@ -277,6 +277,16 @@ impl Catalog {
         .await
     }
 
+    /// Whether it knows of nothing in storage.
+    pub async fn is_empty(&self) -> Result<bool, CatalogError> {
+        self.read(|connection| {
+            let query =
+                "SELECT NOT EXISTS (SELECT 1 FROM caches) AND NOT EXISTS (SELECT 1 FROM nars)";
+            connection.query_row(query, [], |row| row.get(0))
+        })
+        .await
+    }
+
     /// Adds a cache or replaces its settings; returns its number.
     pub async fn set_cache(
         &self,

@@ -25,7 +25,8 @@ use tracing::{info, warn};
 
 use super::catalog::{CacheRow, CatalogError, signed, unsigned};
 use super::ingest::IngestError;
-use super::{Anchor, nar_key, to_its_end};
+use super::object_store::StorageError;
+use super::{Anchor, FORMAT_KEY, nar_key, to_its_end};
 
 mod graph;
 mod orphans;
@@ -196,6 +197,12 @@ impl Anchor {
     }
 
     async fn collect_alone(self: &Arc<Self>) -> Result<Collection, IngestError> {
+        // The catalog would forget what a disk that is not mounted still has.
+        if !self.has_own_storage().await? {
+            let location = self.storage.location().to_owned();
+            let key = FORMAT_KEY;
+            return Err(StorageError::Another { location, key }.into());
+        }
         self.recover().await?;
         self.write_used().await?;
         let now = self.now();

@@ -152,9 +152,8 @@ async fn probe(anchor: &Arc<Anchor>) -> Result<(), ProbeError> {
     to_its_end(async move {
         *well = None;
         anchor.catalog.caches().await.map_err(IngestError::from)?;
-        let found = anchor.storage.size(FORMAT_KEY).await;
-        // A disk that is not mounted is an empty folder.
-        if found.map_err(IngestError::from)?.is_none() {
+        let is_own = anchor.has_own_storage().await;
+        if !is_own.map_err(IngestError::from)? {
             let location = anchor.storage.location().to_owned();
             return Err(ProbeError::Another { location });
         }

@@ -161,6 +161,10 @@ pub enum StorageError {
     TooLarge { key: String, size: u64, max: u64 },
     #[error("{key:?} is no key of an object")]
     Key { key: String },
+    #[error(
+        "storage {location} has no {key}, it is not the one that the anchor began with, refusing to change it"
+    )]
+    Another { location: String, key: &'static str },
 }
 
 impl ObjectStore {

@@ -12,7 +12,9 @@ use tracing::{info, warn};
 use super::cache::{CacheName, Settings};
 use super::catalog::{Catalog, NewPath, PathRow, StoredNar};
 use super::object_store::{ObjectStore, StorageError};
-use super::{NARINFO_BYTES_MAX, OpenError, Options, check_format, make_folders, nar_key, nar_url};
+use super::{
+    NARINFO_BYTES_MAX, OpenError, Options, begin, check_format, make_folders, nar_key, nar_url,
+};
 
 pub(super) const CACHES_FOLDER: &str = "caches";
 
@@ -36,8 +38,12 @@ pub async fn holds_caches(storage: &ObjectStore) -> Result<bool, StorageError> {
 pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
     make_folders(&options.state, &options.state.join("spool"))?;
     let storage = ObjectStore::open(&options.storage, &options.s3)?;
-    check_format(&storage).await?;
-    let catalog = Catalog::open(&options.state.join("catalog.sqlite"))?;
+    let is_begun = check_format(&storage).await?;
+    let catalog_file = options.state.join("catalog.sqlite");
+    let catalog = Catalog::open(&catalog_file)?;
+    if !is_begun {
+        begin(&storage, &catalog, &catalog_file).await?;
+    }
     let mut found = Found::default();
     for (name, settings) in caches(&storage).await? {
         let dir = match settings.store_dir() {

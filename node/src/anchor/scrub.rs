@@ -129,9 +129,9 @@ impl Anchor {
 
     /// An empty folder, where a disk is not mounted, would damage everything.
     async fn check_storage(&self) -> Result<(), ScrubError> {
-        match self.storage.size(FORMAT_KEY).await {
-            Ok(Some(_)) => Ok(()),
-            Ok(None) => Err(ScrubError::Another {
+        match self.has_own_storage().await {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(ScrubError::Another {
                 location: self.storage.location().to_owned(),
             }),
             Err(error) => Err(ScrubError::Storage(error.into())),

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use granary::anchor::scrub::Scrubbed;
+use granary::anchor::server::Server;
 use granary_protocol::hash::NarHash;
 use granary_protocol::token::Permission::{Pull, Push};
 
@@ -315,6 +316,41 @@ async fn what_was_not_looked_at_for_longest_is_read_first_and_then_not_again_for
     rig.clock.advance(week / 2);
     assert!(anchor.scrub_due(week).await.unwrap());
     assert_eq!(narinfo_status(&rig, "main", &second), 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_anchor_does_not_begin_anew_where_its_disk_is_not_mounted() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let path = Sample::new(1, 1000);
+    assert_eq!(rig.upload(&token, "main", &path).status, 200);
+    rig.stop().await;
+    let storage = rig.folder.path().join("storage");
+    let disk = rig.folder.path().join("disk");
+    std::fs::rename(&storage, &disk).unwrap();
+    let listen = "127.0.0.1:0".parse().unwrap();
+    for _ in 0..2 {
+        let refused = Server::start(rig.options(), listen, Some("main")).await;
+        let refused = refused.err().expect("an empty folder").to_string();
+        assert!(refused.contains("has no granary.json"), "{refused}");
+        let refused = granary::anchor::rebuild::rebuild(&rig.options()).await;
+        let refused = refused.expect_err("an empty folder").to_string();
+        assert!(refused.contains("mount its disk"), "{refused}");
+    }
+    // Nothing was written that would make it the right one.
+    assert_eq!(rig.objects(), [""; 0]);
+    std::fs::remove_dir(&storage).unwrap();
+    std::fs::rename(&disk, &storage).unwrap();
+    rig.start().await;
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    let scrubbed = anchor.scrub(None).await.unwrap();
+    assert_eq!((scrubbed.nars, scrubbed.damaged.len()), (1, 0));
+    assert_eq!(narinfo_status(&rig, "main", &path), 200);
+    // Nor is anything forgotten while it is gone under a running anchor.
+    std::fs::rename(&storage, &disk).unwrap();
+    let refused = anchor.collect().await.unwrap_err().to_string();
+    assert!(refused.contains("refusing to change it"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
