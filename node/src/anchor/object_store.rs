@@ -6,7 +6,7 @@
 //!
 //! Invariants: a `put` that returned is durable, and until then the object is whole or absent (a
 //! folder is written by temporary file, fsync, rename, fsync of the folder; S3 by its own promise,
-//! [`multipart`] uploads being aborted on failure, and after a crash by the next run). A read gives the bytes it promised or ends in an
+//! [`multipart`] uploads being aborted on failure; what a crash leaves of either goes at the next start). A read gives the bytes it promised or ends in an
 //! error. Nothing rests on conditional puts, which Garage accepts and ignores.
 
 use std::fs;
@@ -36,6 +36,7 @@ use zeroize::Zeroizing;
 use crate::secret::exposed;
 
 mod multipart;
+mod staging;
 
 use multipart::Multipart;
 
@@ -82,6 +83,8 @@ pub struct ObjectStore {
     may_redirect: bool,
     /// How large objects are stored in S3, where that is noted.
     multipart: Option<Multipart>,
+    /// Of a folder.
+    folder: Option<PathBuf>,
 }
 
 /// What S3 wants to know beyond the URL.
@@ -223,6 +226,7 @@ impl ObjectStore {
             s3: amazon,
             may_redirect: s3.redirect,
             multipart: None,
+            folder: url.strip_prefix("file://").map(PathBuf::from),
         })
     }
 
@@ -250,6 +254,14 @@ impl ObjectStore {
                 multipart.abort(left).await;
             }
         }
+    }
+
+    /// Removes what a process that was killed left of objects that it was writing; returns how many. In S3 that is
+    /// [`ObjectStore::abort_left`].
+    ///
+    /// To be called while nobody else writes. Blocks: a million objects in a folder take seconds.
+    pub fn sweep(&self) -> io::Result<u64> {
+        self.folder.as_deref().map_or(Ok(0), staging::sweep)
     }
 
     /// The URL it was opened with.

@@ -133,6 +133,7 @@ impl Server {
         let scrub_after = options.scrub_after;
         let may_heal = !options.heal_from.is_empty();
         let anchor = Anchor::open(options).await?;
+        sweep(&anchor).await;
         let aborting = anchor.storage.abort_left();
         anchor.recover().await?;
         if let Some(name) = default_cache {
@@ -206,6 +207,23 @@ impl Server {
         self.anchor.uploads.close();
         self.tasks.close();
         let _ = tokio::time::timeout(DRAIN_TIMEOUT, self.tasks.wait()).await;
+    }
+}
+
+/// Removes what was being written into storage when the last run was killed. What stays costs space, and nothing else.
+async fn sweep(anchor: &Arc<Anchor>) {
+    let storage = anchor.storage.clone();
+    let swept = tokio::task::spawn_blocking(move || storage.sweep()).await;
+    let storage = anchor.storage.location();
+    match swept.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic())) {
+        Ok(0) => {}
+        Ok(files) => info!(
+            storage,
+            files, "removed what was being written when the last run ended"
+        ),
+        Err(error) => {
+            warn!(storage, %error, "could not remove all that was being written when the last run ended");
+        }
     }
 }
 

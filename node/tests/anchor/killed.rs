@@ -34,10 +34,28 @@ pub fn token(place: &Place) -> String {
     place.run(&token)
 }
 
-/// What must hold however the anchor ended: no narinfo without its NAR, and what was acknowledged is
-/// there and right.
+/// What the storage crate writes before it renames it.
+fn being_written(storage: &std::path::Path) -> Vec<std::path::PathBuf> {
+    let mut folders = vec![storage.to_owned()];
+    let mut found = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(folder).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            match path.is_dir() {
+                true => folders.push(path),
+                false if path.to_str().unwrap().contains('#') => found.push(path),
+                false => {}
+            }
+        }
+    }
+    found
+}
+
+/// What must hold however the anchor ended: nothing half written lies about, no narinfo without its NAR, and what was
+/// acknowledged is there and right.
 pub fn assert_consistent(place: &Place, anchor: &Anchor, token: &str, acknowledged: &[Sample]) {
     let storage = place.path().join("state/storage");
+    assert_eq!(being_written(&storage), [std::path::PathBuf::new(); 0]);
     let narinfos = std::fs::read_dir(storage.join("caches/main/narinfo"));
     for entry in narinfos.into_iter().flatten() {
         let path = entry.unwrap().path();
@@ -206,6 +224,27 @@ fn an_anchor_that_is_killed_again_and_again_loses_nothing_it_acknowledged() {
     place.run(&["anchor", "rebuild"]);
     let anchor = place.start();
     assert_consistent(&place, &anchor, &token, &acknowledged);
+}
+
+#[test]
+fn what_a_killed_anchor_was_writing_does_not_stay_in_its_folder() {
+    let place = Place::new();
+    let token = token(&place);
+    let sample = Sample::new(1, 1000);
+    {
+        let anchor = place.start();
+        push(&anchor, &token, vec![Sample::new(1, 1000)])
+            .join()
+            .unwrap();
+    }
+    let nar = granary::anchor::nar_key(&sample.nar_hash());
+    let storage = place.path().join("state/storage");
+    let narinfo = format!("caches/main/narinfo/{}.narinfo", sample.hash());
+    for key in [&nar, &narinfo, "caches/main/cache.json", "granary.json"] {
+        std::fs::write(storage.join(format!("{key}#1")), "half").unwrap();
+    }
+    let anchor = place.start();
+    assert_consistent(&place, &anchor, &token, &[sample]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
