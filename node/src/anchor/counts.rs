@@ -16,6 +16,7 @@
 //! | `storage_nars`, `storage_bytes`, `damaged_nars` | | all of storage, and what of it is not served |
 //! | `scrubbed_nars_total`, `scrub_damaged_total`, `scrub_unread_total`, `healed_nars_total` | | NARs that were read again, those that were damaged, readings that failed, NARs that a push put right |
 //! | `collections_total`, `collected_paths_total`, `collected_nars_total`, `collected_bytes_total` | | collections of garbage; the first with `outcome`: `done`, `failed` |
+//! | `collect_failures_total` | | objects that storage would not delete, each time that it was asked |
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -64,6 +65,7 @@ pub struct Counts {
     collected_paths: Counter,
     collected_nars: Counter,
     collected_bytes: Counter,
+    collect_failures: Counter,
     /// When the last one was, and what came of it.
     last_collection: Mutex<Option<LastCollection>>,
     pub scrubbed_nars: Counter,
@@ -154,6 +156,7 @@ impl Counts {
                 self.collected_paths.add(paths);
                 self.collected_nars.add(done.nars);
                 self.collected_bytes.add(done.nar_file_bytes);
+                self.collect_failures.add(done.failed);
                 let refused = done.caches.iter().filter_map(|one| one.refused.clone());
                 Collected {
                     paths,
@@ -321,6 +324,12 @@ impl Counts {
                 "counter",
                 "Their bytes in storage.",
                 self.collected_bytes.get(),
+            ),
+            (
+                "collect_failures_total",
+                "counter",
+                "Objects that storage would not delete for a collection, each time that it was asked.",
+                self.collect_failures.get(),
             ),
             (
                 "scrubbed_nars_total",

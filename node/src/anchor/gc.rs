@@ -15,7 +15,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use granary_protocol::hash::NarHash;
 use granary_protocol::store_path::StorePathHash;
@@ -25,7 +25,7 @@ use tracing::{info, warn};
 
 use super::catalog::{CacheRow, CatalogError, signed, unsigned};
 use super::ingest::IngestError;
-use super::object_store::StorageError;
+use super::object_store::{StorageError, problem};
 use super::{Anchor, FORMAT_KEY, nar_key, to_its_end};
 
 mod graph;
@@ -40,6 +40,10 @@ pub const GRACE: Duration = Duration::from_secs(24 * 3600);
 /// What was used since then stays also in a cache that is too large: somebody may be pushing what references
 /// it, or have been told of it.
 const RECENT: Duration = Duration::from_secs(3600);
+
+/// How long storage may take in all to fail. One that refuses does so at once; one that is away takes half a minute for
+/// each object, and is not asked about the others.
+const FAILING_MAX: Duration = Duration::from_secs(60);
 
 /// A cache with fewer paths may be emptied by its retention.
 const EMPTIED_MAX: usize = 10;
@@ -58,6 +62,9 @@ pub struct Collection {
     /// NARs that would go, if narinfos in storage that the catalog does not know did not name them.
     #[serde(default)]
     pub spared: u64,
+    /// What storage would not delete, or tell of; tried again by the next one.
+    #[serde(default)]
+    pub failed: u64,
 }
 
 /// What expires in one cache.
@@ -79,6 +86,44 @@ pub struct Expired {
 enum NarRow {
     Unused,
     Absent,
+}
+
+/// What storage failed to do of a run that goes on without it: one object that cannot be deleted, for its rights or a
+/// lock on it, must not keep all others.
+#[derive(Default)]
+pub(super) struct Failures {
+    pub count: u64,
+    spent: Duration,
+}
+
+impl Failures {
+    /// Waits for a step; `None` when storage failed. The log is told of the first.
+    ///
+    /// # Errors
+    /// Other failures, and that of storage on which more than [`FAILING_MAX`] was spent.
+    pub(super) async fn spare<T>(
+        &mut self,
+        step: impl Future<Output = Result<T, IngestError>>,
+    ) -> Result<Option<T>, IngestError> {
+        let started = Instant::now();
+        let error = match step.await {
+            Err(IngestError::Storage(error)) => error,
+            outcome => return outcome.map(Some),
+        };
+        self.spent += started.elapsed();
+        if self.spent > FAILING_MAX {
+            return Err(error.into());
+        }
+        if self.count == 0 {
+            let problem = problem(&error);
+            warn!(
+                problem,
+                "storage failed for an object, the others are gone on with"
+            );
+        }
+        self.count += 1;
+        Ok(None)
+    }
 }
 
 impl Anchor {
@@ -203,7 +248,8 @@ impl Anchor {
             let key = FORMAT_KEY;
             return Err(StorageError::Another { location, key }.into());
         }
-        self.recover().await?;
+        let mut failures = Failures::default();
+        self.recover_sparing(&mut failures).await?;
         self.write_used().await?;
         let now = self.now();
         let mut done = Collection::default();
@@ -225,7 +271,8 @@ impl Anchor {
             for (number, (hash, name)) in hashes.into_iter().zip(names).enumerate() {
                 let is_over_cap = number >= of_retention;
                 let cutoff = if is_over_cap { recent } else { retained };
-                if self.remove(&cache, hash, Some(cutoff)).await? {
+                let removing = self.remove(&cache, hash, Some(cutoff));
+                if failures.spare(removing).await? == Some(true) {
                     removed.push(name);
                     expired.over_cap += usize::from(is_over_cap);
                 }
@@ -233,7 +280,8 @@ impl Anchor {
             expired.paths = removed;
             done.caches.push(expired);
         }
-        self.collect_nars(now, &mut done).await?;
+        self.collect_nars(now, &mut done, &mut failures).await?;
+        done.failed = failures.count;
         let paths: usize = done.caches.iter().map(|expired| expired.paths.len()).sum();
         info!(
             paths,
@@ -242,6 +290,7 @@ impl Anchor {
             waiting = done.waiting,
             orphans = done.orphans,
             spared = done.spared,
+            failed = done.failed,
             "collected garbage"
         );
         Ok(done)
@@ -307,6 +356,7 @@ impl Anchor {
         self: &Arc<Self>,
         now: u64,
         done: &mut Collection,
+        failures: &mut Failures,
     ) -> Result<(), IngestError> {
         let cutoff = signed(now.saturating_sub(GRACE.as_secs()));
         let marked = signed(now);
@@ -341,16 +391,20 @@ impl Anchor {
             })
             .await?;
         for nar_hash in self.going(&due, now, done).await? {
-            match due.get(&nar_hash) {
+            let file_size = due.get(&nar_hash);
+            let row = match file_size {
+                Some(_) => NarRow::Unused,
+                None => NarRow::Absent,
+            };
+            if failures.spare(self.remove_nar(nar_hash, row)).await? != Some(true) {
+                continue;
+            }
+            match file_size {
                 Some(file_size) => {
-                    if self.remove_nar(nar_hash, NarRow::Unused).await? {
-                        done.nars += 1;
-                        done.nar_file_bytes += file_size;
-                    }
+                    done.nars += 1;
+                    done.nar_file_bytes += file_size;
                 }
-                None => {
-                    done.orphans += u64::from(self.remove_nar(nar_hash, NarRow::Absent).await?);
-                }
+                None => done.orphans += 1,
             }
         }
         done.waiting = self

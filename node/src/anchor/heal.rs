@@ -157,13 +157,18 @@ impl Anchor {
     }
 
     /// Looks for damaged NARs elsewhere, those after this one; returns after which it goes on.
+    ///
+    /// # Errors
+    /// With the NAR that could not be stored, so that it does not hold up those after it.
     async fn heal_some(
         self: &Arc<Self>,
         after: Option<NarHash>,
-    ) -> Result<Option<NarHash>, IngestError> {
-        let damaged = self.catalog.damaged_after(after, BATCH).await?;
+    ) -> Result<Option<NarHash>, (Option<NarHash>, IngestError)> {
+        let damaged = self.catalog.damaged_after(after, BATCH).await;
+        let damaged = damaged.map_err(|error| (after, error.into()))?;
         for nar in &damaged {
-            self.heal(*nar).await?;
+            let healed = self.heal(*nar).await;
+            healed.map_err(|error| (Some(nar.nar_hash), error))?;
         }
         let is_end = damaged.len() < BATCH;
         Ok(damaged.last().map(|nar| nar.nar_hash).filter(|_| !is_end))
@@ -187,7 +192,8 @@ async fn next(mut body: FromWeb) -> Result<Option<(bytes::Bytes, FromWeb)>, std:
 /// Looks for what is damaged again and again.
 pub async fn keep_healing(anchor: Arc<Anchor>, shutdown: CancellationToken) {
     let mut after = None;
-    let mut is_trouble_told = false;
+    // In this round of all that is damaged, and whether the log knows.
+    let (mut has_failed, mut is_trouble_told) = (false, false);
     loop {
         tokio::select! {
             () = shutdown.cancelled() => return,
@@ -199,14 +205,17 @@ pub async fn keep_healing(anchor: Arc<Anchor>, shutdown: CancellationToken) {
         };
         after = match healing {
             Ok(after) => {
-                is_trouble_told = false;
+                if after.is_none() {
+                    is_trouble_told &= std::mem::take(&mut has_failed);
+                }
                 after
             }
-            Err(error) => {
+            Err((after, error)) => {
+                has_failed = true;
                 if !std::mem::replace(&mut is_trouble_told, true) {
                     error!(storage = anchor.storage.location(), %error, "could not store damaged nars anew");
                 }
-                None
+                after
             }
         };
     }

@@ -22,8 +22,9 @@ use tracing::{info, warn};
 
 use super::cache::{CacheName, KeysError, SettingsError};
 use super::catalog::{Begun, CacheRow, CatalogError, NewPath, PathRow, PathState, StoredNar};
+use super::gc::Failures;
 use super::intake::Taken;
-use super::object_store::StorageError;
+use super::object_store::{StorageError, problem};
 use super::sizes::Filling;
 use super::{Anchor, NARINFO_BYTES_MAX, nar_key, nar_url, to_its_end};
 use crate::anchor::intake::IntakeError;
@@ -439,16 +440,35 @@ impl Anchor {
 
     /// Finishes what a crash or a failure of storage left half done: what is in the bucket is served, what
     /// is not is forgotten. Safe beside pushes.
+    ///
+    /// Storage that fails is no error: what is half done is not shown, and waits for the next collection.
     pub async fn recover(self: &Arc<Self>) -> Result<(), IngestError> {
+        match self.recover_sparing(&mut Failures::default()).await {
+            Err(IngestError::Storage(error)) => {
+                let problem = problem(&error);
+                warn!(problem, "could not finish what the last run left");
+                Ok(())
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// The same as a part of a run that goes on with what does not fail.
+    pub(super) async fn recover_sparing(
+        self: &Arc<Self>,
+        failures: &mut Failures,
+    ) -> Result<(), IngestError> {
         let mut halves = self.catalog.in_state(PathState::Storing).await?;
         halves.extend(self.catalog.in_state(PathState::Leaving).await?);
         for (cache, name, path) in halves {
             let anchor = self.clone();
-            to_its_end(async move { anchor.recover_path(cache, &name, path).await }).await?;
+            let recovering = async move { anchor.recover_path(cache, &name, path).await };
+            failures.spare(to_its_end(recovering)).await?;
         }
         for (cache, name, hash) in self.catalog.rewrites().await? {
             let anchor = self.clone();
-            to_its_end(async move { anchor.recover_rewrite(cache, &name, hash).await }).await?;
+            let recovering = async move { anchor.recover_rewrite(cache, &name, hash).await };
+            failures.spare(to_its_end(recovering)).await?;
         }
         Ok(())
     }

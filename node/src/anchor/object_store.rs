@@ -170,6 +170,14 @@ pub enum StorageError {
     Another { location: String, key: &'static str },
 }
 
+/// The error with its cause, which has the reason.
+pub(super) fn problem(error: &StorageError) -> String {
+    match std::error::Error::source(error) {
+        Some(source) => format!("{error}: {source}"),
+        None => error.to_string(),
+    }
+}
+
 impl ObjectStore {
     /// Opens what a URL names: `file:///folder`, `s3://bucket/prefix`, or `memory:` for tests.
     ///

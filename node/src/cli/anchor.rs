@@ -850,5 +850,11 @@ fn collected(collection: &Collection, is_plan: bool) -> String {
             counted(collection.spared, "nar")
         ));
     }
+    if collection.failed > 0 {
+        text.push_str(&format!(
+            "storage failed for {}, see the log; the next collection tries again\n",
+            counted(collection.failed, "object")
+        ));
+    }
     text
 }

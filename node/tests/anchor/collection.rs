@@ -9,6 +9,7 @@ use granary::anchor::gc::{Collection, GRACE};
 use granary_protocol::token::Permission::{Delete, Pull, Push};
 
 use crate::rig::{Rig, Sample, bearer};
+use crate::s3::{Fault, S3};
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -317,6 +318,66 @@ async fn an_unknown_narinfo_that_cannot_be_read_keeps_all_nars() {
     std::fs::remove_file(narinfo).unwrap();
     let done = collect(&rig).await;
     assert_eq!((done.orphans, done.spared, nars(&rig)), (1, 0, 0));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_object_that_cannot_be_deleted_keeps_no_other_and_no_anchor_from_starting() {
+    let s3 = S3::start().await;
+    let mut rig = Rig::on_s3(&s3).await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    // Two that go by hand, two whose time is over, two NARs that nothing has.
+    let samples: Vec<Sample> = (0..6).map(|number| sample(number, &[])).collect();
+    for path in &samples {
+        assert_eq!(rig.upload(&token, "main", path).status, 200);
+    }
+    // As a rule of the bucket would: each time that it is asked.
+    let deny = |keys: Vec<String>| {
+        for key in &keys {
+            let key = key.clone();
+            s3.fail(Fault::Denied, move |method, target| {
+                method == "DELETE" && target.contains(&key)
+            });
+        }
+    };
+    let narinfo = |sample: &Sample| format!("{}.narinfo", sample.hash());
+    let anchor = rig.server.as_ref().unwrap().anchor.clone();
+    let main = anchor.catalog.cache(&"main".parse().unwrap()).await;
+    let main = main.unwrap().unwrap();
+    deny(vec![narinfo(&samples[0])]);
+    for number in [0, 1] {
+        let gone = anchor.remove_path(&main, samples[number].hash().parse().unwrap());
+        assert_eq!(gone.await.is_err(), number == 0);
+    }
+    drop(anchor);
+    rig.stop().await;
+    deny(vec![narinfo(&samples[0])]);
+    rig.start().await;
+    assert_eq!(s3.faults_left(), 0);
+    assert!(!has(&rig, "main", &samples[0]) && has(&rig, "main", &samples[2]));
+
+    retain(&rig, "main", 1).await;
+    rig.clock.advance(DAY * 2);
+    deny(vec![narinfo(&samples[0]), narinfo(&samples[2])]);
+    let done = collect(&rig).await;
+    assert_eq!((done.caches[0].paths.len(), done.failed), (3, 2));
+    assert_eq!(s3.faults_left(), 0);
+    rig.clock.advance(GRACE);
+    let nar = granary::anchor::nar_key(&samples[1].nar_hash());
+    deny(vec![narinfo(&samples[0]), nar.clone()]);
+    let done = collect(&rig).await;
+    assert_eq!((done.nars, done.failed), (3, 2));
+    // What fails no more goes.
+    rig.clock.advance(GRACE);
+    let done = collect(&rig).await;
+    assert_eq!((done.nars, done.orphans, done.waiting), (1, 1, 1));
+    assert_eq!(done.failed, 0);
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    assert_eq!(anchor.storage.size(&nar).await.unwrap(), None);
+    let metrics = bearer(&rig.token(&[("*", &[Pull])]).await);
+    let metrics = rig.ask("GET", "/metrics", &[("Authorization", &metrics)], b"");
+    let line = "granary_anchor_collect_failures_total 4\n";
+    assert!(metrics.text().contains(line), "{}", metrics.text());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,7 @@ use granary_protocol::store_path::StorePathHash;
 use tracing::warn;
 
 use super::super::catalog::{Catalog, CatalogError};
-use super::super::object_store::StorageError;
+use super::super::object_store::problem;
 use super::super::rebuild::CACHES_FOLDER;
 use super::super::{Anchor, NARINFO_BYTES_MAX};
 use super::GRACE;
@@ -140,14 +140,6 @@ enum Named {
     Nothing,
     Nar(NarHash),
     Anything { key: String, problem: String },
-}
-
-/// The error with its cause, which has the reason.
-fn problem(error: &StorageError) -> String {
-    match std::error::Error::source(error) {
-        Some(source) => format!("{error}: {source}"),
-        None => error.to_string(),
-    }
 }
 
 /// Returns the NAR that a narinfo of ours names, whatever the store directory is.
