@@ -93,6 +93,11 @@ impl CacheName {
         format!("caches/{self}/narinfo/{hash}.narinfo")
     }
 
+    /// Where the listing of a path lies, if a client uploaded one.
+    pub fn listing_key(&self, hash: &StorePathHash) -> String {
+        self.file_key(&format!("ls/{hash}.ls"))
+    }
+
     /// Where logs, listings and realisations lie that clients uploaded.
     pub fn file_key(&self, name: &str) -> String {
         format!("caches/{self}/files/{name}")

@@ -23,6 +23,7 @@ use rusqlite::{OptionalExtension, params};
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
+use super::cache::CacheName;
 use super::catalog::{CacheRow, CatalogError, signed, unsigned};
 use super::ingest::IngestError;
 use super::object_store::{StorageError, problem};
@@ -321,13 +322,25 @@ impl Anchor {
                 }
             };
             if is_hidden {
-                anchor.storage.delete(&name.narinfo_key(&hash)).await?;
+                anchor.delete_objects(&name, &hash).await?;
                 anchor.catalog.forget_path(cache, hash).await?;
                 anchor.fullness.forget(cache);
             }
             Ok(is_hidden)
         })
         .await
+    }
+
+    /// Deletes what the bucket has of a path that is hidden, but for its NAR. Logs and realisations are of derivations.
+    ///
+    /// The caller holds the path's lock, and its row says that it goes until this is done.
+    pub(super) async fn delete_objects(
+        &self,
+        cache: &CacheName,
+        hash: &StorePathHash,
+    ) -> Result<(), StorageError> {
+        self.storage.delete(&cache.listing_key(hash)).await?;
+        self.storage.delete(&cache.narinfo_key(hash)).await
     }
 
     /// Deletes a NAR that nothing names; `false` when something does after all.

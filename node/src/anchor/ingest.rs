@@ -522,7 +522,7 @@ impl Anchor {
                 }
             }
             Some(PathState::Leaving) => {
-                self.storage.delete(&key).await?;
+                self.delete_objects(name, &hash).await?;
                 self.catalog.forget_path(cache, hash).await?;
             }
         }

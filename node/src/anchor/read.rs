@@ -420,6 +420,16 @@ async fn stored_file(
     cache: &CacheRow,
     name: &FileName,
 ) -> Answer {
+    // A listing says what is in a path, and goes with it.
+    let listed = name
+        .key()
+        .strip_prefix("ls/")
+        .map(|file| file.trim_end_matches(".ls"));
+    if let Some(Ok(hash)) = listed.map(str::parse)
+        && anchor.catalog.path(cache.id, hash).await?.is_none()
+    {
+        return Err(not_here());
+    }
     let key = cache.name.file_key(name.key());
     let stored = anchor
         .storage

@@ -381,6 +381,33 @@ async fn an_object_that_cannot_be_deleted_keeps_no_other_and_no_anchor_from_star
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_listing_of_a_path_goes_with_it() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = bearer(&rig.token(&[("*", &[Push, Delete])]).await);
+    let ask = |method: &str, target: &str, body: &[u8]| {
+        let headers = [("Authorization", token.as_str())];
+        rig.ask(method, target, &headers, body).status
+    };
+    let path = sample(1, &[]);
+    let listing = format!("/main/{}.ls", path.hash());
+    // Nix puts it before the path.
+    assert_eq!(ask("PUT", &listing, b"{\"version\":1}"), 201);
+    assert_eq!(rig.get(&listing).status, 404);
+    let push = rig.token(&[("*", &[Push])]).await;
+    assert_eq!(rig.upload(&push, "main", &path).status, 200);
+    assert_eq!(rig.get(&listing).status, 200);
+    let target = format!("/api/v1/caches/main/paths/{}", path.hash());
+    assert_eq!(ask("DELETE", &target, b""), 204);
+    assert_eq!(rig.get(&listing).status, 404);
+    let key = format!("caches/main/files/ls/{}.ls", path.hash());
+    assert!(!rig.objects().contains(&key));
+    // Also from who pushes the path again without one.
+    assert_eq!(rig.upload(&push, "main", &path).status, 200);
+    assert_eq!(rig.get(&listing).status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_clock_that_is_wrong_does_not_empty_a_cache() {
     let rig = Rig::new().await;
     rig.cache("main", true).await;
