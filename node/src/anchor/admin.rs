@@ -152,22 +152,22 @@ impl Anchor {
                 wanted: settings.store_dir,
             });
         }
-        let cache = self.store_settings(name, settings).await?;
         let used: Vec<_> = changes
             .pinned
             .iter()
             .map(|hash| ((cache.id, *hash), self.now()))
             .collect();
         let pinned = used.len();
-        // A collection that was planned before sees that they are used.
+        // A collection that was planned before sees that they are used. Before settings, which would let older pins go
+        // for one that is not there.
         let found = self.catalog.used(used).await?;
-        match found == pinned {
-            true => Ok(cache),
-            false => Err(AdminError::Pin {
+        if found < pinned {
+            return Err(AdminError::Pin {
                 name: name.clone(),
                 absent: pinned - found,
-            }),
+            });
         }
+        self.store_settings(name, settings).await
     }
 
     /// Gives a cache another signing key, imported or new, and signs every path with it.

@@ -601,4 +601,15 @@ async fn a_pin_of_what_a_cache_does_not_hold_is_refused() {
         "{refused}"
     );
     anchor.configure_cache(&name, &pin(&[&held])).await.unwrap();
+    // Nothing of a refused change is kept, and no older pin let go for it.
+    let newest = |sample: &Sample| Changes {
+        pinned_as: Some(("nas".parse().unwrap(), Some(1))),
+        ..pin(&[sample])
+    };
+    let before = anchor.configure_cache(&name, &newest(&held)).await.unwrap();
+    let refused = anchor.configure_cache(&name, &newest(&absent)).await;
+    assert!(refused.is_err());
+    let after = anchor.catalog.cache(&name).await.unwrap().unwrap();
+    assert_eq!(after.settings, before.settings);
+    assert_eq!(after.settings.pinned().count(), 2);
 }
