@@ -1,11 +1,10 @@
 //! Administration of caches: make, configure, rotate, delete.
 //!
 //! The order survives a crash: a key is written before the settings that name it, settings go into
-//! the bucket before the catalog, and a cache that is deleted disappears from the catalog first.
+//! the bucket before the catalog, and a cache that is deleted disappears from the catalog first ([`deletion`]).
 
 use std::collections::BTreeSet;
 
-use futures::TryStreamExt;
 use granary_protocol::narinfo::NarInfo;
 use granary_protocol::signature::SecretKey;
 use granary_protocol::store_path::{StoreDir, StorePathHash};
@@ -17,6 +16,8 @@ use super::cache::{
 use super::catalog::{CacheRow, Catalog, CatalogError, PathRow};
 use super::ingest::finish;
 use super::object_store::StorageError;
+
+mod deletion;
 
 /// Paths that are signed again between two looks at the catalog.
 const RESIGN_BATCH: usize = 256;
@@ -121,6 +122,9 @@ impl Anchor {
         let _held = self.administration.lock().await;
         if self.catalog.cache(name).await?.is_some() {
             return Err(AdminError::Exists { name: name.clone() });
+        }
+        if self.is_being_deleted(name).await? {
+            self.end_deletion(name).await?;
         }
         let key = match key {
             Some(key) => key,
@@ -329,26 +333,6 @@ impl Anchor {
         finish(&mut narinfo, &stored, keys, &self.trust, dir);
         let text = narinfo.to_text(dir);
         Ok((text != path.narinfo).then_some(text))
-    }
-
-    /// Deletes a cache with everything in it; NARs that no other cache has wait for the collector.
-    pub async fn delete_cache(&self, name: &CacheName) -> Result<(), AdminError> {
-        let _held = self.administration.lock().await;
-        let cache = self.existing(name).await?;
-        self.catalog.forget_cache(cache.id).await?;
-        self.counts.forget(name);
-        // Settings first: what is left of a cache without settings is rubbish to a rebuild.
-        self.storage.delete(&name.settings_key()).await?;
-        let mut objects = self.storage.list(&format!("caches/{name}"));
-        while let Some(object) = objects.try_next().await? {
-            self.storage.delete(&object.key).await?;
-        }
-        let (keys, name) = (self.keys.clone(), name.clone());
-        let deleted = tokio::task::spawn_blocking(move || keys.delete(&name)).await;
-        match deleted {
-            Ok(deleted) => Ok(deleted?),
-            Err(error) => std::panic::resume_unwind(error.into_panic()),
-        }
     }
 
     async fn existing(&self, name: &CacheName) -> Result<CacheRow, AdminError> {

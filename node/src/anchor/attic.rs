@@ -210,9 +210,8 @@ async fn create(
         upstream_keys: Some(create.upstream_cache_key_names),
         ..Changes::default()
     };
-    anchor
-        .create_cache(name, &changes, create.keypair.key()?)
-        .await?;
+    let (creating, name, key) = (anchor.clone(), name.clone(), create.keypair.key()?);
+    to_its_end(async move { creating.create_cache(&name, &changes, key).await }).await?;
     Ok(empty(StatusCode::OK))
 }
 
@@ -262,13 +261,15 @@ async fn configure(
         let (changing, name, key) = (anchor.clone(), name.clone(), keypair.key()?);
         to_its_end(async move { changing.rotate_key(&name, key, false).await }).await?;
     }
-    anchor.configure_cache(name, &changes).await?;
+    let (changing, name) = (anchor.clone(), name.clone());
+    to_its_end(async move { changing.configure_cache(&name, &changes).await }).await?;
     Ok(empty(StatusCode::OK))
 }
 
 async fn destroy(anchor: &Arc<Anchor>, parts: &Parts, name: &CacheName) -> Answer {
     authorize(anchor, parts, name, Permission::Destroy).await?;
-    anchor.delete_cache(name).await?;
+    let (deleting, name) = (anchor.clone(), name.clone());
+    to_its_end(async move { deleting.delete_cache(&name).await }).await?;
     Ok(empty(StatusCode::OK))
 }
 

@@ -41,6 +41,7 @@ const MIGRATIONS: &[&str] = &[
     include_str!("catalog/5.sql"),
     include_str!("catalog/6.sql"),
     include_str!("catalog/7.sql"),
+    include_str!("catalog/8.sql"),
 ];
 
 /// Threads that read.
@@ -304,18 +305,6 @@ impl Catalog {
                 .query_row(params![name.as_str(), settings, signed(now)], |row| {
                     row.get(0)
                 })
-        })
-        .await
-    }
-
-    /// Forgets a cache and all its paths; their NARs wait for the collector.
-    pub async fn forget_cache(&self, cache: i64) -> Result<(), CatalogError> {
-        self.write(move |transaction| {
-            for table in ["edges", "rewrites", "rotations", "paths", "received"] {
-                transaction.execute(&format!("DELETE FROM {table} WHERE cache = ?1"), [cache])?;
-            }
-            transaction.execute("DELETE FROM caches WHERE id = ?1", [cache])?;
-            Ok(())
         })
         .await
     }
@@ -839,7 +828,7 @@ pub(super) fn cache_row(row: &Row<'_>) -> rusqlite::Result<CacheRow> {
     })
 }
 
-fn stored_name(name: &str) -> rusqlite::Result<CacheName> {
+pub(super) fn stored_name(name: &str) -> rusqlite::Result<CacheName> {
     CacheName::new(name).map_err(malformed)
 }
 

@@ -45,7 +45,12 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
         begin(&storage, &catalog, &catalog_file).await?;
     }
     let mut found = Found::default();
+    let deleted = catalog.deletions().await?;
     for (name, settings) in caches(&storage).await? {
+        if deleted.contains(&name) {
+            warn!(cache = %name, "left out a cache that is being deleted");
+            continue;
+        }
         let dir = match settings.store_dir() {
             Ok(dir) => dir,
             Err(error) => {

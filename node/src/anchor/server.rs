@@ -11,6 +11,7 @@ use tracing::{error, info, warn};
 
 use super::cache::{CacheName, CacheNameError};
 use super::ingest::IngestError;
+use super::object_store::problem;
 use super::tls::{RENEWAL_INTERVAL, Tls, TlsError};
 use super::{Anchor, OpenError, Options, admin, heal, http, scrub, uploads};
 
@@ -147,6 +148,13 @@ impl Server {
                     info!(cache = %name, key, "made the default cache");
                 }
                 Err(admin::AdminError::Exists { .. }) => {}
+                // It was deleted, and storage refuses to delete what is left of it.
+                Err(admin::AdminError::Storage(error))
+                    if anchor.is_being_deleted(&name).await? =>
+                {
+                    let problem = problem(&error);
+                    warn!(cache = %name, problem, "could not make the default cache anew");
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -162,6 +170,7 @@ impl Server {
         let resuming = anchor.clone();
         tasks.spawn(async move {
             // Interrupted anywhere, the next start goes on.
+            resume_deletions(&resuming).await;
             if let Err(error) = resuming.resume_rotations().await {
                 let storage = resuming.storage.location();
                 error!(storage, %error, "could not look for rotations of keys that were interrupted");
@@ -227,6 +236,13 @@ async fn sweep(anchor: &Arc<Anchor>) {
     }
 }
 
+async fn resume_deletions(anchor: &Arc<Anchor>) {
+    if let Err(error) = anchor.resume_deletions().await {
+        let storage = anchor.storage.location();
+        error!(storage, %error, "could not look for deletions of caches that were interrupted");
+    }
+}
+
 /// Where this machine reaches what listens on an address.
 pub fn nearest(address: SocketAddr) -> SocketAddr {
     let here = match address {
@@ -282,6 +298,10 @@ async fn collect(anchor: Arc<Anchor>, shutdown: CancellationToken) {
             () = tokio::time::sleep(COLLECT_INTERVAL) => {}
         }
         // Interrupted anywhere, the next one goes on.
+        tokio::select! {
+            () = shutdown.cancelled() => return,
+            () = resume_deletions(&anchor) => {}
+        }
         tokio::select! {
             () = shutdown.cancelled() => return,
             collected = anchor.collect() => if let Err(error) = collected {

@@ -20,7 +20,7 @@ pub fn rounds(default: u64) -> u64 {
 
 pub fn token(place: &Place) -> String {
     let _anchor = place.start();
-    let allow = "pull,push,delete,configure";
+    let allow = "pull,push,delete,configure,destroy";
     let token = [
         "token",
         "create",
@@ -344,6 +344,44 @@ fn a_collection_that_is_killed_again_and_again_takes_nothing_that_was_pushed_sin
     );
     let anchor = place.start();
     assert_consistent(&place, &anchor, &token, &acknowledged);
+}
+
+#[test]
+fn a_deletion_of_a_cache_that_is_killed_again_and_again_leaves_nothing_of_it() {
+    let rounds = rounds(8);
+    let place = Place::new();
+    let token = token(&place);
+    for round in 0..rounds {
+        let mut anchor = place.start();
+        let samples = (0..20).map(|number| Sample::new(number, 1000));
+        let (done, _) = push(&anchor, &token, samples.collect()).join().unwrap();
+        assert_eq!(done.len(), 20);
+        let (address, bearer) = (anchor.address, bearer(&token));
+        std::thread::spawn(move || {
+            let headers = [("Authorization", bearer.as_str())];
+            let target = "/_api/v1/cache-config/main";
+            std::panic::catch_unwind(|| ask(address, "DELETE", target, &headers, b""))
+        });
+        kill_after(&mut anchor, Duration::from_micros(round * 40_000 / rounds));
+        // It had not begun, or ends by itself: the default cache, made anew, has nothing of it.
+        let anchor = place.start();
+        let answered = samples_held(&anchor, &token);
+        assert!(
+            [0, 20].contains(&answered),
+            "{answered} paths of a cache that was deleted"
+        );
+        let storage = place.path().join("state/storage/caches/main/narinfo");
+        let stored = std::fs::read_dir(storage).map_or(0, |entries| entries.count());
+        assert_eq!(stored, answered);
+    }
+}
+
+/// How many of the first twenty samples are answered.
+fn samples_held(anchor: &Anchor, token: &str) -> usize {
+    let samples = (0..20).map(|number| Sample::new(number, 1000));
+    let narinfo = |sample: Sample| format!("/main/{}.narinfo", sample.hash());
+    let statuses = samples.map(|sample| anchor.get(&narinfo(sample), token).status);
+    statuses.filter(|status| *status == 200).count()
 }
 
 #[test]

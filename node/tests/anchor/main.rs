@@ -3,6 +3,7 @@
 //! S3 is served in process by `s3s-fs` behind a lock, with a hook that makes it fail ([`s3`]).
 
 mod access;
+mod administration;
 mod attic;
 #[path = "../shared/browser.rs"]
 #[allow(dead_code, reason = "each page is visited in its own way")]

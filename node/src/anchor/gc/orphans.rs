@@ -166,11 +166,13 @@ impl Catalog {
         .await
     }
 
-    /// Returns those of the narinfos whose path has no row. A row keeps its NAR by itself, in whichever state.
+    /// Returns those of the narinfos whose path has no row, without those of caches that are being deleted. A row keeps
+    /// its NAR by itself, in whichever state.
     async fn unknown_narinfos(&self, narinfos: Vec<Lying>) -> Result<Vec<Lying>, CatalogError> {
         self.read(move |connection| {
             let mut row = connection.prepare_cached(
-                "SELECT 1 FROM paths JOIN caches ON caches.id = paths.cache WHERE name = ?1 AND hash = ?2",
+                "SELECT 1 FROM paths JOIN caches ON caches.id = paths.cache WHERE name = ?1 AND hash = ?2
+                 UNION ALL SELECT 1 FROM deletions WHERE deletions.cache = ?1",
             )?;
             let mut unknown = Vec::new();
             for narinfo in narinfos {
