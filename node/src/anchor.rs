@@ -189,7 +189,7 @@ pub struct Anchor {
     /// Read by those who sign with the keys that there are, written by those who change the keys.
     signing: tokio::sync::RwLock<()>,
     /// Serialises what reads settings, changes and writes them.
-    administration: tokio::sync::Mutex<()>,
+    administration: admin::Administration,
     /// One collection at a time.
     collecting: tokio::sync::Mutex<()>,
     uses: Uses,
@@ -272,7 +272,7 @@ impl Anchor {
             uploads: uploads::Uploads::new(&spool),
             spool,
             signing: tokio::sync::RwLock::new(()),
-            administration: tokio::sync::Mutex::new(()),
+            administration: admin::Administration::in_folder(&options.state),
             collecting: tokio::sync::Mutex::new(()),
             uses: Uses::default(),
             counts: counts::Counts::default(),

@@ -17,7 +17,10 @@ use super::catalog::{CacheRow, Catalog, CatalogError, PathRow};
 use super::ingest::finish;
 use super::object_store::StorageError;
 
+mod administration;
 mod deletion;
+
+pub use administration::{Administration, AdministrationError};
 
 /// Paths that are signed again between two looks at the catalog.
 const RESIGN_BATCH: usize = 256;
@@ -60,6 +63,8 @@ pub enum AdminError {
     },
     #[error("cache {name} does not hold {absent} of the paths that are to be pinned")]
     Pin { name: CacheName, absent: usize },
+    #[error(transparent)]
+    Administration(#[from] AdministrationError),
     #[error(transparent)]
     Keys(#[from] KeysError),
     #[error(transparent)]
@@ -119,7 +124,7 @@ impl Anchor {
         changes: &Changes,
         key: Option<SecretKey>,
     ) -> Result<CacheRow, AdminError> {
-        let _held = self.administration.lock().await;
+        let _held = self.administration.hold().await?;
         if self.catalog.cache(name).await?.is_some() {
             return Err(AdminError::Exists { name: name.clone() });
         }
@@ -143,7 +148,7 @@ impl Anchor {
         name: &CacheName,
         changes: &Changes,
     ) -> Result<CacheRow, AdminError> {
-        let _held = self.administration.lock().await;
+        let _held = self.administration.hold().await?;
         let cache = self.existing(name).await?;
         let mut settings = cache.settings;
         let found = settings.store_dir.clone();
@@ -185,7 +190,7 @@ impl Anchor {
         key: Option<SecretKey>,
         retire: bool,
     ) -> Result<CacheRow, AdminError> {
-        let _held = self.administration.lock().await;
+        let _held = self.administration.hold().await?;
         let cache = self.existing(name).await?;
         // Before anything says that it has begun.
         let (store, checked) = (self.keys.clone(), name.clone());
@@ -266,7 +271,7 @@ impl Anchor {
 
     /// Returns how many keys sign the cache; 0 when there is nothing to finish.
     async fn resume_rotation(&self, cache: CacheRow) -> Result<usize, AdminError> {
-        let _held = self.administration.lock().await;
+        let _held = self.administration.hold().await?;
         // It may have been deleted, or rotated again, since.
         let cache = match self.catalog.cache(&cache.name).await? {
             Some(found) if found.id == cache.id => found,

@@ -268,9 +268,10 @@ impl From<AdminError> for Refusal {
                 Refusal::bad_request(error.to_string())
             }
             AdminError::Pin { .. } => Refusal::not_found(error.to_string()),
-            AdminError::Keys(_) | AdminError::Storage(_) | AdminError::Catalog(_) => {
-                Refusal::ours(&error)
-            }
+            AdminError::Administration(_)
+            | AdminError::Keys(_)
+            | AdminError::Storage(_)
+            | AdminError::Catalog(_) => Refusal::ours(&error),
         }
     }
 }

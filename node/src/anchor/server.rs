@@ -221,6 +221,14 @@ impl Server {
 
 /// Removes what was being written into storage when the last run was killed. What stays costs space, and nothing else.
 async fn sweep(anchor: &Arc<Anchor>) {
+    // Commands that change caches write beside us.
+    let _held = match anchor.administration.hold().await {
+        Ok(held) => held,
+        Err(error) => {
+            warn!(%error, "could not look for what was being written when the last run ended");
+            return;
+        }
+    };
     let storage = anchor.storage.clone();
     let swept = tokio::task::spawn_blocking(move || storage.sweep()).await;
     let storage = anchor.storage.location();

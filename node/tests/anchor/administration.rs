@@ -1,7 +1,10 @@
 //! What is done to caches is done whole, whatever interrupts it and whoever else does something.
 
+use std::sync::Arc;
 use std::time::Instant;
 
+use granary::anchor::Anchor;
+use granary::anchor::admin::Changes;
 use granary::anchor::rebuild::rebuild;
 use granary::anchor::server::Server;
 use granary_protocol::token::Permission::{Create, Destroy, Push};
@@ -126,4 +129,44 @@ async fn a_cache_that_is_made_again_has_nothing_of_the_one_that_was_deleted() {
         let target = format!("/team/{}.narinfo", path.hash());
         assert_eq!(rig.get(&target).status, 404);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_change_of_a_cache_is_lost_between_an_anchor_and_commands_beside_it() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let samples: Vec<Sample> = (0..40).map(|number| Sample::new(number, 100)).collect();
+    for path in &samples {
+        assert_eq!(rig.upload(&token, "main", path).status, 200);
+    }
+    let server = rig.server.as_ref().unwrap().anchor.clone();
+    // As another process has it.
+    let command = Anchor::open(rig.options()).await.unwrap();
+    let pin = |anchor: Arc<Anchor>, sample: &Sample| {
+        let changes = Changes {
+            pinned: vec![sample.hash().parse().unwrap()],
+            ..Changes::default()
+        };
+        tokio::spawn(async move {
+            let name = "main".parse().unwrap();
+            anchor.configure_cache(&name, &changes).await.map(drop)
+        })
+    };
+    let pins = samples.chunks(2).flat_map(|pair| {
+        [
+            pin(server.clone(), &pair[0]),
+            pin(command.clone(), &pair[1]),
+        ]
+    });
+    let pins: Vec<_> = pins.collect();
+    let main = "main".parse().unwrap();
+    let rotated = command.rotate_key(&main, None, false);
+    assert_eq!(rotated.await.unwrap().settings.public_keys.len(), 2);
+    for pinned in pins {
+        pinned.await.unwrap().unwrap();
+    }
+    let main = server.catalog.cache(&main).await;
+    let settings = main.unwrap().unwrap().settings;
+    assert_eq!((settings.pins.len(), settings.public_keys.len()), (40, 2));
 }

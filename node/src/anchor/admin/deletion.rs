@@ -24,7 +24,7 @@ impl Anchor {
     /// # Errors
     /// When storage fails, the cache is gone all the same, and what is left of it goes later.
     pub async fn delete_cache(&self, name: &CacheName) -> Result<(), AdminError> {
-        let _held = self.administration.lock().await;
+        let _held = self.administration.hold().await?;
         match self.existing(name).await {
             Ok(cache) => self.catalog.begin_deletion(cache.id, name).await?,
             // Again, for what is left.
@@ -38,7 +38,7 @@ impl Anchor {
     /// Goes on with deletions that were interrupted; one that fails waits for the next time. Safe beside pushes.
     pub async fn resume_deletions(&self) -> Result<(), AdminError> {
         for name in self.catalog.deletions().await? {
-            let _held = self.administration.lock().await;
+            let _held = self.administration.hold().await?;
             // It may have been finished since, and a cache of that name be there again.
             if !self.is_being_deleted(&name).await? {
                 continue;
