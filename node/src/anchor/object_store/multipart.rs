@@ -98,7 +98,11 @@ impl Multipart {
             entries => entries?,
         };
         let mut left = Vec::new();
-        for entry in entries.take(LEFT_MAX) {
+        for entry in entries {
+            // Those of another bucket count for nothing, or enough of them would hide ours for ever.
+            if left.len() >= LEFT_MAX {
+                break;
+            }
             let file = entry?.path();
             match Note::read(&file) {
                 Ok(Some(note)) if note.location == self.location => {
@@ -249,20 +253,42 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn what_is_no_note_is_removed_and_what_cannot_be_read_stays_and_hides_no_other() {
-        let folder = tempfile::tempdir().unwrap();
+    fn multipart(folder: &FilePath) -> Multipart {
         let store = AmazonS3Builder::new()
             .with_bucket_name("b")
             .with_region("x")
             .build()
             .unwrap();
-        let multipart = Multipart::new(Arc::new(store), "s3://b", folder.path());
-        let note = |location: &str| Note {
+        Multipart::new(Arc::new(store), "s3://b", folder)
+    }
+
+    fn note(location: &str) -> Note {
+        Note {
             location: location.to_owned(),
             key: "nar/x".to_owned(),
             upload: "id".to_owned(),
-        };
+        }
+    }
+
+    #[test]
+    fn notes_of_another_bucket_do_not_hide_ours() {
+        let folder = tempfile::tempdir().unwrap();
+        for number in 0..3 * LEFT_MAX {
+            let location = match number % 100 {
+                0 => "s3://b",
+                _ => "s3://elsewhere",
+            };
+            let note = serde_json::to_vec(&note(location)).unwrap();
+            fs::write(folder.path().join(number.to_string()), note).unwrap();
+        }
+        let left = multipart(folder.path()).left().unwrap();
+        assert_eq!(left.len(), 3 * LEFT_MAX / 100);
+    }
+
+    #[test]
+    fn what_is_no_note_is_removed_and_what_cannot_be_read_stays_and_hides_no_other() {
+        let folder = tempfile::tempdir().unwrap();
+        let multipart = multipart(folder.path());
         let own = note("s3://b").write(folder.path()).unwrap();
         let other = note("s3://elsewhere").write(folder.path()).unwrap();
         let (torn, unreadable) = (folder.path().join("torn"), folder.path().join("unreadable"));
