@@ -202,6 +202,7 @@ pub struct Anchor {
     members: Option<Arc<members::Members>>,
     sources: heal::Sources,
     unpackers: Unpackers,
+    batches: read::Batches,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -260,6 +261,7 @@ impl Anchor {
             members,
             sources: heal::Sources::new(options.heal_from)?,
             unpackers: Unpackers::default(),
+            batches: read::Batches::default(),
             keys: Keys::in_folder(&options.state),
             trust: options.trust,
             nar_bytes_max: options.nar_bytes_max,

@@ -337,18 +337,25 @@ impl Catalog {
             .await
     }
 
-    /// Returns those of the paths that are complete, in the order asked.
-    pub async fn paths(
+    /// Returns those of the paths that are complete, from the end of what was asked and until their narinfos have
+    /// so many bytes, and which are left.
+    pub async fn some_paths(
         &self,
         cache: i64,
-        hashes: Vec<StorePathHash>,
-    ) -> Result<Vec<PathRow>, CatalogError> {
+        mut hashes: Vec<StorePathHash>,
+        bytes: usize,
+    ) -> Result<(Vec<PathRow>, Vec<StorePathHash>), CatalogError> {
         self.read(move |connection| {
-            let mut found = Vec::new();
-            for hash in &hashes {
-                found.extend(find_path(connection, cache, hash)?);
+            let (mut found, mut held) = (Vec::new(), 0);
+            while held < bytes
+                && let Some(hash) = hashes.pop()
+            {
+                if let Some(path) = find_path(connection, cache, &hash)? {
+                    held += path.narinfo.len();
+                    found.push(path);
+                }
             }
-            Ok(found)
+            Ok((found, hashes))
         })
         .await
     }

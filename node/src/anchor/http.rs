@@ -109,7 +109,7 @@ const RETRY_AFTER_SECONDS: u64 = 5;
 /// Largest body with a signing key.
 const ROTATION_BYTES_MAX: usize = 4096;
 
-/// How long a JSON body may take to arrive.
+/// How long a body that is not a NAR may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Pause after an accept that failed, as when file descriptors ran out.
@@ -775,23 +775,37 @@ pub(super) async fn small_body(
     body: &mut Incoming,
     bytes_max: usize,
 ) -> Result<bytes::Bytes, Refusal> {
-    let collected =
-        tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, bytes_max).collect()).await;
-    match collected {
-        Err(_) => Err(Refusal::new(
+    let collecting = async {
+        let collected = Limited::new(body, bytes_max).collect().await;
+        let collected = collected.map_err(|error| broken_body(&*error, bytes_max))?;
+        Ok(collected.to_bytes())
+    };
+    in_time(collecting).await
+}
+
+/// Reads a body with as much patience as we have with one that is not a NAR.
+pub(super) async fn in_time<T>(
+    reading: impl Future<Output = Result<T, Refusal>>,
+) -> Result<T, Refusal> {
+    let read = tokio::time::timeout(BODY_TIMEOUT, reading).await;
+    read.unwrap_or_else(|_| {
+        Err(Refusal::new(
             StatusCode::REQUEST_TIMEOUT,
             "RequestError",
             "the body took too long",
-        )),
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
-        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => Err(Refusal::new(
+        ))
+    })
+}
+
+/// Why a [`Limited`] body was not read to its end.
+pub(super) fn broken_body(error: &(dyn std::error::Error + 'static), bytes_max: usize) -> Refusal {
+    match error.is::<http_body_util::LengthLimitError>() {
+        true => Refusal::new(
             StatusCode::PAYLOAD_TOO_LARGE,
             "RequestError",
             format!("the body has more than {bytes_max} bytes"),
-        )),
-        Ok(Err(error)) => Err(Refusal::bad_request(format!(
-            "the body ended early: {error}"
-        ))),
+        ),
+        false => Refusal::bad_request(format!("the body ended early: {error}")),
     }
 }
 

@@ -113,6 +113,14 @@ pub struct Listed {
     pub modified: u64,
 }
 
+/// One object as it comes.
+pub struct Whole {
+    pub size: u64,
+    /// What storage calls this state of the object, if it does.
+    pub version: Option<String>,
+    pub bytes: BoxStream<'static, Result<Bytes, StorageError>>,
+}
+
 /// Why storage could not be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum SetupError {
@@ -404,34 +412,21 @@ impl ObjectStore {
                 found: found.range.end.saturating_sub(found.range.start),
             });
         }
-        let key = key.to_owned();
-        let state = (found.into_stream(), 0u64, key, false);
-        let checked =
-            futures::stream::unfold(state, move |(mut body, seen, key, ended)| async move {
-                if ended {
-                    return None;
-                }
-                match body.next().await {
-                    Some(Ok(bytes)) => {
-                        let seen = seen + bytes.len() as u64;
-                        Some((Ok(bytes), (body, seen, key, false)))
-                    }
-                    Some(Err(source)) => {
-                        let error = failed("read", &key)(source);
-                        Some((Err(error), (body, seen, key, true)))
-                    }
-                    None if seen == expected => None,
-                    None => {
-                        let error = StorageError::Short {
-                            key: key.clone(),
-                            expected,
-                            found: seen,
-                        };
-                        Some((Err(error), (body, seen, key, true)))
-                    }
-                }
-            });
-        Ok(Some(checked.boxed()))
+        Ok(Some(checked(found.into_stream(), key, expected)))
+    }
+
+    /// Streams a whole object; `None` when there is none. Like [`ObjectStore::read`] otherwise.
+    pub async fn whole(&self, key: &str) -> Result<Option<Whole>, StorageError> {
+        let found = match self.backend.get(&self.path(key)?).await {
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            found => found.map_err(failed("read", key))?,
+        };
+        let (size, version) = (found.meta.size, found.meta.e_tag.clone());
+        Ok(Some(Whole {
+            size,
+            version,
+            bytes: checked(found.into_stream(), key, size),
+        }))
     }
 
     /// Returns an address from where anybody can read an object for a while, without asking whether it is there;
@@ -494,6 +489,40 @@ impl std::fmt::Debug for ObjectStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "ObjectStore({})", self.location)
     }
+}
+
+/// A body that ends in an error unless all of its bytes came.
+fn checked(
+    body: BoxStream<'static, object_store::Result<Bytes>>,
+    key: &str,
+    expected: u64,
+) -> BoxStream<'static, Result<Bytes, StorageError>> {
+    let state = (body, 0u64, key.to_owned(), false);
+    let checked = futures::stream::unfold(state, move |(mut body, seen, key, ended)| async move {
+        if ended {
+            return None;
+        }
+        match body.next().await {
+            Some(Ok(bytes)) => {
+                let seen = seen + bytes.len() as u64;
+                Some((Ok(bytes), (body, seen, key, false)))
+            }
+            Some(Err(source)) => {
+                let error = failed("read", &key)(source);
+                Some((Err(error), (body, seen, key, true)))
+            }
+            None if seen == expected => None,
+            None => {
+                let error = StorageError::Short {
+                    key: key.clone(),
+                    expected,
+                    found: seen,
+                };
+                Some((Err(error), (body, seen, key, true)))
+            }
+        }
+    });
+    checked.boxed()
 }
 
 fn failed(action: &'static str, key: &str) -> impl FnOnce(object_store::Error) -> StorageError {

@@ -3,33 +3,43 @@
 //! Nix puts each NAR under the hash of its compressed file, then the narinfo that names it, references
 //! first. The NAR is taken in at once, whatever its compression, and remembered under the name it came
 //! with; the narinfo publishes it. What is served later is our own narinfo, with our own URL and
-//! signature. Logs, listings and realisations are kept as they came.
+//! signature. Logs, listings and realisations are kept as they came, by way of the spool.
 
+use std::io::{BufReader, Seek, SeekFrom};
+use std::path::Path;
 use std::sync::Arc;
 
 use ::http::header::CONTENT_ENCODING;
 use ::http::{HeaderMap, StatusCode, request::Parts};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures::stream::{self, BoxStream};
+use futures::{StreamExt, TryStreamExt};
 use granary_protocol::cache_info::CacheInfo;
 use granary_protocol::hash::FileHash;
 use granary_protocol::narinfo::{NARINFO_BYTES_MAX, NarInfo};
 use granary_protocol::token::Permission;
-use http_body_util::BodyDataStream;
+use http_body_util::{BodyDataStream, Limited};
 use hyper::body::Incoming;
 use serde::de::IgnoredAny;
+use tempfile::TempPath;
+use tokio::io::AsyncWriteExt;
 
 use super::Anchor;
 use super::cache::CacheName;
 use super::catalog::{CacheRow, StoredNar};
-use super::http::{Answer, Refusal, empty, small_body};
+use super::http::{Answer, Refusal, broken_body, empty, in_time, small_body};
 use super::ingest::IngestError;
-use super::intake::{Encoding, Intake};
+use super::intake::{Encoding, Intake, IntakeError};
+use super::object_store::{StorageError, Whole};
 
-/// Largest log, listing or realisation: they are handled in memory.
-pub const FILE_BYTES_MAX: usize = 32 * 1024 * 1024;
+/// Largest log, listing or realisation. Logs of whole systems have some MiB.
+const FILE_BYTES_MAX: usize = 32 * 1024 * 1024;
 
 /// Longest name of such a file; the longest of Nix's is a store path with its output.
 const FILE_NAME_BYTES_MAX: usize = 400;
+
+/// Most bytes before the line of such a file ends: an encoding is one word.
+const LINE_BYTES_MAX: usize = 64;
 
 /// Encodings under which such a file may be kept: what Nix can undo.
 const FILE_ENCODINGS: [&str; 5] = ["gzip", "br", "zstd", "xz", "bzip2"];
@@ -315,26 +325,41 @@ fn known(kind: &str) -> Option<&'static str> {
 }
 
 /// Such a file as it lies in the bucket: a line with its encoding, then its bytes.
-#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StoredFile {
     pub encoding: Option<String>,
-    pub body: Bytes,
+    pub size: u64,
+    pub version: Option<String>,
+    pub body: BoxStream<'static, Result<Bytes, StorageError>>,
 }
 
 impl StoredFile {
-    fn to_object(&self) -> Bytes {
-        let line = format!("{}\n", self.encoding.as_deref().unwrap_or_default());
-        [line.as_bytes(), &self.body].concat().into()
-    }
-
-    pub fn from_object(object: Bytes) -> Option<StoredFile> {
-        let end = object.iter().position(|byte| *byte == b'\n')?;
-        let encoding = std::str::from_utf8(&object[..end]).ok()?.to_owned();
-        let encoding = Some(encoding).filter(|encoding| !encoding.is_empty());
-        Some(StoredFile {
-            encoding,
-            body: object.slice(end + 1..),
-        })
+    /// Reads the line; `None` of an object without one.
+    pub async fn open(object: Whole) -> Result<Option<StoredFile>, StorageError> {
+        let Whole {
+            size,
+            version,
+            mut bytes,
+        } = object;
+        let mut head = BytesMut::new();
+        let end = loop {
+            if let Some(end) = head.iter().position(|byte| *byte == b'\n') {
+                break end;
+            }
+            match bytes.try_next().await? {
+                Some(more) if head.len() <= LINE_BYTES_MAX => head.extend_from_slice(&more),
+                _ => return Ok(None),
+            }
+        };
+        let first = head.split_off(end + 1).freeze();
+        let Ok(encoding) = String::from_utf8(head[..end].to_vec()) else {
+            return Ok(None);
+        };
+        Ok(Some(StoredFile {
+            encoding: Some(encoding).filter(|encoding| !encoding.is_empty()),
+            size: size.saturating_sub(end as u64 + 1),
+            version,
+            body: stream::once(async { Ok(first) }).chain(bytes).boxed(),
+        }))
     }
 }
 
@@ -363,15 +388,52 @@ async fn store_file(
             ));
         }
     };
-    let body = small_body(body, FILE_BYTES_MAX).await?;
+    // With a slot, so that slow senders of files are no more than those of NARs.
+    let _slot = anchor.intakes.acquire().await;
+    let line = format!("{}\n", encoding.as_deref().unwrap_or_default());
+    let file = spooled(&anchor.spool, &line, body).await?;
     if name.kind != "log" && encoding.is_none() {
-        let json = serde_json::from_slice::<IgnoredAny>(&body);
-        json.map_err(|error| Refusal::bad_request(format!("the file is not json: {error}")))?;
+        let (path, skip) = (file.to_path_buf(), line.len() as u64);
+        let checked = tokio::task::spawn_blocking(move || check_json(&path, skip)).await;
+        checked.map_err(|error| Refusal::ours(&error))??;
     }
-    let file = StoredFile { encoding, body };
     let key = cache.name.file_key(name.key());
-    anchor.storage.put(&key, file.to_object()).await?;
+    anchor.storage.put_file(&key, &file).await?;
     Ok(empty(StatusCode::CREATED))
+}
+
+/// Writes a line and the body after it into a file of the spool, which goes when it is dropped.
+async fn spooled(spool: &Path, line: &str, body: &mut Incoming) -> Result<TempPath, Refusal> {
+    let failed = |source| {
+        Refusal::from(IngestError::from(IntakeError::Spool {
+            path: spool.to_owned(),
+            source,
+        }))
+    };
+    let made = tempfile::Builder::new().prefix("file-").tempfile_in(spool);
+    let (file, path) = made.map_err(failed)?.into_parts();
+    let mut file = tokio::fs::File::from_std(file);
+    let reading = async {
+        file.write_all(line.as_bytes()).await.map_err(failed)?;
+        let mut body = BodyDataStream::new(Limited::new(body, FILE_BYTES_MAX));
+        while let Some(bytes) = body.next().await {
+            let bytes = bytes.map_err(|error| broken_body(&*error, FILE_BYTES_MAX))?;
+            file.write_all(&bytes).await.map_err(failed)?;
+        }
+        file.flush().await.map_err(failed)
+    };
+    in_time(reading).await?;
+    Ok(path)
+}
+
+/// Refuses a file that is not JSON after so many bytes. Blocks.
+fn check_json(path: &Path, skip: u64) -> Result<(), Refusal> {
+    let ours = |error: std::io::Error| Refusal::ours(&error);
+    let mut file = std::fs::File::open(path).map_err(ours)?;
+    file.seek(SeekFrom::Start(skip)).map_err(ours)?;
+    let json: Result<IgnoredAny, _> = serde_json::from_reader(BufReader::new(file));
+    let json = json.map(drop);
+    json.map_err(|error| Refusal::bad_request(format!("the file is not json: {error}")))
 }
 
 #[cfg(test)]
@@ -436,18 +498,35 @@ mod tests {
         check(&["log", &"a".repeat(401)], None);
     }
 
-    #[test]
-    fn stored_files_come_back_with_their_encoding() {
-        for encoding in [None, Some("br".to_owned())] {
-            let file = StoredFile {
-                encoding,
-                body: Bytes::from_static(b"\nbody\n"),
+    #[tokio::test]
+    async fn stored_files_come_back_with_their_encoding() {
+        let check = async |object: &'static [u8], chunk: usize, expected: Option<(&str, &[u8])>| {
+            let chunks: Vec<_> = object
+                .chunks(chunk)
+                .map(Bytes::from_static)
+                .map(Ok)
+                .collect();
+            let whole = Whole {
+                size: object.len() as u64,
+                version: None,
+                bytes: stream::iter(chunks).boxed(),
             };
-            assert_eq!(StoredFile::from_object(file.to_object()), Some(file));
+            let file = StoredFile::open(whole).await.unwrap();
+            let Some(file) = file else {
+                return assert_eq!(expected, None);
+            };
+            let (encoding, size) = (file.encoding.unwrap_or_default(), file.size);
+            let body: Vec<Bytes> = file.body.try_collect().await.unwrap();
+            let body = body.concat();
+            assert_eq!(expected, Some((&encoding[..], &body[..])));
+            assert_eq!(size, body.len() as u64);
+        };
+        for chunk in [1, 3, 1000] {
+            check(b"\n\nbody\n", chunk, Some(("", b"\nbody\n"))).await;
+            check(b"br\nbody", chunk, Some(("br", b"body"))).await;
+            check(b"br\n", chunk, Some(("br", b""))).await;
+            check(b"no line", chunk, None).await;
         }
-        assert_eq!(
-            StoredFile::from_object(Bytes::from_static(b"no line")),
-            None
-        );
+        check(&[b'x'; 1000], 10, None).await;
     }
 }

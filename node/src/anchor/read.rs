@@ -9,9 +9,11 @@
 //! S3 itself, by a redirect to a signed link. The answer is 200 with whole zstd frames up to the end, and says in
 //! `Granary-Skip` how many raw bytes come before the offset in the first of them.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use ::http::header::{
     CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, ETAG, HeaderName, IF_NONE_MATCH,
@@ -19,9 +21,9 @@ use ::http::header::{
 };
 use ::http::{HeaderMap, HeaderValue, Method, Response, StatusCode, request::Parts};
 use bytes::Bytes;
-use futures::TryStreamExt;
+use futures::{Stream, TryStreamExt, stream};
 use granary_protocol::cache_info::CacheInfo;
-use granary_protocol::hash::{FileHash, NarHash, sha256};
+use granary_protocol::hash::{NarHash, sha256};
 use granary_protocol::narinfo::Compression;
 use granary_protocol::nix32;
 use granary_protocol::seekable::{FOOTER_BYTES, FRAME_RAW_BYTES, SeekTable};
@@ -29,14 +31,15 @@ use granary_protocol::store_path::StorePathHash;
 use granary_protocol::token::Permission;
 use http_body_util::BodyDataStream;
 use hyper::body::Incoming;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::error;
 
 use super::cache::CacheName;
 use super::catalog::{CacheRow, CatalogError, PathRow, StoredNar};
 use super::http::{Answer, Refusal, empty, json_body, set};
 use super::intake::Encoding;
-use super::put::{FILE_BYTES_MAX, FileName, StoredFile, name_of_nar};
+use super::put::{FileName, StoredFile, name_of_nar};
 use super::{Anchor, nar_key, repack};
 use crate::serve::nar::Part;
 use crate::serve::respond::{self, Body};
@@ -59,10 +62,36 @@ struct BatchQuestion {
     hashes: Vec<String>,
 }
 
-#[derive(Serialize)]
-struct BatchAnswer {
-    /// By hash; those that are not here are left out.
-    narinfos: std::collections::BTreeMap<String, String>,
+/// Batches that are answered at once: each holds its hashes, some 1.5 MB while they are text, and [`PIECE_BYTES`] of
+/// its answer with the narinfo that goes beyond.
+const BATCHES_PARALLEL: usize = 32;
+
+/// How long a batch may wait for its turn before it is told to come back.
+const BATCH_WAIT: Duration = Duration::from_secs(10);
+
+/// Bytes of narinfos that are looked up for a batch at once. What a client is behind with is not held.
+const PIECE_BYTES: usize = 256 * 1024;
+
+/// How long a client may take for a piece of its answer before its turn is given to others.
+const PIECE_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// The turns of batches.
+pub struct Batches(Arc<Semaphore>);
+
+impl Default for Batches {
+    fn default() -> Batches {
+        Batches(Arc::new(Semaphore::new(BATCHES_PARALLEL)))
+    }
+}
+
+impl Batches {
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, Refusal> {
+        let turn = tokio::time::timeout(BATCH_WAIT, self.0.clone().acquire_owned()).await;
+        match turn {
+            Ok(Ok(turn)) => Ok(turn),
+            _ => Err(busy("too many batches of narinfos are being answered")),
+        }
+    }
 }
 
 /// Answers GET and HEAD below a cache.
@@ -137,8 +166,10 @@ async fn narinfo(
     hash: StorePathHash,
 ) -> Answer {
     let found = async {
-        let paths = anchor.relied_on(cache.id, vec![hash]).await?;
-        Ok::<_, CatalogError>(paths.into_iter().next())
+        match anchor.relied_on(cache.id, vec![hash]).await?.pop() {
+            Some(hash) => anchor.catalog.path(cache.id, hash).await,
+            None => Ok(None),
+        }
     };
     let path = match found.await {
         Ok(path) => path,
@@ -164,25 +195,22 @@ async fn narinfo(
 }
 
 impl Anchor {
-    /// Returns those of the paths that are here, for somebody who will come for their NARs: they stay.
+    /// Returns those of the paths that are here, for somebody who will come for their NARs: they stay. They are to be
+    /// looked up after this, for what went before it was noted is not here after all.
     async fn relied_on(
         &self,
         cache: i64,
         mut hashes: Vec<StorePathHash>,
-    ) -> Result<Vec<PathRow>, CatalogError> {
+    ) -> Result<Vec<StorePathHash>, CatalogError> {
         // Most of what Nix asks for is not here, and leaves no note.
-        let found = self.catalog.paths(cache, hashes).await?;
-        hashes = found.iter().map(|path| path.hash).collect();
-        hashes.retain(|hash| self.note_use(cache, *hash));
-        if hashes.is_empty() {
-            return Ok(Vec::new());
-        }
-        // What went before it was noted is not here after all.
-        self.catalog.paths(cache, hashes).await
+        let absent = self.catalog.missing(cache, hashes.clone()).await?;
+        let absent: BTreeSet<StorePathHash> = absent.into_iter().collect();
+        hashes.retain(|hash| !absent.contains(hash) && self.note_use(cache, *hash));
+        Ok(hashes)
     }
 }
 
-/// A strong tag: a function of the bytes alone.
+/// A strong tag: it changes whenever the bytes do.
 fn etag(digest: &[u8; 32]) -> String {
     format!("\"{}\"", nix32::encode(digest))
 }
@@ -272,7 +300,7 @@ async fn as_received(
                 .start(vec![Compression::Zstd], frames, 0, size);
             let unpacked = started
                 .map_err(|error| Refusal::ours(&error))?
-                .ok_or_else(busy)?;
+                .ok_or_else(|| busy("too many nars are being packed for clients"))?;
             respond::stream(repack::packed(unpacked.into_stream(), encoding))
         }
     };
@@ -283,12 +311,9 @@ async fn as_received(
     Ok(response)
 }
 
-fn busy() -> Refusal {
-    Refusal::new(
-        StatusCode::SERVICE_UNAVAILABLE,
-        "Busy",
-        "too many nars are being packed for clients, try again later",
-    )
+fn busy(why: &str) -> Refusal {
+    let message = format!("{why}, try again later");
+    Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "Busy", message)
 }
 
 async fn whole(
@@ -431,26 +456,31 @@ async fn stored_file(
         return Err(not_here());
     }
     let key = cache.name.file_key(name.key());
-    let stored = anchor
-        .storage
-        .get(&key, FILE_BYTES_MAX as u64 + 1024)
-        .await?;
-    let file = stored
-        .and_then(StoredFile::from_object)
-        .ok_or_else(not_here)?;
-    let etag = etag(FileHash::from_bytes(sha256(&file.body)).as_bytes());
-    if is_known(&parts.headers, &etag) {
-        return Ok(not_modified(&etag));
+    let object = anchor.storage.whole(&key).await?.ok_or_else(not_here)?;
+    let file = StoredFile::open(object).await?.ok_or_else(not_here)?;
+    let etag = file
+        .version
+        .map(|version| etag(&sha256(version.as_bytes())));
+    if let Some(etag) = etag
+        .as_deref()
+        .filter(|etag| is_known(&parts.headers, etag))
+    {
+        return Ok(not_modified(etag));
     }
-    let mut response = respond::small(StatusCode::OK, name.content_type(), file.body);
+    let body = respond::stream(file.body);
+    let mut response = respond::sized(name.content_type(), file.size, body);
     if let Some(encoding) = &file.encoding {
         set(&mut response, CONTENT_ENCODING, encoding);
     }
-    set(&mut response, ETAG, &etag);
+    if let Some(etag) = &etag {
+        set(&mut response, ETAG, etag);
+    }
     Ok(response)
 }
 
-/// Answers many lookups at once: `{"hashes": […]}` → `{"narinfos": {hash: text}}`.
+/// Answers many lookups at once: `{"hashes": […]}` → `{"narinfos": {hash: text}}`, without those that are not here.
+///
+/// The answer is looked up as its reader takes it. Should it end early, it is no JSON.
 pub async fn narinfos(
     anchor: &Arc<Anchor>,
     parts: &Parts,
@@ -459,20 +489,108 @@ pub async fn narinfos(
 ) -> Answer {
     let name = CacheName::new(cache)?;
     let (cache, _) = anchor.cache_for(parts, &name, Permission::Pull).await?;
+    let turn = anchor.batches.turn().await?;
     let question: BatchQuestion = json_body(body, BATCH_BYTES_MAX).await?;
-    let hashes = parse_hashes(&question.hashes, BATCH_MAX)?;
+    // One that is asked for twice is answered once.
+    let hashes: BTreeSet<_> = parse_hashes(&question.hashes, BATCH_MAX)?
+        .into_iter()
+        .collect();
+    drop(question);
     let asked = hashes.len();
-    let found = anchor.relied_on(cache.id, hashes).await?;
+    let found = anchor
+        .relied_on(cache.id, hashes.into_iter().collect())
+        .await?;
     let counts = anchor.counts.of(&cache.name);
     counts.narinfos_found.add(found.len() as u64);
-    // A hash may be asked for twice, and is answered twice.
     let absent = asked.saturating_sub(found.len());
     counts.narinfos_absent.add(absent as u64);
-    let named = |path: PathRow| (path.hash.to_string(), path.narinfo);
-    let narinfos = found.into_iter().map(named).collect();
-    let answer = BatchAnswer { narinfos };
-    let text = serde_json::to_string(&answer).map_err(|error| Refusal::ours(&error))?;
-    Ok(respond::json(text))
+    let mut batch = Batch {
+        anchor: anchor.clone(),
+        cache: cache.id,
+        left: found,
+        has_begun: false,
+        is_over: false,
+        _turn: turn,
+    };
+    let first = batch.piece().await?;
+    if batch.is_over {
+        return Ok(respond::json(first));
+    }
+    let mut response = Response::new(respond::stream(batch.into_stream(first)));
+    let json = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(CONTENT_TYPE, json);
+    Ok(response)
+}
+
+/// An answer to many lookups, made as it is taken.
+struct Batch {
+    anchor: Arc<Anchor>,
+    cache: i64,
+    left: Vec<StorePathHash>,
+    has_begun: bool,
+    /// What came last is the end.
+    is_over: bool,
+    _turn: OwnedSemaphorePermit,
+}
+
+impl Batch {
+    /// Returns the next piece of the text.
+    async fn piece(&mut self) -> Result<String, CatalogError> {
+        let left = std::mem::take(&mut self.left);
+        let (found, left) = self
+            .anchor
+            .catalog
+            .some_paths(self.cache, left, PIECE_BYTES)
+            .await?;
+        self.left = left;
+        self.is_over = self.left.is_empty();
+        let mut text = String::new();
+        if !self.has_begun {
+            text.push_str("{\"narinfos\":{");
+        }
+        for PathRow { hash, narinfo, .. } in found {
+            if std::mem::replace(&mut self.has_begun, true) {
+                text.push(',');
+            }
+            // As JSON writes a string.
+            let narinfo = serde_json::Value::from(narinfo);
+            text.push_str(&format!("\"{hash}\":{narinfo}"));
+        }
+        if self.is_over {
+            text.push_str("}}");
+        }
+        Ok(text)
+    }
+
+    /// Answers with the first piece and all that follow. One whose reader does not come for them loses its turn, and
+    /// its connection when it does.
+    fn into_stream(mut self, first: String) -> impl Stream<Item = io::Result<Bytes>> {
+        let (sender, pieces) = mpsc::channel(1);
+        tokio::spawn(async move {
+            let mut piece = Ok((first, false));
+            loop {
+                let is_last = !matches!(piece, Ok((_, false)));
+                let sent = tokio::time::timeout(PIECE_TIMEOUT, sender.send(piece)).await;
+                if is_last || !matches!(sent, Ok(Ok(()))) {
+                    return;
+                }
+                piece = self.piece().await.map(|text| (text, self.is_over));
+            }
+        });
+        stream::try_unfold(Some(pieces), async |pieces| {
+            let Some(mut pieces) = pieces else {
+                return Ok(None);
+            };
+            match pieces.recv().await {
+                None => Err(io::ErrorKind::TimedOut.into()),
+                Some(Err(error)) => Err(io::Error::other(error)),
+                Some(Ok((text, is_over))) => {
+                    let pieces = (!is_over).then_some(pieces);
+                    Ok(Some((Bytes::from(text), pieces)))
+                }
+            }
+        })
+    }
 }
 
 /// Reads hashes of store paths that a client sent.

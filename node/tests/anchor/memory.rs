@@ -12,7 +12,7 @@ use granary_protocol::hash::{Hash, NarHash, NarHasher};
 use serde_json::json;
 
 use crate::command::{Anchor, Place};
-use crate::rig::{GENEROUS, Machine, bearer, hash};
+use crate::rig::{GENEROUS, Machine, Sample, ask, bearer, hash};
 
 const CLIENTS: u64 = 16;
 
@@ -263,4 +263,91 @@ fn a_push_of_a_large_path_takes_less_than_128_mebibytes() {
     assert!(anchors < ANCHOR_KILOBYTES_MAX, "{anchors} kB");
     let narinfo = anchor.get(&format!("/main/{}.narinfo", hash(&path)), &token);
     assert_eq!(narinfo.status, 200);
+}
+
+/// Grows by at most so many kilobytes, whatever one client without a token asks for.
+const ASKED_KILOBYTES_MAX: u64 = 192 * 1024;
+
+#[test]
+fn a_batch_of_lookups_takes_the_anchor_the_memory_of_a_part_of_its_answer() {
+    const PATHS: u64 = 12;
+    let (place, anchor, token) = place();
+    place.run(&[
+        "cache",
+        "configure",
+        "main",
+        "--public",
+        "--upstream-key",
+        "elsewhere-1",
+    ]);
+    // With so many references that each has 30 kB.
+    let references: Vec<_> = (1000..1700)
+        .map(|number| Sample::new(number, 0).path["/nix/store/".len()..].to_owned())
+        .collect();
+    let references = references.join(" ");
+    let mut expected = serde_json::Map::new();
+    for number in 0..PATHS {
+        let sample = Sample::new(number, 100);
+        let mut upload = crate::pushing::RawUpload::of(&sample, &token);
+        let without = "References: ";
+        upload.narinfo = upload
+            .narinfo
+            .replace(without, &format!("{without}{references}"));
+        upload.begin(anchor.address);
+        upload.ask(anchor.address, "PUT", "?offset=0", &sample.nar);
+        let narinfo = anchor.get(&format!("/main/{}.narinfo", sample.hash()), "");
+        assert!(narinfo.body.len() > 30_000, "{}", narinfo.head);
+        expected.insert(sample.hash().to_owned(), narinfo.text().into());
+    }
+    let idle = memory(anchor.id()).unwrap();
+    let target = "/api/v1/caches/main/narinfos";
+    let hashes: Vec<_> = expected.keys().cycle().take(10_000).collect();
+    let question = json!({ "hashes": hashes }).to_string();
+    let answer = ask(anchor.address, "POST", target, &[], question.as_bytes());
+    assert_eq!(answer.status, 200);
+    assert_eq!(answer.json()["narinfos"], serde_json::Value::from(expected));
+    let most = memory(anchor.id()).unwrap();
+    println!("anchor: {idle} kB, {most} kB after the batch");
+    assert!(most < idle + 32 * 1024, "{idle} kB, {most} kB");
+}
+
+#[test]
+fn files_beside_narinfos_are_not_held_in_memory_on_their_way_in_or_out() {
+    const READERS: usize = 16;
+    let (place, anchor, token) = place();
+    place.run(&["cache", "configure", "main", "--public"]);
+    let log = vec![b'x'; 24 * 1024 * 1024];
+    let idle = memory(anchor.id()).unwrap();
+    let authorization = bearer(&token);
+    let headers = [("Authorization", authorization.as_str())];
+    std::thread::scope(|scope| {
+        for number in 0..8 {
+            let (log, headers) = (&log, &headers);
+            scope.spawn(move || {
+                let target = format!("/main/log/{number}.drv");
+                let answer = ask(anchor.address, "PUT", &target, headers, log);
+                assert_eq!(answer.status, 201, "{answer:?}");
+            });
+        }
+    });
+    let stored = memory(anchor.id()).unwrap();
+    // Who reads nothing of it but how it begins.
+    let readers: Vec<_> = (0..READERS)
+        .map(|_| {
+            let mut stream = TcpStream::connect(anchor.address).unwrap();
+            let request = "GET /main/log/1.drv HTTP/1.1\r\nHost: x\r\n\r\n";
+            stream.write_all(request.as_bytes()).unwrap();
+            stream.read_exact(&mut [0; 12]).unwrap();
+            stream
+        })
+        .collect();
+    let read = memory(anchor.id()).unwrap();
+    println!("anchor: {idle} kB, {stored} kB after eight logs, {read} kB for {READERS} readers");
+    assert!(
+        read < idle + ASKED_KILOBYTES_MAX,
+        "{idle}, {stored}, {read}"
+    );
+    drop(readers);
+    let answer = ask(anchor.address, "GET", "/main/log/7.drv", &[], b"");
+    assert!(answer.is_complete && answer.body == log);
 }

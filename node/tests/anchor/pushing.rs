@@ -292,14 +292,14 @@ async fn an_upload_counts_what_came_in_and_takes_no_gaps() {
 }
 
 /// The raw requests of an upload.
-struct RawUpload {
+pub struct RawUpload {
     token: String,
-    narinfo: String,
+    pub narinfo: String,
     target: String,
 }
 
 impl RawUpload {
-    fn of(sample: &Sample, token: &str) -> RawUpload {
+    pub fn of(sample: &Sample, token: &str) -> RawUpload {
         RawUpload {
             token: bearer(token),
             narinfo: format!(
@@ -312,13 +312,19 @@ impl RawUpload {
         }
     }
 
-    fn ask(&self, anchor: SocketAddr, method: &str, more: &str, body: &[u8]) -> serde_json::Value {
+    pub fn ask(
+        &self,
+        anchor: SocketAddr,
+        method: &str,
+        more: &str,
+        body: &[u8],
+    ) -> serde_json::Value {
         let headers = [("Authorization", self.token.as_str())];
         let target = format!("{}{more}", self.target);
         crate::rig::ask(anchor, method, &target, &headers, body).json()
     }
 
-    fn begin(&mut self, anchor: SocketAddr) {
+    pub fn begin(&mut self, anchor: SocketAddr) {
         let begin = serde_json::json!({ "narinfo": self.narinfo }).to_string();
         let begun = self.ask(anchor, "POST", "", begin.as_bytes());
         self.target = format!("{}/{}", self.target, begun["id"].as_str().unwrap());

@@ -217,6 +217,18 @@ async fn files_beside_narinfos_come_back_as_they_were_sent() {
         rig.get("/main/realisations/sha256%3A00%21out.doi").status,
         200
     );
+    // A tag that lasts for as long as its bytes do.
+    let log = "/main/log/abc-x.drv";
+    let tag = rig.get(log).header("etag").unwrap().to_owned();
+    let known = || rig.ask("GET", log, &[("If-None-Match", &tag)], b"").status;
+    assert_eq!(known(), 304);
+    let head = rig.ask("HEAD", log, &[], b"");
+    assert_eq!(
+        (head.status, head.header("content-length")),
+        (200, Some("6"))
+    );
+    assert_eq!(put(log, "identity", b"again"), 201);
+    assert_eq!(known(), 200);
     assert_eq!(rig.get("/main/log/absent").status, 404);
     assert_eq!(put("/main/log/abc-z.drv", "rot13", b"x"), 415);
     assert_eq!(put(&listing, "identity", b"no json"), 400);

@@ -270,7 +270,28 @@ pub fn ask(
     if let Some(length) = answer.header("content-length").filter(|_| method != "HEAD") {
         answer.is_complete = length.parse() == Ok(answer.body.len());
     }
+    if answer.header("transfer-encoding") == Some("chunked") {
+        let body = unchunked(&answer.body);
+        answer.is_complete = body.is_some();
+        answer.body = body.unwrap_or_default();
+    }
     answer
+}
+
+/// A body that came in chunks; `None` unless its end came.
+fn unchunked(mut body: &[u8]) -> Option<Vec<u8>> {
+    let mut whole = Vec::new();
+    loop {
+        let end = body.windows(2).position(|two| two == b"\r\n")?;
+        let length = std::str::from_utf8(&body[..end]).ok()?;
+        let length = usize::from_str_radix(length, 16).ok()?;
+        body = &body[end + 2..];
+        if length == 0 {
+            return Some(whole);
+        }
+        whole.extend_from_slice(body.get(..length)?);
+        body = body.get(length + 2..)?;
+    }
 }
 
 pub fn bearer(token: &str) -> String {
