@@ -17,6 +17,8 @@ use crate::s3::S3;
 const BEHIND: u16 = 4731;
 
 const DEADLINE: Duration = Duration::from_secs(30);
+/// How long what was taken out of a cache may be told of.
+const WITHDRAWN: Duration = Duration::from_secs(60);
 /// What a build may take to the anchor.
 const PUSHED: Duration = Duration::from_secs(10);
 
@@ -100,6 +102,27 @@ fn a_build_outlives_its_machine_and_the_state_of_the_anchor() {
     laptop.wait_offered(&path, DEADLINE);
     laptop.realise(&path).expect_success();
     laptop.assert_sound();
+}
+
+#[test]
+fn what_is_taken_out_of_an_anchor_is_gone_within_a_minute_for_who_asks_it() {
+    let lan = Lan::new();
+    let mut anchor = Anchor::new(&lan, "nas", "");
+    anchor.start();
+    let key = anchor.run(&["cache", "create", "team"]);
+    let token = anchor.token();
+    let mut desk = lan.machine("desk");
+    let path = desk.build(&noise("withdrawn", 10_000));
+    desk.settings.extra = anchor.table(&desk, &token);
+    desk.granary(&["push", "team", &path]).expect_success();
+    drop(desk);
+    let mut laptop = lan.believer("laptop", &key);
+    laptop.settings.extra = anchor.table(&laptop, &token);
+    laptop.start();
+    laptop.wait_offered(&path, DEADLINE);
+    anchor.run(&["rm", "team", &path]);
+    let elapsed = laptop.wait_gone(&path, WITHDRAWN);
+    println!("gone after {elapsed:.1?}");
 }
 
 #[test]

@@ -21,7 +21,7 @@ use crate::message::{ANSWERS_BYTES_MAX, Answer, LOOKUP_HASHES_MAX};
 use crate::narinfo::{NarInfo, Proof, Unverified, VerifiedNarInfo};
 use crate::peer::PeerId;
 use crate::signature::TrustedKeys;
-use crate::store_path::{StoreDir, StorePathHash};
+use crate::store_path::{StoreDir, StorePath, StorePathHash};
 
 mod questions;
 mod latency;
@@ -32,7 +32,7 @@ mod ahead;
 use ahead::Ahead;
 use breaker::Breaker;
 use latency::Latencies;
-use memory::{Misses, Remembered};
+use memory::{Misses, Remembered, is_fresh};
 use questions::{BATCH_WINDOW, Questions};
 
 /// Nix asks for narinfos while its scheduler waits, so an answer later than this is worth less
@@ -174,10 +174,13 @@ impl Lookups {
             self.wake_at(hedge_at, "hedge a lookup");
             return Vec::new();
         }
-        let breakers = &self.breakers;
-        let is_believed = |source: &SourceId| match source {
+        let (breakers, roles) = (&self.breakers, &self.roles);
+        let is_believed = |source: &SourceId, at: Instant| match source {
             SourceId::Peer(_) => peers.iter().any(|peer| peer.source == *source),
-            SourceId::Cache(cache) => breakers.get(*cache).is_some_and(Breaker::is_closed),
+            SourceId::Cache(cache) => {
+                breakers.get(*cache).is_some_and(Breaker::is_closed)
+                    && is_fresh_of(roles, *cache, at, now)
+            }
         };
         if let Some(narinfo) = self
             .remembered
@@ -247,7 +250,7 @@ impl Lookups {
         peers: Vec<Candidate>,
         now: Instant,
     ) -> Vec<Event> {
-        if self.queries.contains_key(&(hash, None)) || self.remembered.contains(&hash) {
+        if self.is_known(&hash, now) {
             return Vec::new();
         }
         let mut candidates = self.candidates(&hash, peers, now);
@@ -579,6 +582,16 @@ impl Lookups {
         }
     }
 
+    /// Whether nothing would come of asking for a path that nobody waits for. A peer that told of it may be gone;
+    /// then whoever wants the path asks others.
+    fn is_known(&self, hash: &StorePathHash, now: Instant) -> bool {
+        let is_believed = |source: &SourceId, at: Instant| match source {
+            SourceId::Peer(_) => true,
+            SourceId::Cache(cache) => is_fresh_of(&self.roles, *cache, at, now),
+        };
+        self.remembered.is_told(hash, is_believed) || self.queries.contains_key(&(*hash, None))
+    }
+
     fn is_closed(&self, cache: usize) -> bool {
         self.breakers.get(cache).is_some_and(Breaker::is_closed)
     }
@@ -775,7 +788,7 @@ impl Lookups {
         narinfo: Arc<VerifiedNarInfo>,
         now: Instant,
     ) -> Vec<Event> {
-        self.remembered.told(hash, source, narinfo.clone());
+        self.remembered.told(hash, source, narinfo.clone(), now);
         let mut events = Vec::new();
         for wanted in self.asking(&hash, &source) {
             let is_other_build = wanted
@@ -845,10 +858,11 @@ impl Lookups {
         if is_paid {
             self.ahead.pay();
         }
-        let is_known = |hash: &StorePathHash| {
-            self.remembered.contains(hash) || self.queries.contains_key(&(*hash, None))
-        };
-        self.ahead.add(&narinfo.narinfo().references, is_known);
+        let references = narinfo.narinfo().references.iter().map(StorePath::hash);
+        let unknown: Vec<_> = references
+            .filter(|hash| !self.is_known(hash, now))
+            .collect();
+        self.ahead.add(unknown);
         if self.ahead.has_more() {
             self.wake_at(now + BATCH_WINDOW, "look ahead");
         }
@@ -898,6 +912,12 @@ pub(super) fn split_answers(answers: Vec<Answer>) -> Vec<Vec<Answer>> {
         messages.push(current);
     }
     messages
+}
+
+/// Whether what a cache said at a time still counts.
+fn is_fresh_of(roles: &[CacheRole], cache: usize, at: Instant, now: Instant) -> bool {
+    let role = roles.get(cache);
+    role.is_some_and(|role| is_fresh(*role, at, now))
 }
 
 fn keys_where<K: Copy + Ord, V>(map: &BTreeMap<K, V>, holds: impl Fn(&V) -> bool) -> Vec<K> {

@@ -7,7 +7,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use crate::store_path::{StorePath, StorePathHash};
+use crate::store_path::StorePathHash;
 
 /// Questions ahead that run at once: enough to hide the latency of an upstream (32 per 50 ms), too
 /// few to keep a member or a cache from answering what somebody waits for.
@@ -43,18 +43,13 @@ impl Ahead {
         self.credit = (self.credit + CREDIT_PER_LOOKUP).min(CREDIT_MAX);
     }
 
-    /// Lets the references of a found path wait, as far as `is_known` does not hold for them.
-    pub(super) fn add<'a>(
-        &mut self,
-        references: impl IntoIterator<Item = &'a StorePath>,
-        is_known: impl Fn(&StorePathHash) -> bool,
-    ) {
-        for reference in references {
-            let hash = reference.hash();
+    /// Lets references of a found path wait.
+    pub(super) fn add(&mut self, references: impl IntoIterator<Item = StorePathHash>) {
+        for hash in references {
             if self.waiting.len() >= WAITING_MAX {
                 return;
             }
-            if !is_known(&hash) && self.is_waiting.insert(hash) {
+            if self.is_waiting.insert(hash) {
                 self.waiting.push_back(hash);
             }
         }

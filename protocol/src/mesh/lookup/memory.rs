@@ -2,9 +2,9 @@
 //!
 //! What was proved once stays true, except for vouchers, which last as long as their member; else only who
 //! holds the path changes. So a narinfo is answered from here while one of those who told it is still
-//! believed to have it. What a cache does not have is
-//! believed for a short while, or until somebody announces the path: whoever has built it may have
-//! pushed it.
+//! believed to have it: a peer until it withdraws the path, a cache for as long as paths stay in its like.
+//! What a cache does not have is believed for a short while, or until somebody announces the path: whoever
+//! has built it may have pushed it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -21,6 +21,17 @@ pub(super) const REMEMBERED_MAX: usize = 8192;
 
 /// Sources remembered per narinfo. One that is still there is enough; the index knows the others.
 const TELLERS_MAX: usize = 8;
+
+/// How long an anchor's "I have it" is believed. What is taken out of an anchor has to be gone everywhere within a
+/// minute, and an anchor tells nobody whom it only answers over HTTP.
+const ANCHOR_HIT: Duration = Duration::from_secs(30);
+
+/// How long an upstream's is: cache.nixos.org never takes a path back, and one that another has collected costs a
+/// fetch that goes elsewhere.
+const UPSTREAM_HIT: Duration = Duration::from_secs(3600);
+
+/// How long that of strangers is: they collect garbage like any machine, and withdraw nothing.
+const STRANGERS_HIT: Duration = Duration::from_secs(30);
 
 /// How long an anchor's "I do not have it" is believed. Somebody pushes to an anchor while others
 /// work, and not every pusher announces.
@@ -47,8 +58,24 @@ pub(super) struct Remembered {
 struct Told {
     narinfo: Arc<VerifiedNarInfo>,
     /// Who said so, of one and the same NAR; a cache with the narinfo as it gave it.
-    tellers: BTreeMap<SourceId, Arc<VerifiedNarInfo>>,
+    tellers: BTreeMap<SourceId, Word>,
     age: u64,
+}
+
+/// What a source last said of a path.
+struct Word {
+    narinfo: Arc<VerifiedNarInfo>,
+    at: Instant,
+}
+
+/// Whether what a cache said at a time may still be answered without asking it again.
+pub(super) fn is_fresh(role: CacheRole, at: Instant, now: Instant) -> bool {
+    let believed = match role {
+        CacheRole::Anchor => ANCHOR_HIT,
+        CacheRole::Upstream => UPSTREAM_HIT,
+        CacheRole::Strangers => STRANGERS_HIT,
+    };
+    now.saturating_duration_since(at) < believed
 }
 
 impl Remembered {
@@ -58,6 +85,7 @@ impl Remembered {
         hash: StorePathHash,
         source: SourceId,
         narinfo: Arc<VerifiedNarInfo>,
+        now: Instant,
     ) {
         let age = self.next_age;
         self.next_age += 1;
@@ -82,7 +110,11 @@ impl Remembered {
             SourceId::Peer(_) => told.narinfo.clone(),
             SourceId::Cache(_) => narinfo,
         };
-        told.tellers.insert(source, as_told);
+        let word = Word {
+            narinfo: as_told,
+            at: now,
+        };
+        told.tellers.insert(source, word);
         self.by_age.remove(&told.age);
         told.age = age;
         self.by_age.insert(age, hash);
@@ -93,15 +125,16 @@ impl Remembered {
         }
     }
 
-    /// Returns the narinfo if it still holds and one of those who told it is believed, and keeps it longer.
+    /// Returns the narinfo if it still holds and one of those who told it, each at its time, is believed; it is
+    /// forgotten later than others.
     pub(super) fn recall(
         &mut self,
         hash: &StorePathHash,
-        is_believed: impl Fn(&SourceId) -> bool,
+        is_believed: impl Fn(&SourceId, Instant) -> bool,
         holds: impl Fn(&VerifiedNarInfo) -> bool,
     ) -> Option<Arc<VerifiedNarInfo>> {
         let told = self.known.get_mut(hash)?;
-        if !holds(&told.narinfo) || !told.tellers.keys().any(is_believed) {
+        if !holds(&told.narinfo) || !told.is_believed(is_believed) {
             return None;
         }
         self.by_age.remove(&told.age);
@@ -111,8 +144,14 @@ impl Remembered {
         Some(told.narinfo.clone())
     }
 
-    pub(super) fn contains(&self, hash: &StorePathHash) -> bool {
-        self.known.contains_key(hash)
+    /// Whether one of those who told of a path is believed.
+    pub(super) fn is_told(
+        &self,
+        hash: &StorePathHash,
+        is_believed: impl Fn(&SourceId, Instant) -> bool,
+    ) -> bool {
+        let told = self.known.get(hash);
+        told.is_some_and(|told| told.is_believed(is_believed))
     }
 
     /// Whether `source` told of exactly this NAR.
@@ -137,8 +176,8 @@ impl Remembered {
         let told = self.known.get(hash);
         let told = told.filter(|told| told.narinfo.narinfo().nar_hash == *nar_hash);
         let tellers = told.into_iter().flat_map(|told| &told.tellers);
-        tellers.filter_map(|(source, narinfo)| match source {
-            SourceId::Cache(cache) => Some((*cache, narinfo)),
+        tellers.filter_map(|(source, word)| match source {
+            SourceId::Cache(cache) => Some((*cache, &word.narinfo)),
             SourceId::Peer(_) => None,
         })
     }
@@ -157,6 +196,13 @@ impl Remembered {
 
     pub(super) fn len(&self) -> usize {
         self.known.len()
+    }
+}
+
+impl Told {
+    fn is_believed(&self, is_believed: impl Fn(&SourceId, Instant) -> bool) -> bool {
+        let mut tellers = self.tellers.iter();
+        tellers.any(|(source, word)| is_believed(source, word.at))
     }
 }
 

@@ -358,6 +358,56 @@ fn a_remembered_narinfo_is_answered_only_while_its_cache_is_well() {
 }
 
 #[test]
+fn an_anchor_that_has_a_path_is_asked_again_after_half_a_minute() {
+    let mut alone = alone(&[CacheRole::Anchor]);
+    let mut request = asked_caches(&alone.look_up(7))[0].1;
+    for _ in 0..2 {
+        alone.cache_says(0, request, 7, Some(narinfo(7)));
+        // However often it is of use meanwhile.
+        for _ in 0..2 {
+            alone.wait(Duration::from_secs(14));
+            let outputs = alone.look_up(7);
+            assert_eq!(ended(&outputs), [(7, Some(7))]);
+            assert_eq!(asked_caches(&outputs), []);
+        }
+        alone.wait(Duration::from_secs(3));
+        let outputs = alone.look_up(7);
+        assert_eq!(ended(&outputs), []);
+        request = asked_caches(&outputs)[0].1;
+    }
+    // It was taken out of the anchor.
+    let outputs = alone.cache_says(0, request, 7, None);
+    assert_eq!(ended(&outputs), [(7, None)]);
+    assert_eq!(ended(&alone.look_up(7)), [(7, None)]);
+}
+
+#[test]
+fn what_an_anchor_told_long_ago_is_looked_up_ahead_again() {
+    let mut alone = alone(&[CacheRole::Anchor]);
+    let request = asked_caches(&alone.look_up(2))[0].1;
+    alone.cache_says(0, request, 2, Some(narinfo(2)));
+    alone.wait(Duration::from_secs(31));
+    let request = asked_caches(&alone.look_up(1))[0].1;
+    let text = narinfo_of_build(1, 1, &[2]);
+    let mut outputs = alone.cache_says(0, request, 1, Some(text));
+    outputs.extend(alone.wait(5 * MS));
+    let asked = asked_caches(&outputs);
+    assert_eq!(asked.len(), 1);
+    assert_eq!(asked[0].2, [hash(2)]);
+}
+
+#[test]
+fn an_upstream_that_has_a_path_is_believed_for_an_hour() {
+    let mut alone = alone(&[CacheRole::Upstream]);
+    let request = asked_caches(&alone.look_up(7))[0].1;
+    alone.cache_says(0, request, 7, Some(narinfo(7)));
+    alone.wait(Duration::from_secs(3599));
+    assert_eq!(asked_caches(&alone.look_up(7)), []);
+    alone.wait(Duration::from_secs(2));
+    assert_eq!(asked_caches(&alone.look_up(7)).len(), 1);
+}
+
+#[test]
 fn references_of_what_was_found_are_looked_up_ahead() {
     let mut alone = alone(&[CacheRole::Upstream]);
     // Number 4 is here already.
