@@ -9,6 +9,7 @@
 //! caches/<name>/cache.json                      settings and public keys
 //! caches/<name>/narinfo/<hash>.narinfo          complete, validated, signed; written last
 //! caches/<name>/files/…                         logs, listings and realisations as clients sent them
+//! revoked/<digest>.json                         tokens that count no more
 //! ```
 //!
 //! Invariants: bytes first, no narinfo without its NAR, no row without content; what was acknowledged
@@ -35,6 +36,7 @@ pub mod frames;
 pub mod catalog;
 pub mod uses;
 pub mod cache;
+pub mod revoked;
 pub mod tokens;
 pub mod oidc;
 pub mod members;
@@ -157,6 +159,8 @@ pub enum OpenError {
     #[error(transparent)]
     Revocations(#[from] RevocationsFileError),
     #[error(transparent)]
+    Revoked(#[from] revoked::RevokeError),
+    #[error(transparent)]
     Sources(#[from] WebSetupError),
     #[error(
         "storage {location} holds caches that the catalog {path} does not know: run granary anchor rebuild",
@@ -256,7 +260,13 @@ impl Anchor {
         let members = members.transpose()?.map(Arc::new);
         let attic = options.attic_key.as_deref().map(tokens::attic_key);
         Ok(Arc::new(Anchor {
-            tokens: Tokens::new(catalog.clone(), public, attic.transpose()?, members.clone()),
+            tokens: Tokens::new(
+                catalog.clone(),
+                storage.clone(),
+                public,
+                attic.transpose()?,
+                members.clone(),
+            ),
             issuers,
             members,
             sources: heal::Sources::new(options.heal_from)?,

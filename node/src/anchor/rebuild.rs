@@ -2,7 +2,8 @@
 //!
 //! Every `cache.json`, every narinfo below it, and for each the NAR that it names: its object must be
 //! there with the size that the narinfo says. What does not fit is left out and counted, never
-//! deleted. Tokens and times of last use are not in the bucket; paths count as used now.
+//! deleted. Of tokens the bucket knows only which were revoked; times of last use it does not know, and
+//! paths count as used now.
 
 use futures::TryStreamExt;
 use granary_protocol::narinfo::NarInfo;
@@ -14,6 +15,7 @@ use super::catalog::{Catalog, NewPath, PathRow, StoredNar};
 use super::object_store::{ObjectStore, StorageError};
 use super::{
     NARINFO_BYTES_MAX, OpenError, Options, begin, check_format, make_folders, nar_key, nar_url,
+    revoked,
 };
 
 pub(super) const CACHES_FOLDER: &str = "caches";
@@ -23,7 +25,7 @@ pub(super) const CACHES_FOLDER: &str = "caches";
 pub struct Found {
     pub caches: u64,
     pub paths: u64,
-    /// Objects that are no narinfo of ours, or whose NAR is missing.
+    /// Objects that are no narinfo of ours, or whose NAR is missing, or no revocation.
     pub left_out: u64,
 }
 
@@ -44,7 +46,11 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
     if !is_begun {
         begin(&storage, &catalog, &catalog_file).await?;
     }
-    let mut found = Found::default();
+    let mut found = Found {
+        // First, for a catalog that serves must know them.
+        left_out: revoked::restore(&catalog, &storage).await?,
+        ..Found::default()
+    };
     let deleted = catalog.deletions().await?;
     for (name, settings) in caches(&storage).await? {
         if deleted.contains(&name) {

@@ -176,6 +176,13 @@ impl Server {
                 error!(storage, %error, "could not look for rotations of keys that were interrupted");
             }
         });
+        let keeping = anchor.clone();
+        tasks.spawn(async move {
+            if let Err(error) = keeping.tokens.keep_revoked().await {
+                let storage = keeping.storage.location();
+                warn!(storage, %error, "could not look whether storage knows every revoked token");
+            }
+        });
         if let Some(after) = scrub_after {
             let scrubbing = scrub::keep_scrubbing(anchor.clone(), after, shutdown.clone());
             tasks.spawn(scrubbing);

@@ -3,7 +3,7 @@
 //! Ours are signed by a key of the anchor (`<state>/token-key`, 0600) and listed in the catalog;
 //! Attic's are proved with the secret or public key that it was configured with. A token counts while
 //! its dates allow and until it is revoked, which is looked up at every request, so revoking takes
-//! effect with the next one.
+//! effect with the next one. A lost catalog forgets which tokens were made, not which were revoked ([`revoked`]).
 //!
 //! A bearer without the right learns why; one without a token learns nothing: a cache that is
 //! private and one that does not exist are the same answer. Signatures are compared in constant time
@@ -27,6 +27,8 @@ use zeroize::Zeroizing;
 use super::cache::{CacheName, Keys, KeysError, write_secret};
 use super::catalog::{Catalog, CatalogError, signed};
 use super::members::{Members, is_void};
+use super::object_store::ObjectStore;
+use super::revoked::{self, RevokeError};
 use crate::anchor::catalog::unsigned;
 use crate::secret::exposed;
 use crate::serve::credentials;
@@ -43,6 +45,8 @@ const KEY_NAME: &str = "granary-tokens";
 #[derive(Clone)]
 pub struct Tokens {
     catalog: Catalog,
+    /// Where revocations are kept.
+    storage: ObjectStore,
     key: PublicKey,
     attic: Option<Arc<(Algorithm, DecodingKey)>>,
     /// Whose tokens end with their membership.
@@ -178,12 +182,14 @@ fn read_secret(path: &Path) -> Result<Zeroizing<String>, TokenKeyError> {
 impl Tokens {
     pub fn new(
         catalog: Catalog,
+        storage: ObjectStore,
         key: PublicKey,
         attic: Option<(Algorithm, DecodingKey)>,
         members: Option<Arc<Members>>,
     ) -> Tokens {
         Tokens {
             catalog,
+            storage,
             key,
             attic: attic.map(Arc::new),
             members,
@@ -285,21 +291,19 @@ impl Tokens {
             .await
     }
 
-    /// Revokes a token by its id, or by its own text when it has none; `false` when it was before.
-    pub async fn revoke(&self, id_or_token: &str, now: UnixTime) -> Result<bool, CatalogError> {
+    /// Revokes a token by its id, or by its own text when it has none; `false` when it was before. Returns when that
+    /// outlives the catalog.
+    pub async fn revoke(&self, id_or_token: &str, now: UnixTime) -> Result<bool, RevokeError> {
         let id = match Token::parse(id_or_token) {
             Ok(token) => revocation_id(&token.claims, id_or_token),
             Err(_) => id_or_token.to_owned(),
         };
-        self.catalog
-            .write(move |transaction| {
-                let changed = transaction.execute(
-                    "INSERT OR IGNORE INTO revoked (id, at) VALUES (?1, ?2)",
-                    params![id, signed(now.0)],
-                )?;
-                Ok(changed > 0)
-            })
-            .await
+        revoked::revoke(&self.catalog, &self.storage, id, now.0).await
+    }
+
+    /// Makes what was revoked outlive the catalog, as far as it does not yet.
+    pub async fn keep_revoked(&self) -> Result<(), RevokeError> {
+        revoked::keep_all(&self.catalog, &self.storage).await
     }
 
     fn is_genuine(&self, token: &Token) -> bool {

@@ -116,6 +116,64 @@ async fn a_refusal_says_why() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_revoked_token_stays_revoked_after_the_state_is_lost() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", false).await;
+    let revoked = rig.token(&[("main", &[Pull])]).await;
+    let older = rig.token(&[("main", &[Pull])]).await;
+    let good = rig.token(&[("main", &[Pull])]).await;
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    assert!(anchor.tokens.revoke(&revoked, UnixTime(5)).await.unwrap());
+    // By a version that told the catalog alone.
+    let id = granary_protocol::token::Token::parse(&older)
+        .unwrap()
+        .claims
+        .id;
+    let insert = "INSERT INTO revoked (id, at) VALUES (?1, 5)";
+    let inserted = anchor
+        .catalog
+        .write(move |transaction| transaction.execute(insert, [id]));
+    inserted.await.unwrap();
+    rig.stop().await;
+    rig.start().await;
+    let started = std::time::Instant::now();
+    let kept = || {
+        let objects = rig.objects();
+        objects
+            .iter()
+            .filter(|key| key.starts_with("revoked/"))
+            .count()
+    };
+    while kept() < 2 {
+        assert!(
+            started.elapsed() < crate::rig::GENEROUS,
+            "{:?}",
+            rig.objects()
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    rig.stop().await;
+    let key = std::fs::read(rig.state().join("token-key")).unwrap();
+    std::fs::remove_dir_all(rig.state()).unwrap();
+    let rebuilt = granary::anchor::rebuild::rebuild(&rig.options()).await;
+    assert_eq!(rebuilt.unwrap().left_out, 0);
+    let file = rig.state().join("token-key");
+    std::fs::write(&file, key).unwrap();
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+    std::fs::set_permissions(&file, mode).unwrap();
+    rig.start().await;
+    for (token, expected) in [(&revoked, 401), (&older, 401), (&good, 200)] {
+        let answer = rig.ask(
+            "GET",
+            "/main/nix-cache-info",
+            &[("Authorization", &bearer(token))],
+            b"",
+        );
+        assert_eq!(answer.status, expected, "{answer:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_stale_token_does_not_keep_anybody_from_a_public_cache() {
     let rig = Rig::new().await;
     rig.cache("main", true).await;
