@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::secret;
+
 /// Orders changes of caches by a lock within the process, and one on a file among processes.
 #[derive(Debug)]
 pub struct Administration {
@@ -43,7 +45,9 @@ impl Administration {
         let alone = self.alone.lock().await;
         let path = self.file.clone();
         let locked = tokio::task::spawn_blocking(move || {
-            let file = File::create(path)?;
+            let file = File::create(&path)?;
+            // A command that root gives may be the first to make it.
+            secret::give_to_owner(&file, &path)?;
             file.lock()?;
             Ok(file)
         })
