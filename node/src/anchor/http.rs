@@ -238,8 +238,14 @@ impl From<IngestError> for Refusal {
                 return Refusal::new(StatusCode::CONFLICT, "NoSigningKey", message);
             }
             IngestError::Keys(_) => return Refusal::ours(&error),
-            IngestError::Quota { .. } | IngestError::SubjectQuota { .. } => {
-                let (status, name) = (StatusCode::PAYLOAD_TOO_LARGE, "QuotaExceeded");
+            IngestError::Quota { held, quota, .. }
+            | IngestError::SubjectQuota { held, quota, .. } => {
+                let status = StatusCode::PAYLOAD_TOO_LARGE;
+                let name = match held < quota {
+                    // A smaller path may fit.
+                    true => "PathOverQuota",
+                    false => "QuotaExceeded",
+                };
                 return Refusal::new(status, name, error.to_string());
             }
             IngestError::MissingReferences { .. } => "MissingReferences",

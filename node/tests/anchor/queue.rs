@@ -167,6 +167,36 @@ impl Drop for Pusher {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_path_that_does_not_fit_keeps_no_other_waiting_and_is_not_sent_every_minute() {
+    const BYTES: u64 = 3_000_000;
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Pull, Push])]).await;
+    let changes = granary::anchor::admin::Changes {
+        quota: Some(Some(1_000_000)),
+        ..Default::default()
+    };
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    let name = "main".parse().unwrap();
+    anchor.configure_cache(&name, &changes).await.unwrap();
+    let line = line(rig.address());
+    let mut pusher = Pusher::new(&format!("http://{}/main", line.address), &token);
+    tokio::task::block_in_place(|| {
+        pusher.start();
+        let large = pusher.build_noise(BYTES);
+        pusher.wait("the refusal", |upload| upload["paths_failed"] == 1);
+        let names = ["small".to_owned()];
+        let small = pusher.build(&names, 1000);
+        let started = Instant::now();
+        while !holds(&rig, &small[0]) {
+            assert!(started.elapsed() < GENEROUS, "{:?}", pusher.status());
+        }
+        assert!(!holds(&rig, &large));
+        assert!(line.bytes.load(Ordering::Relaxed) < 2 * BYTES);
+    });
+}
+
 fn holds(rig: &Rig, path: &str) -> bool {
     rig.get(&format!("/main/{}.narinfo", hash(path))).status == 200
 }

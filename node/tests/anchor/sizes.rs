@@ -129,7 +129,7 @@ async fn a_full_cache_refuses_every_kind_of_push_with_the_reason_until_there_is_
     let refused = rig.upload(&token, "main", &second);
     assert_eq!(
         (refused.status, refused.error().as_str()),
-        (413, "QuotaExceeded")
+        (413, "PathOverQuota")
     );
     assert!(
         refused.text().contains(&format!("holds {held} bytes")),
