@@ -196,10 +196,11 @@ impl Refusal {
             let basic = HeaderValue::from_static("Basic realm=\"granary\"");
             headers.append(WWW_AUTHENTICATE, basic);
         }
-        if matches!(
+        let is_to_come_back = matches!(
             self.status,
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::INSUFFICIENT_STORAGE
-        ) {
+        );
+        if is_to_come_back || self.name == uploads::NAR_UNDERWAY {
             headers.insert(RETRY_AFTER, HeaderValue::from(RETRY_AFTER_SECONDS));
         }
         response

@@ -7,7 +7,7 @@
 //! POST uploads            {"narinfo": text}        → 201 {"id", "offset": 0}, or 200 {"published": "Known"}
 //! GET  uploads/<id>                                → 200 {"offset"}
 //! PUT  uploads/<id>?offset=<offset>   body         → 200 {"offset"}, or 200 {"published": "Stored" | "Known"}
-//! POST uploads?challenge              {"narinfo"}  → the same as above, or 201 {"id", "offset": 0, "challenge"}
+//! POST uploads?challenge              {"narinfo"}  → the same as above, or 201 {"id", "offset": 0, "challenge"}, or 409
 //! PUT  uploads/<id>?proof=<digest>                 → 200 {"published": "Known"}
 //! ```
 //!
@@ -19,6 +19,8 @@
 //! A NAR that the anchor has, for whatever cache, need not be sent. Who asked for a challenge gets some random bytes,
 //! and proves by the SHA-256 of these and the NAR, both in Nix's base 32, that it has it: knowing the NAR's hash, or
 //! an answer to another challenge, is not enough. One answer is looked at; after a wrong one the NAR is sent.
+//! While somebody else is sending the NAR, who would rather prove it is asked to come back in a moment (409
+//! `NarUnderway`); who asks for no challenge sends it at once.
 //!
 //! With the last byte the path is published; should storage fail then, an empty body at the end publishes it.
 //!
@@ -33,6 +35,7 @@ use std::time::{Duration, Instant};
 
 use ::http::header::CONTENT_TYPE;
 use ::http::{Method, StatusCode, request::Parts};
+use futures::StreamExt;
 use granary_protocol::hash::NarHash;
 use granary_protocol::narinfo::{NARINFO_BYTES_MAX, NarInfo};
 use granary_protocol::nix32;
@@ -80,6 +83,13 @@ const CHALLENGE_BYTES: usize = 32;
 
 /// NARs below this are sent: another round trip takes as long.
 const CHALLENGE_NAR_BYTES_MIN: u64 = 256 * 1024;
+
+/// How long after its last byte an upload counts as one that others may wait for: pauses between bodies are shorter,
+/// and one that broke off for good holds nobody up for longer.
+const COMING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// What a refusal is called that asks to wait for another's upload of the same NAR.
+pub(super) const NAR_UNDERWAY: &str = "NarUnderway";
 
 /// Random bytes in an id: nobody guesses another's.
 const ID_BYTES: usize = 20;
@@ -219,6 +229,22 @@ impl Uploads {
         });
     }
 
+    /// Whether somebody is sending this NAR.
+    fn is_coming(&self, nar_hash: &NarHash) -> bool {
+        let uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        uploads.values().any(|upload| {
+            upload.narinfo.nar_hash == *nar_hash && upload.touched.elapsed() < COMING_TIMEOUT
+        })
+    }
+
+    /// Notes that something of an upload came.
+    fn touch(&self, id: &str) {
+        let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(upload) = uploads.get_mut(id) {
+            upload.touched = Instant::now();
+        }
+    }
+
     /// Where an upload stands.
     fn offset(&self, id: &str, cache: i64) -> Result<u64, Refusal> {
         let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -310,6 +336,11 @@ fn unknown() -> Refusal {
 fn no_challenge() -> Refusal {
     let message = "this upload has no challenge any more, send the nar";
     Refusal::new(StatusCode::CONFLICT, "NoChallenge", message)
+}
+
+fn underway() -> Refusal {
+    let message = "somebody else is sending this nar, ask again in a moment";
+    Refusal::new(StatusCode::CONFLICT, NAR_UNDERWAY, message)
 }
 
 fn being_filled() -> Refusal {
@@ -408,8 +439,17 @@ async fn begin(
     let stored = anchor.catalog.hold_nar(narinfo.nar_hash).await?;
     let is_challenged = may_prove && narinfo.nar_size >= CHALLENGE_NAR_BYTES_MIN;
     let challenge = match stored {
-        Some(_) if is_challenged => Some(random::<CHALLENGE_BYTES>()?),
-        _ => None,
+        Some(stored) => {
+            let (nar_hash, file_size) = (stored.nar_hash, stored.file_size);
+            anchor
+                .check_quota(cache, subject, nar_hash, file_size)
+                .await?;
+            is_challenged.then(random::<CHALLENGE_BYTES>).transpose()?
+        }
+        None if is_challenged && anchor.uploads.is_coming(&narinfo.nar_hash) => {
+            return Err(underway());
+        }
+        None => None,
     };
     let intake = match stored {
         Some(_) => Intake::new(None, narinfo.nar_size),
@@ -536,7 +576,8 @@ async fn fill(
         id,
         how: Uploads::drop_unfinished,
     };
-    let (intake, outcome) = intake.fill(BodyDataStream::new(body), encoding).await;
+    let body = BodyDataStream::new(body).inspect(|_| anchor.uploads.touch(id));
+    let (intake, outcome) = intake.fill(body, encoding).await;
     forget.how = Uploads::end;
     let Some(intake) = intake else {
         let refused = outcome.err().unwrap_or(IntakeError::Stopped);

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
@@ -52,6 +52,10 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// Breaks in a row, none of which brought the upload forward, before it is given up.
 const ATTEMPTS_MAX: u32 = 6;
+
+/// How long a path waits for somebody else's upload of the same NAR before it is sent all the same: that may be over
+/// a slow line.
+const OTHERS_WAIT: Duration = Duration::from_secs(600);
 
 /// Longest answer read.
 const ANSWER_BYTES_MAX: usize = 4 * 1024 * 1024;
@@ -169,6 +173,11 @@ impl PushError {
             }
             _ => false,
         }
+    }
+
+    /// Whether somebody else is sending the NAR, which needs not be sent after that.
+    fn is_underway(&self) -> bool {
+        matches!(self, PushError::Refused { error, .. } if error == "NarUnderway")
     }
 
     pub fn extent(&self) -> Extent {
@@ -446,10 +455,12 @@ impl Target {
             offset: 0,
         };
         let mut marked = upload.id.clone();
+        let started = Instant::now();
         loop {
             let before = upload.offset;
             let meter = place.meter();
-            let attempt = self.attempt(store, info, &mut upload, |id, offset| {
+            let may_wait = started.elapsed() < OTHERS_WAIT;
+            let attempt = self.attempt(store, info, may_wait, &mut upload, |id, offset| {
                 if let Some(marks) = marks
                     && marked.as_deref() != Some(id)
                 {
@@ -475,6 +486,11 @@ impl Target {
                 Ok(false) => continue,
                 Err(error) => error,
             };
+            if error.is_underway() {
+                tracing::debug!(path = %info.store_path, "somebody else is sending the nar, waiting for it");
+                pause(1, &error).await;
+                continue;
+            }
             if upload.offset > before {
                 failures = 0;
             }
@@ -492,11 +508,13 @@ impl Target {
         }
     }
 
-    /// Begins an upload, or sends the next part of one; returns whether it is complete.
+    /// Begins an upload, or sends the next part of one; returns whether it is complete. One that may wait is refused
+    /// while somebody else sends the NAR.
     async fn attempt(
         &self,
         store: &Arc<dyn LocalStore>,
         info: &PathInfo,
+        may_wait: bool,
         upload: &mut Upload,
         at: impl FnOnce(&str, u64) -> Meter,
     ) -> Result<bool, PushError> {
@@ -512,7 +530,11 @@ impl Target {
                 info.drop_own_signatures();
                 let narinfo: NarInfo = info.to_narinfo();
                 let text = narinfo.to_text(store.dir());
-                let request = self.client.post(self.url("uploads?challenge")?);
+                let uploads = match may_wait {
+                    true => "uploads?challenge",
+                    false => "uploads",
+                };
+                let request = self.client.post(self.url(uploads)?);
                 let begin = serde_json::json!({ "narinfo": text }).to_string();
                 let state: State = self.send(request.body(begin)).await?;
                 if state.published.is_some() {

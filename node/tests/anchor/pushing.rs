@@ -363,6 +363,80 @@ async fn a_nar_that_another_cache_has_is_proved_and_not_sent() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_nar_that_somebody_else_is_sending_is_waited_for_and_not_sent_twice() {
+    const BYTES: u64 = 3_000_000;
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let machine = Machine::new(&[]);
+    let file = machine.folder().join("large");
+    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(BYTES);
+    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
+    let path = machine.nix("nix-store", &["--add", file.to_str().unwrap()]);
+    let nar = machine.nar(&path);
+    let sample = Sample {
+        path: path.clone(),
+        nar: nar.clone(),
+        references: Vec::new(),
+    };
+    let mut first = RawUpload::of(&sample, &token);
+    let again = RawUpload::of(&sample, &token);
+    first.begin(rig.address());
+    first.ask(rig.address(), "PUT", "?offset=0", &nar[..1_000_000]);
+    let begin = serde_json::json!({ "narinfo": again.narinfo }).to_string();
+    let headers = [("Authorization", again.token.as_str())];
+    let target = format!("{}?challenge", again.target);
+    let refused = rig.ask("POST", &target, &headers, begin.as_bytes());
+    assert_eq!(
+        (refused.status, refused.error().as_str()),
+        (409, "NarUnderway")
+    );
+    assert!(refused.header("retry-after").is_some(), "{refused:?}");
+    // Who would not prove it need not wait.
+    let second = rig.ask("POST", &again.target, &headers, begin.as_bytes());
+    assert_eq!(second.status, 201, "{second:?}");
+
+    let (line, carried) = brittle(rig.address(), u64::MAX);
+    let (anchor, url) = (rig.address(), format!("http://{line}/main"));
+    tokio::task::block_in_place(|| {
+        std::thread::scope(|scope| {
+            let pushing = scope.spawn(|| push(&machine, &url, &token, &[&path]));
+            // It has asked what is missing, and whether to begin.
+            let started = std::time::Instant::now();
+            while carried.load(Ordering::Relaxed) < 1000 {
+                assert!(started.elapsed() < crate::rig::GENEROUS);
+                std::thread::yield_now();
+            }
+            let ended = first.ask(anchor, "PUT", "?offset=1000000", &nar[1_000_000..]);
+            assert_eq!(ended["published"], "Stored");
+            pushing.join().unwrap();
+        });
+    });
+    let sent = carried.load(Ordering::Relaxed);
+    assert!(sent < 20_000, "{sent} bytes");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_broke_off_holds_nobody_up_for_long() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let sample = Sample::new(1, 300_000);
+    let mut dead = RawUpload::of(&sample, &token);
+    dead.begin(rig.address());
+    dead.ask(rig.address(), "PUT", "?offset=0", &sample.nar[..1000]);
+    let upload = RawUpload::of(&sample, &token);
+    let begin = serde_json::json!({ "narinfo": upload.narinfo }).to_string();
+    let headers = [("Authorization", upload.token.as_str())];
+    let target = format!("{}?challenge", upload.target);
+    let started = std::time::Instant::now();
+    while rig.ask("POST", &target, &headers, begin.as_bytes()).status == 409 {
+        assert!(started.elapsed() < crate::rig::GENEROUS);
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn only_who_has_a_nar_answers_a_challenge() {
     let rig = Rig::new().await;
     rig.cache("main", true).await;
