@@ -31,6 +31,7 @@ use super::http::{Answer, Refusal, broken_body, empty, in_time, small_body};
 use super::ingest::IngestError;
 use super::intake::{Encoding, Intake, IntakeError};
 use super::object_store::{StorageError, Whole};
+use super::sizes::Filling;
 
 /// Largest log, listing or realisation. Logs of whole systems have some MiB.
 const FILE_BYTES_MAX: usize = 32 * 1024 * 1024;
@@ -124,7 +125,17 @@ async fn nar(
     let taken = taken
         .map_err(|error| Refusal::ours(&error))?
         .map_err(IngestError::from)?;
+    // No path says yet whose it is, so the quota of its subject counts it with the narinfo.
+    let filling = match &taken.packed {
+        Some((packed, _)) => {
+            anchor
+                .check_quota(cache, subject, taken.nar_hash, packed.file_size)
+                .await?
+        }
+        None => Filling::default(),
+    };
     anchor.keep_nar(cache, taken, file.to_owned()).await?;
+    anchor.filled(cache, None, filling);
     drop(slot);
     Ok(empty(StatusCode::CREATED))
 }
@@ -193,6 +204,7 @@ async fn narinfo(
     }
     let subject = subject.map(str::to_owned);
     anchor.describe(cache, narinfo, stored, subject).await?;
+    anchor.catalog.described(cache.id, stored.nar_hash).await?;
     Ok(empty(StatusCode::CREATED))
 }
 

@@ -1,7 +1,7 @@
 //! Sizes: how much a cache holds, and how much it may.
 //!
 //! A cache is as large as the NARs of its paths are in storage, each counted once, and in every cache that
-//! has it. Its *size cap* is what a collection brings it down to ([`super::gc`]); its *quota* is where pushes
+//! has it; for its quota also those that came and that no path names yet. Its *size cap* is what a collection brings it down to ([`super::gc`]); its *quota* is where pushes
 //! are refused: at once when it is full, and before a path is published that would not fit. Those under way
 //! at one time may go beyond it together. The *subject quota* is the same for what of a cache came by one
 //! token subject; a path is of whoever pushed it first.
@@ -89,8 +89,7 @@ impl Anchor {
         file_size: u64,
     ) -> Result<Filling, IngestError> {
         let mut filling = Filling::default();
-        if cache.settings.quota.is_some() && !self.catalog.cache_has_nar(cache.id, nar_hash).await?
-        {
+        if cache.settings.quota.is_some() && !self.catalog.counts_nar(cache.id, nar_hash).await? {
             filling.cache = file_size;
         }
         if cache.settings.subject_quota.is_some()
@@ -141,7 +140,7 @@ impl Anchor {
             return Ok(held);
         }
         let held = match share.1.clone() {
-            None => self.catalog.totals(Some(share.0)).await?.file_bytes,
+            None => self.catalog.cache_bytes(share.0).await?,
             Some(subject) => self.catalog.subject_bytes(share.0, subject).await?,
         };
         self.fullness.set(share, held);
@@ -185,6 +184,33 @@ pub struct Statistics {
 }
 
 impl Catalog {
+    /// Whether a cache's quota counts the NAR.
+    async fn counts_nar(&self, cache: i64, nar_hash: NarHash) -> Result<bool, CatalogError> {
+        self.read(move |connection| {
+            connection
+                .prepare_cached(
+                    "SELECT 1 FROM paths WHERE cache = ?1 AND nar_hash = ?2 AND state IN (1, 2)
+                     UNION ALL SELECT 1 FROM received WHERE cache = ?1 AND nar_hash = ?2 AND at > 0",
+                )?
+                .exists(params![cache, nar_hash.as_bytes()])
+        })
+        .await
+    }
+
+    /// Returns the bytes in storage that a cache's quota counts, each NAR once.
+    async fn cache_bytes(&self, cache: i64) -> Result<u64, CatalogError> {
+        self.read(move |connection| {
+            connection
+                .prepare_cached(
+                    "SELECT coalesce(sum(file_size), 0) FROM nars WHERE nar_hash IN
+                     (SELECT nar_hash FROM paths WHERE cache = ?1 AND state = 1
+                      UNION SELECT nar_hash FROM received WHERE cache = ?1 AND at > 0)",
+                )?
+                .query_row([cache], |row| unsigned(row, 0))
+        })
+        .await
+    }
+
     /// Whether a path that came by this subject has the NAR.
     async fn subject_has_nar(
         &self,

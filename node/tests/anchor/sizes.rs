@@ -260,6 +260,54 @@ async fn one_subject_that_has_enough_is_refused_and_others_are_not() {
     assert_eq!(refused(&token, &samples[4]), (413, true));
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn nars_that_no_path_names_yet_fill_a_cache_as_well() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = bearer(&rig.token(&[("main", &[Pull, Push])]).await);
+    let headers = [("Authorization", token.as_str())];
+    let samples: Vec<_> = (1..=3).map(|number| Sample::new(number, 50_000)).collect();
+    let put = |sample: &Sample| {
+        let target = format!("/main/nar/{}.nar", sample.nar_hash().nix32());
+        let answer = rig.ask("PUT", &target, &headers, &sample.nar);
+        let error = match answer.status {
+            201 => String::new(),
+            _ => answer.error(),
+        };
+        (answer.status, error)
+    };
+    assert_eq!(put(&samples[0]).0, 201);
+    let anchor = &rig.server.as_ref().unwrap().anchor;
+    let (_, held) = anchor.catalog.stored().await.unwrap();
+    let quota = |bytes: u64| Changes {
+        quota: Some(Some(bytes)),
+        ..Changes::default()
+    };
+    configure(&rig, "main", quota(held + held / 2)).await;
+    assert_eq!(put(&samples[1]), (413, "PathOverQuota".to_owned()));
+    configure(&rig, "main", quota(held)).await;
+    assert_eq!(put(&samples[1]), (413, "QuotaExceeded".to_owned()));
+    // Named by a path it counts once, and goes with that.
+    let narinfo = format!(
+        "StorePath: {}\nURL: nar/{}.nar\nCompression: none\nNarHash: {}\nNarSize: {}\nReferences: \n",
+        samples[0].path,
+        samples[0].nar_hash().nix32(),
+        samples[0].nar_hash(),
+        samples[0].nar.len()
+    );
+    let target = format!("/main/{}.narinfo", samples[0].hash());
+    let described = rig.ask("PUT", &target, &headers, narinfo.as_bytes());
+    assert_eq!(described.status, 201, "{described:?}");
+    configure(&rig, "main", quota(2 * held + held / 2)).await;
+    assert_eq!(put(&samples[1]).0, 201);
+    assert_eq!(put(&samples[2]), (413, "PathOverQuota".to_owned()));
+    let row = anchor.catalog.cache(&"main".parse().unwrap()).await;
+    let row = row.unwrap().unwrap();
+    let hash = samples[0].hash().parse().unwrap();
+    assert!(anchor.remove_path(&row, hash).await.unwrap());
+    assert_eq!(put(&samples[2]).0, 201);
+}
+
 #[test]
 fn the_command_line_sets_limits_and_tells_how_full_a_cache_is() {
     let place = Place::new();

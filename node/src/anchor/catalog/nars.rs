@@ -127,6 +127,17 @@ impl Catalog {
         .await
     }
 
+    /// Notes that a path of the cache has the NAR that came into it: it counts as that path's from here on.
+    pub async fn described(&self, cache: i64, nar_hash: NarHash) -> Result<(), CatalogError> {
+        self.write(move |transaction| {
+            transaction
+                .prepare_cached("UPDATE received SET at = 0 WHERE cache = ?1 AND nar_hash = ?2")?
+                .execute(params![cache, nar_hash.as_bytes()])
+                .map(drop)
+        })
+        .await
+    }
+
     /// Returns how many NARs are in storage, and their bytes.
     pub async fn stored(&self) -> Result<(u64, u64), CatalogError> {
         self.read(|connection| {
