@@ -115,6 +115,9 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Pause after an accept that failed, as when file descriptors ran out.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// What a refusal is called for a token that does not allow what was asked (RFC 6750 §3.1: `insufficient_scope`).
+const MISSING_PERMISSION: &str = "MissingPermission";
+
 /// An answer that says no.
 #[derive(Debug)]
 pub struct Refusal {
@@ -196,6 +199,10 @@ impl Refusal {
             let basic = HeaderValue::from_static("Basic realm=\"granary\"");
             headers.append(WWW_AUTHENTICATE, basic);
         }
+        if self.name == MISSING_PERMISSION {
+            let problem = "Bearer realm=\"granary\", error=\"insufficient_scope\"";
+            headers.append(WWW_AUTHENTICATE, HeaderValue::from_static(problem));
+        }
         let is_to_come_back = matches!(
             self.status,
             StatusCode::SERVICE_UNAVAILABLE | StatusCode::INSUFFICIENT_STORAGE
@@ -217,7 +224,7 @@ impl From<Denied> for Refusal {
             Denied::TokenRevoked => "TokenRevoked",
             Denied::MissingPermission { .. } => {
                 let message = denied.to_string();
-                return Refusal::new(StatusCode::FORBIDDEN, "MissingPermission", message);
+                return Refusal::new(StatusCode::FORBIDDEN, MISSING_PERMISSION, message);
             }
             Denied::Catalog(error) => return Refusal::ours(error),
         };
