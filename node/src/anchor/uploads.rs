@@ -321,8 +321,10 @@ impl Uploads {
         }
     }
 
-    /// Deletes its files, which may be large, elsewhere.
+    /// Deletes its files, those that may be large elsewhere. To be called while `known` is locked: without its note
+    /// nobody takes it up from the moment on that it is not known.
     fn delete(&self, id: &str) {
+        kept::forget(&self.spool, id);
         let (spool, id) = (self.spool.clone(), id.to_owned());
         tokio::task::spawn_blocking(move || kept::remove(&spool, &id));
     }

@@ -101,9 +101,13 @@ pub fn revive(
 
 /// Removes what there is of an upload.
 pub fn remove(spool: &Path, id: &str) {
-    for path in [note_file(spool, id), frames_file(spool, id)] {
-        delete(&path);
-    }
+    forget(spool, id);
+    delete(&frames_file(spool, id));
+}
+
+/// Removes the note of an upload, without which it is not taken up.
+pub fn forget(spool: &Path, id: &str) {
+    delete(&note_file(spool, id));
 }
 
 /// Removes from the spool what the last run left, but for uploads that were touched within `young`. Blocks.

@@ -21,11 +21,9 @@ impl Drop for Release {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn an_upload_is_taken_up_alone_also_when_its_request_is_given_up() {
-    let folder = tempfile::tempdir().unwrap();
+async fn anchor_in(state: &Path) -> (Arc<Anchor>, CacheRow) {
     let anchor = Anchor::open(Options {
-        state: folder.path().to_owned(),
+        state: state.to_owned(),
         storage: "memory:".to_owned(),
         s3: S3Options::default(),
         trust: TrustedKeys::new(),
@@ -41,14 +39,43 @@ async fn an_upload_is_taken_up_alone_also_when_its_request_is_given_up() {
     let anchor = anchor.await.unwrap();
     let name = "main".parse().unwrap();
     let cache = anchor.create_cache(&name, &Changes::default(), None).await;
-    let cache = cache.unwrap();
+    (anchor, cache.unwrap())
+}
+
+fn promised() -> NarInfo {
     let text = "StorePath: /nix/store/00bgd045z0d4icpbc2yyz4gx48ak44la-a\nURL: nar/x\n\
                 NarHash: sha256:1b8m03r63zqhnjf7l5wnldhh7c134ap5vpj0850ymkq1iyzicy5s\n\
                 NarSize: 100\nReferences: \n";
-    let dir = StoreDir::default();
-    let narinfo = NarInfo::parse(text, &dir).unwrap();
+    NarInfo::parse(text, &StoreDir::default()).unwrap()
+}
+
+#[tokio::test]
+async fn an_upload_that_was_let_go_is_not_taken_up_while_its_files_are_removed() {
+    let folder = tempfile::tempdir().unwrap();
+    let (anchor, cache) = anchor_in(folder.path()).await;
+    let (dir, narinfo) = (StoreDir::default(), promised());
     let id = granary_protocol::nix32::encode(&[7; ID_BYTES]);
-    drop(kept::begin(&anchor.spool, &id, &name, &narinfo, &dir).unwrap());
+    let intake = kept::begin(&anchor.spool, &id, &cache.name, &narinfo, &dir).unwrap();
+    let upload = Upload {
+        cache: cache.id,
+        narinfo,
+        stage: Stage::Waiting(Box::new(intake)),
+        challenge: None,
+        touched: Instant::now(),
+    };
+    anchor.uploads.insert(id.clone(), upload);
+    anchor.uploads.end(&id);
+    assert!(kept::revive(&anchor.spool, &id, &cache.name, &dir).is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_is_taken_up_alone_also_when_its_request_is_given_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let (anchor, cache) = anchor_in(folder.path()).await;
+    let narinfo = promised();
+    let id = granary_protocol::nix32::encode(&[7; ID_BYTES]);
+    let dir = StoreDir::default();
+    drop(kept::begin(&anchor.spool, &id, &cache.name, &narinfo, &dir).unwrap());
     // A note that is not read before somebody writes it.
     let note = anchor.spool.join(format!("upload-{id}.json"));
     let text = std::fs::read(&note).unwrap();
