@@ -287,6 +287,7 @@ impl Anchor {
                 // Two builds of one path that differ: clients have been told of the first.
                 Some(previous) if previous.nar_hash != narinfo.nar_hash => return Ok(()),
                 Some(previous) => {
+                    self.keep_description(&mut narinfo, &previous, &dir);
                     for signature in previous.signatures {
                         if !narinfo.signatures.contains(&signature) {
                             narinfo.signatures.push(signature);
@@ -349,6 +350,29 @@ impl Anchor {
             self.filled(cache, subject.as_deref(), filling);
         }
         Ok(())
+    }
+
+    /// Gives a narinfo the references of the one before it, unless only its own are signed by an upstream.
+    ///
+    /// Signatures hold for the references that they were made over: whoever pushes a path again with others would
+    /// undo them.
+    fn keep_description(&self, narinfo: &mut NarInfo, previous: &NarInfo, dir: &StoreDir) {
+        let fingerprint = narinfo.fingerprint(dir);
+        if fingerprint == previous.fingerprint(dir) {
+            return;
+        }
+        let is_signed = |narinfo: &NarInfo| {
+            let fingerprint = narinfo.fingerprint(dir);
+            let signatures = &narinfo.signatures;
+            self.trust
+                .verify(fingerprint.as_bytes(), signatures)
+                .is_some()
+        };
+        if is_signed(previous) || !is_signed(narinfo) {
+            narinfo.references = previous.references.clone();
+            narinfo.deriver = previous.deriver.clone();
+            narinfo.ca = previous.ca.clone();
+        }
     }
 
     /// Checks what is claimed about a path, apart from its NAR.

@@ -291,6 +291,24 @@ async fn an_upload_counts_what_came_in_and_takes_no_gaps() {
     );
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_pushes_a_path_again_does_not_change_what_it_references() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let (below, mut sample) = (Sample::new(1, 100), Sample::new(2, 100));
+    sample.references = vec![below.path["/nix/store/".len()..].to_owned()];
+    for sample in [&below, &sample] {
+        assert_eq!(rig.upload(&token, "main", sample).status, 200);
+    }
+    let target = format!("/main/{}.narinfo", sample.hash());
+    let before = rig.get(&target).text().to_owned();
+    assert!(before.contains("-sample-1\n"), "{before}");
+    sample.references.clear();
+    assert_eq!(rig.upload(&token, "main", &sample).status, 200);
+    assert_eq!(rig.get(&target).text(), before);
+}
+
 /// The raw requests of an upload.
 pub struct RawUpload {
     token: String,
