@@ -81,6 +81,10 @@ const UNASKED: Bounds = Bounds {
     per_address: 512,
 };
 
+/// How long a client may take in nothing of what it asked for before its connection ends: it holds one of
+/// [`CONNECTIONS_MAX`]. A laptop that sleeps asks again.
+const UNREAD_TIMEOUT: Duration = Duration::from_secs(300);
+
 /// Most bytes of a request's head. Attic's client sends up to 4 KiB of metadata in a header.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
 
@@ -324,6 +328,7 @@ pub async fn accept(
         // Small answers must not wait for the last one's acknowledgement. A socket that is gone
         // already will say so when it is read.
         let _ = stream.set_nodelay(true);
+        drop_unread(&stream, UNREAD_TIMEOUT);
         // Who has not asked yet may have to make room.
         let Some(stranger) = strangers.enter(peer.ip()) else {
             return;
@@ -353,6 +358,14 @@ pub async fn accept(
         && let Some(Ok(accepted)) = listener.accept().now_or_never()
     {
         admit(slot, accepted);
+    }
+}
+
+/// Lets the system end a connection whose other end takes in nothing for so long.
+fn drop_unread(stream: &TcpStream, after: Duration) {
+    let milliseconds = u32::try_from(after.as_millis()).unwrap_or(u32::MAX);
+    if let Err(error) = rustix::net::sockopt::set_tcp_user_timeout(stream, milliseconds) {
+        debug!(%error, "could not limit how long a connection may stay unread");
     }
 }
 
@@ -876,4 +889,23 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_whose_other_end_reads_nothing_ends() {
+        let listener = listen((std::net::Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        let (_client, (mut server, _)) = (client.unwrap(), accepted.unwrap());
+        drop_unread(&server, Duration::from_secs(1));
+        let sending = async { while server.write_all(&[0; 64 * 1024]).await.is_ok() {} };
+        let ended = tokio::time::timeout(Duration::from_secs(60), sending).await;
+        ended.expect("it ends");
+    }
 }
