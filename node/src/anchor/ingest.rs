@@ -371,7 +371,7 @@ impl Anchor {
         if is_signed(previous) || !is_signed(narinfo) {
             narinfo.references = previous.references.clone();
             narinfo.deriver = previous.deriver.clone();
-            narinfo.ca = previous.ca.clone();
+            narinfo.ca = previous.ca;
         }
     }
 
