@@ -33,7 +33,7 @@ pub struct Held<'a> {
 }
 
 impl Administration {
-    pub(in super::super) fn in_folder(state: &Path) -> Administration {
+    pub(in crate::anchor) fn in_folder(state: &Path) -> Administration {
         Administration {
             file: state.join("administration"),
             alone: tokio::sync::Mutex::default(),
@@ -41,7 +41,7 @@ impl Administration {
     }
 
     /// Waits until nobody else changes a cache; what was read before is not to be relied on.
-    pub(in super::super) async fn hold(&self) -> Result<Held<'_>, AdministrationError> {
+    pub(in crate::anchor) async fn hold(&self) -> Result<Held<'_>, AdministrationError> {
         let alone = self.alone.lock().await;
         let path = self.file.clone();
         let locked = tokio::task::spawn_blocking(move || {

@@ -9,11 +9,11 @@ use std::collections::BTreeSet;
 use futures::TryStreamExt;
 use tracing::{info, warn};
 
-use super::super::Anchor;
-use super::super::cache::CacheName;
-use super::super::catalog::{Catalog, CatalogError, stored_name};
-use super::super::object_store::problem;
 use super::AdminError;
+use crate::anchor::Anchor;
+use crate::anchor::cache::CacheName;
+use crate::anchor::catalog::{Catalog, CatalogError, stored_name};
+use crate::anchor::object_store::problem;
 
 /// Objects that storage may refuse to delete before the others are left for the next time.
 const FAILURES_MAX: usize = 10;
@@ -57,7 +57,7 @@ impl Anchor {
         Ok(())
     }
 
-    pub(in super::super) async fn is_being_deleted(
+    pub(in crate::anchor) async fn is_being_deleted(
         &self,
         name: &CacheName,
     ) -> Result<bool, AdminError> {

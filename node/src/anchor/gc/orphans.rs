@@ -12,11 +12,11 @@ use granary_protocol::hash::NarHash;
 use granary_protocol::store_path::StorePathHash;
 use tracing::warn;
 
-use super::super::catalog::{Catalog, CatalogError};
-use super::super::object_store::problem;
-use super::super::rebuild::CACHES_FOLDER;
-use super::super::{Anchor, NARINFO_BYTES_MAX};
 use super::GRACE;
+use crate::anchor::catalog::{Catalog, CatalogError};
+use crate::anchor::object_store::problem;
+use crate::anchor::rebuild::CACHES_FOLDER;
+use crate::anchor::{Anchor, NARINFO_BYTES_MAX};
 
 /// Objects of which the catalog is asked at once, so that a large bucket is not held in memory.
 const BATCH: usize = 1_000;
@@ -210,7 +210,7 @@ mod tests {
     #[test]
     fn the_nar_of_a_narinfo_is_read_whatever_its_store_directory() {
         let nar_hash = NarHash::from_bytes([7; 32]);
-        let url = super::super::super::nar_url(&nar_hash);
+        let url = crate::anchor::nar_url(&nar_hash);
         let text = format!("StorePath: /gnu/store/x\nURL: {url}\nCompression: zstd\n");
         assert_eq!(nar_named(text.as_bytes()), Some(nar_hash));
         for text in [
