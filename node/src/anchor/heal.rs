@@ -160,7 +160,7 @@ impl Anchor {
     ///
     /// # Errors
     /// With the NAR that could not be stored, so that it does not hold up those after it.
-    async fn heal_some(
+    pub async fn heal_some(
         self: &Arc<Self>,
         after: Option<NarHash>,
     ) -> Result<Option<NarHash>, (Option<NarHash>, IngestError)> {

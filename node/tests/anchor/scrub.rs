@@ -187,6 +187,50 @@ async fn what_is_damaged_is_brought_from_who_has_it_and_from_nobody_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_damaged_nar_that_cannot_be_stored_anew_holds_up_no_other() {
+    let s3 = S3::start().await;
+    let elsewhere = Rig::new().await;
+    let mut rig = Rig::on_s3(&s3).await;
+    rig.stop().await;
+    rig.heal_from = vec![granary::anchor::heal::Source {
+        url: elsewhere.url("main").parse().unwrap(),
+        authorities: Default::default(),
+    }];
+    rig.start().await;
+    let mut samples = [1, 2].map(|number| Sample::new(number, 1000));
+    samples.sort_by_key(|sample| *sample.nar_hash().as_bytes());
+    for rig in [&rig, &elsewhere] {
+        rig.cache("main", true).await;
+        let token = rig.token(&[("main", &[Push])]).await;
+        for sample in &samples {
+            assert_eq!(rig.upload(&token, "main", sample).status, 200);
+        }
+    }
+    let anchor = rig.server.as_ref().unwrap().anchor.clone();
+    let deny = |sample: &Sample| {
+        let key = granary::anchor::nar_key(&sample.nar_hash());
+        s3.fail(Fault::Denied, move |method, target| {
+            method == "PUT" && target.contains(&key)
+        });
+    };
+    for sample in &samples {
+        let key = granary::anchor::nar_key(&sample.nar_hash());
+        anchor.storage.delete(&key).await.unwrap();
+        deny(sample);
+    }
+    let found = anchor.scrub(None).await.unwrap().damaged;
+    assert_eq!(found.iter().filter(|damaged| !damaged.healed).count(), 2);
+    deny(&samples[0]);
+    let (after, _) = anchor.heal_some(None).await.unwrap_err();
+    assert_eq!(after, Some(samples[0].nar_hash()));
+    assert_eq!(s3.faults_left(), 0);
+    deny(&samples[0]);
+    assert_eq!(anchor.heal_some(after).await.unwrap(), None);
+    let statuses = [0, 1].map(|number| narinfo_status(&rig, "main", &samples[number]));
+    assert_eq!(statuses, [404, 200]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn another_build_takes_the_place_of_a_damaged_one_and_of_no_other() {
     let mut rig = Rig::new().await;
     rig.cache("main", true).await;
