@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! POST missing            {"hashes": [hash, …]}    → 200 {"missing": [hash, …]}
-//! POST uploads            {"narinfo": text}        → 201 {"id", "offset": 0}, or 200 {"published": "Known"}
+//! POST uploads            {"narinfo": text}        → 201 {"id", "offset"}, or 200 {"published": "Known"}
 //! GET  uploads/<id>                                → 200 {"offset"}
 //! PUT  uploads/<id>?offset=<offset>   body         → 200 {"offset"}, or 200 {"published": "Stored" | "Known"}
 //! POST uploads?challenge              {"narinfo"}  → the same as above, or 201 {"id", "offset": 0, "challenge"}, or 409
@@ -20,7 +20,8 @@
 //! and proves by the SHA-256 of these and the NAR, both in Nix's base 32, that it has it: knowing the NAR's hash, or
 //! an answer to another challenge, is not enough. One answer is looked at; after a wrong one the NAR is sent.
 //! While somebody else is sending the NAR, who would rather prove it is asked to come back in a moment (409
-//! `NarUnderway`); who asks for no challenge sends it at once.
+//! `NarUnderway`); who asks for no challenge sends it at once. Who begins what the same token subject began and left
+//! gets that, and the offset where it stands: a push that was killed goes on in the next one.
 //!
 //! With the last byte the path is published; should storage fail then, an empty body at the end publishes it.
 //!
@@ -106,6 +107,8 @@ pub struct Uploads {
 
 struct Upload {
     cache: i64,
+    /// By whose token it was begun; `None` when it is not known who that was.
+    subject: Option<String>,
     narinfo: NarInfo,
     stage: Stage,
     /// What it may be proved by that its sender has the NAR, until that was tried.
@@ -161,6 +164,16 @@ pub struct State {
     /// `Stored` or `Known`, once it is complete.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub published: Option<String>,
+}
+
+impl State {
+    fn begun(id: String, offset: u64) -> State {
+        State {
+            id: Some(id),
+            offset: Some(offset),
+            ..State::default()
+        }
+    }
 }
 
 impl Uploads {
@@ -235,6 +248,18 @@ impl Uploads {
         uploads.values().any(|upload| {
             upload.narinfo.nar_hash == *nar_hash && upload.touched.elapsed() < COMING_TIMEOUT
         })
+    }
+
+    /// Finds what a subject sent of a path before it was interrupted, and how much that is.
+    fn left(&self, cache: i64, subject: &str, narinfo: &NarInfo) -> Option<(String, u64)> {
+        let mut uploads = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let (id, upload) = uploads.iter_mut().find(|(_, upload)| {
+            let is_theirs = upload.cache == cache && upload.subject.as_deref() == Some(subject);
+            is_theirs && upload.narinfo == *narinfo && matches!(upload.stage, Stage::Waiting(_))
+        })?;
+        upload.touched = Instant::now();
+        let offset = upload.stage.offset(upload.narinfo.nar_size)?;
+        Some((id.clone(), offset))
     }
 
     /// Notes that something of an upload came.
@@ -451,7 +476,13 @@ async fn begin(
         None if is_challenged && anchor.uploads.is_coming(&narinfo.nar_hash) => {
             return Err(underway());
         }
-        None => None,
+        None => {
+            let left = subject.and_then(|subject| anchor.uploads.left(cache.id, subject, &narinfo));
+            if let Some((id, offset)) = left {
+                return told(StatusCode::CREATED, &State::begun(id, offset));
+            }
+            None
+        }
     };
     let intake = match stored {
         Some(_) => Intake::new(None, narinfo.nar_size),
@@ -466,6 +497,7 @@ async fn begin(
     let intake = intake.map_err(IngestError::from)?;
     let upload = Upload {
         cache: cache.id,
+        subject: subject.map(str::to_owned),
         narinfo,
         stage: Stage::Waiting(Box::new(intake)),
         challenge,
@@ -473,10 +505,8 @@ async fn begin(
     };
     anchor.uploads.insert(id.clone(), upload);
     let state = State {
-        id: Some(id),
-        offset: Some(0),
         challenge: challenge.map(|challenge| nix32::encode(&challenge)),
-        published: None,
+        ..State::begun(id, 0)
     };
     told(StatusCode::CREATED, &state)
 }
@@ -707,6 +737,7 @@ impl Anchor {
         if let Some((narinfo, intake)) = revived {
             let upload = Upload {
                 cache: cache.id,
+                subject: None,
                 narinfo,
                 stage: Stage::Waiting(Box::new(intake)),
                 challenge: None,

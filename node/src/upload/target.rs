@@ -545,7 +545,8 @@ impl Target {
                 })?;
                 *upload = Upload {
                     id: Some(id.clone()),
-                    offset: 0,
+                    // Where a push before this one left it.
+                    offset: state.offset.unwrap_or(0),
                 };
                 if let Some(challenge) = state.challenge
                     && self.prove(store, &info, &id, &challenge).await?

@@ -228,6 +228,65 @@ async fn a_push_over_a_line_that_breaks_goes_on_where_it_was() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_push_that_was_killed_goes_on_in_the_next_one() {
+    const BYTES: u64 = 40_000_000;
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let token = rig.token(&[("main", &[Push])]).await;
+    let machine = Machine::new(&[]);
+    let file = machine.folder().join("large");
+    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(BYTES);
+    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
+    let path = machine.nix("nix-store", &["--add", file.to_str().unwrap()]);
+    let (line, carried) = brittle(rig.address(), u64::MAX);
+    let url = format!("http://{line}/main");
+    tokio::task::block_in_place(|| {
+        let mut command = push_command(&machine, &url, &token, &[&path]);
+        let mut killed = command.spawn().unwrap();
+        let started = std::time::Instant::now();
+        while carried.load(Ordering::Relaxed) < BYTES / 2 {
+            assert!(started.elapsed() < crate::rig::GENEROUS);
+            assert!(killed.try_wait().unwrap().is_none(), "it ended");
+            std::thread::yield_now();
+        }
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        let pushed = push(&machine, &url, &token, &[&path]);
+        assert_eq!(pushed["pushed"], 1, "{pushed}");
+    });
+    let carried = carried.load(Ordering::Relaxed);
+    assert!(carried < BYTES * 11 / 10, "{carried} bytes for {BYTES}");
+    let narinfo = rig.get(&format!("/main/{}.narinfo", hash(&path)));
+    assert_eq!(narinfo.status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_was_left_is_for_its_subject_alone() {
+    let rig = Rig::new().await;
+    rig.cache("main", true).await;
+    let sample = Sample::new(1, 100_000);
+    let token = rig.token(&[("main", &[Push])]).await;
+    let mut left = RawUpload::of(&sample, &token);
+    left.begin(rig.address());
+    left.ask(rig.address(), "PUT", "?offset=0", &sample.nar[..1000]);
+    let begin = |token: &str| {
+        let upload = RawUpload::of(&sample, token);
+        let body = serde_json::json!({ "narinfo": upload.narinfo }).to_string();
+        let headers = [("Authorization", upload.token.as_str())];
+        rig.ask("POST", &upload.target, &headers, body.as_bytes())
+            .json()
+    };
+    let again = begin(&token);
+    assert_eq!(again["offset"], 1000, "{again}");
+    assert!(left.target.ends_with(again["id"].as_str().unwrap()));
+    let mut claims = crate::rig::claims(&[("main", &[Push])]);
+    claims.subject = "somebody else".to_owned();
+    let other = begin(&claims.mint(&granary::anchor::tokens::token_key(&rig.state()).unwrap()));
+    assert_eq!(other["offset"], 0, "{other}");
+    assert_ne!(other["id"], again["id"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_upload_counts_what_came_in_and_takes_no_gaps() {
     let rig = Rig::new().await;
     rig.cache("main", true).await;

@@ -58,6 +58,7 @@ async fn an_upload_that_was_let_go_is_not_taken_up_while_its_files_are_removed()
     let intake = kept::begin(&anchor.spool, &id, &cache.name, &narinfo, &dir).unwrap();
     let upload = Upload {
         cache: cache.id,
+        subject: None,
         narinfo,
         stage: Stage::Waiting(Box::new(intake)),
         challenge: None,
