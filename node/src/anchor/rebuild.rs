@@ -5,13 +5,15 @@
 //! deleted. Of tokens the bucket knows only which were revoked; times of last use it does not know, and
 //! paths count as used now.
 
+use std::collections::BTreeSet;
+
 use futures::TryStreamExt;
 use granary_protocol::narinfo::NarInfo;
 use granary_protocol::store_path::{StoreDir, StorePath};
 use tracing::{info, warn};
 
 use super::cache::{CacheName, Settings};
-use super::catalog::{Catalog, NewPath, PathRow, StoredNar};
+use super::catalog::{Catalog, CatalogError, NewPath, PathRow, StoredNar};
 use super::object_store::{ObjectStore, StorageError};
 use super::{
     NARINFO_BYTES_MAX, OpenError, Options, begin, check_format, make_folders, nar_key, nar_url,
@@ -34,9 +36,11 @@ pub async fn holds_caches(storage: &ObjectStore) -> Result<bool, StorageError> {
     Ok(storage.list(CACHES_FOLDER).try_next().await?.is_some())
 }
 
-/// Writes everything that the bucket holds into the catalog of the anchor's state folder.
+/// Makes the catalog of the anchor's state folder say what the bucket holds, and nothing else of caches and paths. Of
+/// a catalog that is there, tokens stay.
 ///
-/// Safe to be repeated. Not to be run beside an anchor that is taking in pushes.
+/// Safe to be repeated; interrupted, the next start looks into the bucket for each path. Not to be run beside an
+/// anchor.
 pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
     make_folders(&options.state, &options.state.join("spool"))?;
     let storage = ObjectStore::open(&options.storage, &options.s3)?;
@@ -52,6 +56,8 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
         ..Found::default()
     };
     let deleted = catalog.deletions().await?;
+    catalog.begin_rebuild().await?;
+    let mut ids = BTreeSet::new();
     for (name, settings) in caches(&storage).await? {
         if deleted.contains(&name) {
             warn!(cache = %name, "left out a cache that is being deleted");
@@ -69,6 +75,7 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
             .set_cache(&name, &settings, options.clock.now())
             .await?;
         found.caches += 1;
+        ids.insert(id);
         let mut objects = storage.list(&name.narinfo_folder());
         while let Some(object) = objects.try_next().await? {
             match read_path(&storage, &name, &dir, &object.key).await? {
@@ -96,12 +103,59 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
         }
         info!(cache = %name, paths = found.paths, "rebuilt the catalog of a cache");
     }
+    catalog.end_rebuild(ids).await?;
     Ok(found)
+}
+
+/// Tables with rows of caches, those first that others refer to last.
+const TABLES: [&str; 5] = ["edges", "rewrites", "rotations", "paths", "received"];
+
+impl Catalog {
+    /// Takes every path for one of which it is not known whether its narinfo is in the bucket.
+    async fn begin_rebuild(&self) -> Result<(), CatalogError> {
+        self.write(|transaction| {
+            // Its NAR may be gone; Nix puts it again.
+            transaction.execute("DELETE FROM received", [])?;
+            transaction
+                .execute("UPDATE paths SET state = 0", [])
+                .map(drop)
+        })
+        .await
+    }
+
+    /// Forgets the paths, NARs and caches that were not found.
+    async fn end_rebuild(&self, found: BTreeSet<i64>) -> Result<(), CatalogError> {
+        self.write(move |transaction| {
+            let known: Vec<i64> = transaction
+                .prepare("SELECT id FROM caches")?
+                .query_map([], |row| row.get(0))?
+                .collect::<Result<_, _>>()?;
+            for cache in known.into_iter().filter(|cache| !found.contains(cache)) {
+                for table in TABLES {
+                    transaction
+                        .execute(&format!("DELETE FROM {table} WHERE cache = ?1"), [cache])?;
+                }
+                transaction.execute("DELETE FROM caches WHERE id = ?1", [cache])?;
+            }
+            transaction.execute("DELETE FROM paths WHERE state <> 1", [])?;
+            for table in ["edges", "rewrites"] {
+                let lost = format!(
+                    "DELETE FROM {table} WHERE NOT EXISTS (SELECT 1 FROM paths
+                     WHERE paths.cache = {table}.cache AND paths.hash = {table}.hash)"
+                );
+                transaction.execute(&lost, [])?;
+            }
+            let unnamed = "DELETE FROM nars WHERE NOT EXISTS
+                           (SELECT 1 FROM paths WHERE paths.nar_hash = nars.nar_hash)";
+            transaction.execute(unnamed, []).map(drop)
+        })
+        .await
+    }
 }
 
 async fn caches(storage: &ObjectStore) -> Result<Vec<(CacheName, Settings)>, StorageError> {
     // A bucket cannot be asked for its folders by every store alike; the listing names them all.
-    let mut names = std::collections::BTreeSet::new();
+    let mut names = BTreeSet::new();
     let mut objects = storage.list(CACHES_FOLDER);
     while let Some(object) = objects.try_next().await? {
         let name = object.key.split('/').nth(1).map(CacheName::new);

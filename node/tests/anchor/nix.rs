@@ -3,7 +3,7 @@
 use granary_protocol::token::Permission::{Delete, Pull, Push};
 
 use crate::pushing::try_push;
-use crate::rig::{Machine, Rig, bearer, hash};
+use crate::rig::{Machine, Rig, Sample, bearer, hash};
 use crate::s3::S3;
 
 /// Pushes a closure with `nix copy --to`, takes it back on another machine that trusts the anchor only.
@@ -235,6 +235,40 @@ async fn a_push_without_the_right_ends_at_once_with_the_reason() {
         assert!(started.elapsed() < crate::rig::GENEROUS, "{token}");
     }
     assert!(!rig.objects().iter().any(|key| key.starts_with("nar/")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_rebuild_forgets_what_the_bucket_does_not_have() {
+    let mut rig = Rig::new().await;
+    rig.cache("main", true).await;
+    rig.cache("gone", true).await;
+    let token = rig.token(&[("*", &[Push])]).await;
+    let kept = Sample::new(1, 1000);
+    let lost = Sample::new(2, 1000);
+    for sample in [&kept, &lost] {
+        assert_eq!(rig.upload(&token, "main", sample).status, 200);
+    }
+    assert_eq!(rig.upload(&token, "gone", &lost).status, 200);
+    rig.stop().await;
+    let storage = rig.folder.path().join("storage");
+    for key in rig.objects() {
+        let is_lost = key.contains(&lost.hash()) || key.contains("/gone/");
+        if is_lost || key.contains(&lost.nar_hash().nix32()) {
+            std::fs::remove_file(storage.join(key)).unwrap();
+        }
+    }
+    let found = granary::anchor::rebuild::rebuild(&rig.options()).await;
+    let found = found.unwrap();
+    assert_eq!((found.caches, found.paths, found.left_out), (1, 1, 0));
+    rig.start().await;
+    let status = |path: &Sample| rig.get(&format!("/main/{}.narinfo", path.hash())).status;
+    assert_eq!((status(&kept), status(&lost)), (200, 404));
+    // As one that is private.
+    assert_eq!(rig.get("/gone/nix-cache-info").status, 401);
+    // Whoever has it may push it again, with all of its bytes.
+    assert_eq!(rig.upload(&token, "main", &lost).status, 200);
+    let nar = rig.get(&format!("/main/nar/{}.nar.zst", lost.nar_hash().nix32()));
+    assert_eq!(zstd::decode_all(&nar.body[..]).unwrap(), lost.nar);
 }
 
 #[tokio::test(flavor = "multi_thread")]
