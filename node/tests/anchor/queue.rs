@@ -474,6 +474,9 @@ async fn a_node_that_is_killed_at_any_moment_pushes_everything_once() {
         let narinfos = rig.objects();
         let narinfos = narinfos.iter().filter(|key| key.ends_with(".narinfo"));
         assert_eq!(narinfos.count(), built.len());
+        // Of what was under way at each kill, no more than what the line held is sent again.
+        let (sent, whole) = (line.bytes.load(Ordering::Relaxed), built.len() * BYTES);
+        assert!(sent < whole as u64 * 3 / 2, "{sent} bytes for {whole}");
         // Nothing is left to be done, whatever is done to the node.
         pusher.wait_idle();
         pusher.kill();

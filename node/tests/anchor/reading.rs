@@ -1,8 +1,11 @@
 //! The binary-cache protocol, byte for byte, and what nodes ask beyond it.
 
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+
 use granary_protocol::token::Permission::{Pull, Push};
 
-use crate::rig::{Machine, Rig, Sample, bearer, hash};
+use crate::rig::{GENEROUS, Machine, Rig, Sample, bearer, hash};
 use crate::s3::{Fault, S3};
 
 /// Two frames and a piece.
@@ -233,6 +236,43 @@ async fn files_beside_narinfos_come_back_as_they_were_sent() {
     assert_eq!(put("/main/log/abc-z.drv", "rot13", b"x"), 415);
     assert_eq!(put(&listing, "identity", b"no json"), 400);
     assert_eq!(put("/main/etc/passwd", "identity", b"x"), 403);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_before_a_body_is_told_to_go_on() {
+    let rig = Rig::new().await;
+    let (_, token) = with_sample(&rig, 100).await;
+    let put = |target: &str, token: &str, body: &str| {
+        let mut stream = TcpStream::connect(rig.address()).unwrap();
+        stream.set_read_timeout(Some(GENEROUS)).unwrap();
+        let head = format!(
+            "PUT {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: 100-continue\r\n\
+             Authorization: {}\r\nContent-Length: {}\r\n\r\n",
+            bearer(token),
+            body.len()
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut answer = String::new();
+        let mut lines = BufReader::new(stream.try_clone().unwrap());
+        lines.read_line(&mut answer).unwrap();
+        if answer.starts_with("HTTP/1.1 100") {
+            stream.write_all(body.as_bytes()).unwrap();
+        }
+        lines.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let info = "StoreDir: /nix/store\nWantMassQuery: 1\n";
+    for (target, body) in [
+        ("/main/log/abc-x.drv", "built"),
+        ("/main/nix-cache-info", info),
+    ] {
+        let answer = put(target, &token, body);
+        assert!(answer.starts_with("HTTP/1.1 100"), "{target}: {answer}");
+        assert!(answer.contains("\r\nHTTP/1.1 20"), "{target}: {answer}");
+    }
+    // Who may not is told so before a byte of it is sent.
+    let refused = put("/main/log/abc-x.drv", "stranger", "built");
+    assert!(refused.starts_with("HTTP/1.1 401"), "{refused}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
