@@ -259,7 +259,7 @@ async fn a_rebuild_forgets_what_the_bucket_does_not_have() {
     rig.stop().await;
     let storage = rig.folder.path().join("storage");
     for key in rig.objects() {
-        let is_lost = key.contains(&lost.hash()) || key.contains("/gone/");
+        let is_lost = key.contains(lost.hash()) || key.contains("/gone/");
         if is_lost || key.contains(&lost.nar_hash().nix32()) {
             std::fs::remove_file(storage.join(key)).unwrap();
         }
