@@ -60,9 +60,11 @@ impl Credential {
         self.state.borrow().problem.clone()
     }
 
-    /// Tells whoever renews it that the cache did not take it.
-    pub fn refuse(&self) {
-        self.refused.send_replace(());
+    /// Tells whoever renews it that the cache did not take what was shown; of one that was replaced since, that is old news.
+    pub fn refuse(&self, shown: &HeaderValue) {
+        if self.state.borrow().header.as_ref() == Some(shown) {
+            self.refused.send_replace(());
+        }
     }
 }
 
@@ -83,14 +85,20 @@ pub fn renewed() -> (Credential, CredentialSource) {
     )
 }
 
+/// The value of the header that carries a token.
+pub fn bearer(token: &str) -> Result<HeaderValue, NoToken> {
+    let text = Zeroizing::new(format!("Bearer {token}"));
+    let mut value = HeaderValue::from_str(&text).map_err(|_| NoToken)?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
 impl CredentialSource {
     /// Shows this token from here on.
     pub fn show(&self, token: &str) -> Result<(), NoToken> {
-        let bearer = Zeroizing::new(format!("Bearer {token}"));
-        let mut value = HeaderValue::from_str(&bearer).map_err(|_| NoToken)?;
-        value.set_sensitive(true);
+        let header = bearer(token)?;
         self.state.send_replace(State {
-            header: Some(value),
+            header: Some(header),
             problem: None,
         });
         Ok(())
@@ -132,32 +140,38 @@ mod tests {
         source.show("one").unwrap();
         assert_eq!(clone.header().unwrap(), "Bearer one");
         assert!(clone.header().unwrap().is_sensitive());
-        credential.refuse();
-        clone.refuse();
+        let one = clone.header().unwrap();
+        credential.refuse(&one);
+        clone.refuse(&one);
         source.refused().await;
         source.fail("the anchor is away".to_owned());
         assert_eq!(credential.problem().unwrap(), "the anchor is away");
         assert!(credential.header().is_some());
-        credential.refuse();
+        credential.refuse(&one);
         source.forget_refusals();
-        let again = tokio::select! {
-            biased;
-            () = source.refused() => true,
-            () = std::future::ready(()) => false,
-        };
-        assert!(!again);
+        assert!(!is_told(&mut source).await);
         source.withdraw();
         assert!(credential.header().is_none() && credential.problem().is_some());
         source.show("two").unwrap();
         assert!(credential.problem().is_none());
         assert!(source.show("a\nb").is_err());
         assert_eq!(credential.header().unwrap(), "Bearer two");
+        credential.refuse(&one);
+        assert!(!is_told(&mut source).await);
+    }
+
+    async fn is_told(source: &mut CredentialSource) -> bool {
+        tokio::select! {
+            biased;
+            () = source.refused() => true,
+            () = std::future::ready(()) => false,
+        }
     }
 
     #[test]
     fn a_fixed_one_outlives_whoever_made_it() {
         let fixed = Credential::fixed("x").unwrap();
-        fixed.refuse();
+        fixed.refuse(&fixed.header().unwrap());
         assert_eq!(fixed.header().unwrap(), "Bearer x");
         assert!(Credential::none().header().is_none());
         assert_eq!(Credential::without("why").problem().unwrap(), "why");

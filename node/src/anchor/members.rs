@@ -53,8 +53,8 @@ const BODY_BYTES_MAX: usize = ASSERTION_TEXT_BYTES_MAX + 1024;
 /// For how long an assertion is remembered: it may be dated ahead by as much as it may be old.
 const SHOWN_SECONDS: u64 = 2 * ASSERTION_SECONDS;
 
-/// Assertions of one machine in [`SHOWN_SECONDS`]; a node shows one per cache in forty minutes, and some when it
-/// is started again and again.
+/// Assertions of one machine in [`SHOWN_SECONDS`]; a node shows one per cache in forty minutes, in a minute while
+/// its tokens are refused, and some when it is started again and again.
 const SHOWN_PER_PEER_MAX: usize = 32;
 
 /// Assertions that are remembered, of all members: some 100 bytes each.

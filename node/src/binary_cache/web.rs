@@ -391,15 +391,18 @@ impl WebCaches {
     ) -> Result<Response, reqwest::Error> {
         let is_own = url.origin() == cache.base.origin();
         let mut request = cache.client.get(url);
-        if let Some(header) = cache.credential.header().filter(|_| is_own) {
+        let shown = cache.credential.header().filter(|_| is_own);
+        if let Some(header) = &shown {
             request = request.header(AUTHORIZATION, header);
         }
         if let Some(from) = from {
             request = request.header(RANGE, format!("bytes={from}-"));
         }
         let response = request.send().await?;
-        if is_own && response.status() == StatusCode::UNAUTHORIZED {
-            cache.credential.refuse();
+        if let Some(header) = shown
+            && response.status() == StatusCode::UNAUTHORIZED
+        {
+            cache.credential.refuse(&header);
         }
         Ok(response)
     }

@@ -33,6 +33,9 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Longest answer read: a token in JSON.
 const ANSWER_BYTES_MAX: usize = TOKEN_BYTES_MAX + 4096;
 
+/// Longest life of a token that is believed. Ours have an hour; what anybody says must not overflow a clock.
+pub(super) const LIFE_MAX: Duration = Duration::from_secs(24 * 3600);
+
 /// A token is renewed when only this part of its life is left: of an hour twenty minutes, in which an issuer or
 /// anchor that is away may come back.
 const RENEWAL_PART: u32 = 3;
@@ -207,7 +210,7 @@ impl Exchange {
         let traded: Traded = read(&bytes, place)?;
         Ok(Token {
             text: Zeroizing::new(traded.token),
-            life: Duration::from_secs(traded.expires_in),
+            life: Duration::from_secs(traded.expires_in).min(LIFE_MAX),
         })
     }
 

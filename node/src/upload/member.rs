@@ -18,7 +18,7 @@ use granary_protocol::signature::PublicKey;
 use tracing::{debug, warn};
 use zeroize::Zeroizing;
 
-use super::exchange::{Exchange, ExchangeError, Token, renewal_after};
+use super::exchange::{Exchange, ExchangeError, LIFE_MAX, Token, renewal_after};
 use super::order;
 use super::target::chance;
 use crate::clock::{self, Clock, unix_time};
@@ -152,9 +152,12 @@ pub async fn keep(exchange: Exchange, mut kept: Kept, pauses: Pauses) {
         kept.source.forget_refusals();
         let (least, most) = match exchange.token().await {
             Ok(token) => {
-                failures = 0;
-                kept.put(&token).await;
-                (pauses.to_refusal, renewal_after(token.life))
+                let is_put = kept.put(&token).await;
+                failures = if is_put { 0 } else { failures + 1 };
+                match is_put {
+                    true => (pauses.to_refusal, renewal_after(token.life)),
+                    false => (pauses.least, order::token_pause(failures, chance())),
+                }
             }
             Err(error) => {
                 kept.fail(&error);
@@ -203,17 +206,16 @@ impl Kept {
         kept
     }
 
-    async fn put(&mut self, token: &Token) {
+    /// Returns whether it is where everybody finds it.
+    async fn put(&mut self, token: &Token) -> bool {
         if self.source.show(&token.text).is_err() {
             self.warn(
                 (None, String::new()),
                 "what the anchor gave is no token".to_owned(),
             );
-            return;
+            return false;
         }
         self.until = Some(self.clock.now() + token.life);
-        self.told = None;
-        debug!(file = %self.file.display(), "got a token as a member");
         let (file, text) = (self.file.clone(), token.text.clone());
         let write = move || {
             let line = Zeroizing::new(format!("{}\n", text.as_str()));
@@ -222,7 +224,11 @@ impl Kept {
         if let Err(error) = blocking(write).await {
             let problem = format!("cannot write the token to {}: {error}", self.file.display());
             self.warn((None, String::new()), problem);
+            return false;
         }
+        self.told = None;
+        debug!(file = %self.file.display(), "got a token as a member");
+        true
     }
 
     /// Takes the token back, so that nobody shows what is good for nothing.
@@ -272,7 +278,7 @@ fn life(text: &str) -> Option<Duration> {
         .claims
         .expires?;
     let seconds = expires.0.checked_sub(unix_time().0)?;
-    (seconds > 0).then(|| Duration::from_secs(seconds))
+    (seconds > 0).then(|| Duration::from_secs(seconds).min(LIFE_MAX))
 }
 
 async fn blocking(act: impl FnOnce() -> io::Result<()> + Send + 'static) -> io::Result<()> {

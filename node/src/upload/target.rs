@@ -455,11 +455,12 @@ impl Target {
             offset: 0,
         };
         let mut marked = upload.id.clone();
-        let started = Instant::now();
+        // For somebody else's upload.
+        let mut waiting: Option<Instant> = None;
         loop {
             let before = upload.offset;
             let meter = place.meter();
-            let may_wait = started.elapsed() < OTHERS_WAIT;
+            let may_wait = waiting.is_none_or(|since| since.elapsed() < OTHERS_WAIT);
             let attempt = self.attempt(store, info, may_wait, &mut upload, |id, offset| {
                 if let Some(marks) = marks
                     && marked.as_deref() != Some(id)
@@ -487,6 +488,7 @@ impl Target {
                 Err(error) => error,
             };
             if error.is_underway() {
+                waiting.get_or_insert_with(Instant::now);
                 tracing::debug!(path = %info.store_path, "somebody else is sending the nar, waiting for it");
                 pause(1, &error).await;
                 continue;

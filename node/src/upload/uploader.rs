@@ -29,7 +29,7 @@ use super::target::{Marks, chance};
 use super::{Extent, Outcome, PushError, Root, Target, TokenFileError, push_round, read_token};
 use crate::authority::{Authorities, AuthorityError};
 use crate::clock::unix_time;
-use crate::credential::Credential;
+use crate::credential::{Credential, bearer};
 use crate::log::chain;
 use crate::store::hidden::Hidden;
 use crate::store::{LocalStore, PathInfo, StoreEvent};
@@ -247,8 +247,10 @@ impl Uploader {
                 self.idle(queue, offered).await?;
                 continue;
             }
+            let mut shown = None;
             let round = async {
                 let token = self.token().await?;
+                shown = bearer(&token).ok();
                 let target = match &target {
                     Some(target) => target,
                     // Kept for its connections.
@@ -282,11 +284,11 @@ impl Uploader {
                         Trouble::Push(error) => error.retry_after(),
                         _ => None,
                     };
-                    if let (Trouble::Push(error), Some(credential)) =
-                        (&trouble, &self.options.credential)
+                    if let (Trouble::Push(error), Some(credential), Some(shown)) =
+                        (&trouble, &self.options.credential, &shown)
                         && error.is_of_token()
                     {
-                        credential.refuse();
+                        credential.refuse(shown);
                     }
                     let pause = order::away_pause(failures, retry_after, chance());
                     let text = chain(&trouble);

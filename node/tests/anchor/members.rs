@@ -435,7 +435,7 @@ async fn a_node_keeps_its_token_good_and_shows_none_that_is_refused() {
     let keeper = Keeper::new(&rig, &member, 1);
     assert_eq!(keeper.credential.header().unwrap(), second);
     fs::remove_file(keeper.folder.join("certificate")).unwrap();
-    keeper.credential.refuse();
+    keeper.credential.refuse(&second);
     keeper
         .wait(|keeper| keeper.credential.header().is_none())
         .await;

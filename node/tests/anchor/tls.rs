@@ -208,7 +208,7 @@ async fn a_node_asks_an_anchor_whose_authority_it_was_told() {
     let token = rig.token(&[("main", &[Pull, Push])]).await;
     let sample = Sample::new(1, 100_000);
     let url = format!("https://localhost:{}", rig.address().port());
-    let (metadata, token) = (sample.metadata("main").to_string(), bearer(&token));
+    let metadata = sample.metadata("main").to_string();
     let file = authority.folder.path().join("nar");
     std::fs::write(&file, &sample.nar).unwrap();
     tokio::task::block_in_place(|| {
@@ -216,7 +216,7 @@ async fn a_node_asks_an_anchor_whose_authority_it_was_told() {
             Some(&authority.file()),
             &[
                 "--header",
-                &format!("authorization: {token}"),
+                &format!("authorization: {}", bearer(&token)),
                 "--header",
                 &format!("x-attic-nar-info: {metadata}"),
                 "--upload-file",
