@@ -58,7 +58,9 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
     let deleted = catalog.deletions().await?;
     catalog.begin_rebuild().await?;
     let mut ids = BTreeSet::new();
-    for (name, settings) in caches(&storage).await? {
+    let (caches, left_out) = caches(&storage).await?;
+    found.left_out += left_out;
+    for (name, settings) in caches {
         if deleted.contains(&name) {
             warn!(cache = %name, "left out a cache that is being deleted");
             continue;
@@ -153,7 +155,8 @@ impl Catalog {
     }
 }
 
-async fn caches(storage: &ObjectStore) -> Result<Vec<(CacheName, Settings)>, StorageError> {
+/// Returns the caches, and of how many the settings are not to be read.
+async fn caches(storage: &ObjectStore) -> Result<(Vec<(CacheName, Settings)>, u64), StorageError> {
     // A bucket cannot be asked for its folders by every store alike; the listing names them all.
     let mut names = BTreeSet::new();
     let mut objects = storage.list(CACHES_FOLDER);
@@ -163,18 +166,19 @@ async fn caches(storage: &ObjectStore) -> Result<Vec<(CacheName, Settings)>, Sto
             names.insert(name);
         }
     }
-    let mut caches = Vec::new();
+    let (mut caches, mut left_out) = (Vec::new(), 0);
     for name in names {
         let json = storage.get(&name.settings_key(), NARINFO_BYTES_MAX).await?;
         match json.as_deref().map(Settings::from_json) {
             Some(Ok(settings)) => caches.push((name, settings)),
             Some(Err(error)) => {
                 warn!(cache = %name, %error, "left out a cache with malformed settings");
+                left_out += 1;
             }
             None => warn!(cache = %name, "left out a cache without settings, it was being deleted"),
         }
     }
-    Ok(caches)
+    Ok((caches, left_out))
 }
 
 type Complete = (

@@ -79,7 +79,11 @@ pub async fn restore(catalog: &Catalog, storage: &ObjectStore) -> Result<u64, Re
     let mut left_out = 0;
     let mut objects = storage.list(FOLDER);
     while let Some(object) = objects.try_next().await? {
-        let bytes = storage.get(&object.key, BYTES_MAX).await?;
+        let bytes = match storage.get(&object.key, BYTES_MAX).await {
+            // None of ours, as one that does not parse.
+            Err(StorageError::TooLarge { .. }) => None,
+            bytes => bytes?,
+        };
         match serde_json::from_slice(&bytes.unwrap_or_default()) {
             Ok(Revocation { id, at }) => {
                 insert(catalog, id, at).await?;

@@ -228,9 +228,10 @@ impl Server {
 
 /// Removes what was being written into storage when the last run was killed. What stays costs space, and nothing else.
 async fn sweep(anchor: &Arc<Anchor>) {
-    // Commands that change caches write beside us.
-    let _held = match anchor.administration.hold().await {
-        Ok(held) => held,
+    // Commands that change caches write beside us, and may take their time: then the next start looks.
+    let _held = match anchor.administration.try_hold().await {
+        Ok(Some(held)) => held,
+        Ok(None) => return,
         Err(error) => {
             warn!(%error, "could not look for what was being written when the last run ended");
             return;

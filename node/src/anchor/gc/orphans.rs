@@ -79,7 +79,9 @@ impl Anchor {
         let listed = self.storage.list(CACHES_FOLDER);
         let lying = listed.try_filter_map(async |object| Ok(Lying::at(object.key)));
         let mut lying = std::pin::pin!(lying.try_chunks(BATCH));
-        while let Some(lying) = lying.next().await {
+        while !going.is_empty()
+            && let Some(lying) = lying.next().await
+        {
             let lying = lying.map_err(|error| error.1)?;
             let unknown = self.catalog.unknown_narinfos(lying).await?;
             let reads = unknown.into_iter().map(|narinfo| self.named_by(narinfo));

@@ -7,8 +7,9 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// Folders of ours in storage, beside what lies in storage itself. What else is there is not ours to look at.
-const FOLDERS: [&str; 3] = ["nar", "caches", "revoked"];
+/// Folders of ours in storage, beside what lies in storage itself. What else is there is not ours to look at, but for
+/// revocations, which are some bytes each, and which a command may be writing.
+const FOLDERS: [&str; 2] = ["nar", "caches"];
 
 /// Removes all that is left; returns how many files. Blocks for as long as it takes to list the folder.
 pub(super) fn sweep(root: &Path) -> io::Result<u64> {
