@@ -771,6 +771,16 @@ fn sqlite(action: &'static str) -> impl Fn(rusqlite::Error) -> CatalogError {
     }
 }
 
+/// Forgets a cache and all of its rows, those that others refer to last.
+pub(super) fn forget_cache(transaction: &Transaction<'_>, cache: i64) -> rusqlite::Result<()> {
+    for table in ["edges", "rewrites", "rotations", "paths", "received"] {
+        transaction.execute(&format!("DELETE FROM {table} WHERE cache = ?1"), [cache])?;
+    }
+    transaction
+        .execute("DELETE FROM caches WHERE id = ?1", [cache])
+        .map(drop)
+}
+
 fn insert_rewrite(
     transaction: &Transaction<'_>,
     cache: i64,

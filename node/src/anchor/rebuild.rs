@@ -13,7 +13,7 @@ use granary_protocol::store_path::{StoreDir, StorePath};
 use tracing::{info, warn};
 
 use super::cache::{CacheName, Settings};
-use super::catalog::{Catalog, CatalogError, NewPath, PathRow, StoredNar};
+use super::catalog::{Catalog, CatalogError, NewPath, PathRow, StoredNar, forget_cache};
 use super::object_store::{ObjectStore, StorageError};
 use super::{
     NARINFO_BYTES_MAX, OpenError, Options, begin, check_format, make_folders, nar_key, nar_url,
@@ -109,9 +109,6 @@ pub async fn rebuild(options: &Options) -> Result<Found, OpenError> {
     Ok(found)
 }
 
-/// Tables with rows of caches, those first that others refer to last.
-const TABLES: [&str; 5] = ["edges", "rewrites", "rotations", "paths", "received"];
-
 impl Catalog {
     /// Takes every path for one of which it is not known whether its narinfo is in the bucket.
     async fn begin_rebuild(&self) -> Result<(), CatalogError> {
@@ -133,11 +130,7 @@ impl Catalog {
                 .query_map([], |row| row.get(0))?
                 .collect::<Result<_, _>>()?;
             for cache in known.into_iter().filter(|cache| !found.contains(cache)) {
-                for table in TABLES {
-                    transaction
-                        .execute(&format!("DELETE FROM {table} WHERE cache = ?1"), [cache])?;
-                }
-                transaction.execute("DELETE FROM caches WHERE id = ?1", [cache])?;
+                forget_cache(transaction, cache)?;
             }
             transaction.execute("DELETE FROM paths WHERE state <> 1", [])?;
             for table in ["edges", "rewrites"] {

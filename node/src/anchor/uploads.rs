@@ -116,6 +116,20 @@ struct Upload {
     touched: Instant,
 }
 
+impl Upload {
+    /// One that waits for its next body.
+    fn waiting(cache: i64, narinfo: NarInfo, intake: Intake) -> Upload {
+        Upload {
+            cache,
+            subject: None,
+            narinfo,
+            stage: Stage::Waiting(Box::new(intake)),
+            challenge: None,
+            touched: Instant::now(),
+        }
+    }
+}
+
 type Challenge = [u8; CHALLENGE_BYTES];
 
 /// How far an upload has come.
@@ -496,12 +510,9 @@ async fn begin(
     };
     let intake = intake.map_err(IngestError::from)?;
     let upload = Upload {
-        cache: cache.id,
         subject: subject.map(str::to_owned),
-        narinfo,
-        stage: Stage::Waiting(Box::new(intake)),
         challenge,
-        touched: Instant::now(),
+        ..Upload::waiting(cache.id, narinfo, intake)
     };
     anchor.uploads.insert(id.clone(), upload);
     let state = State {
@@ -735,14 +746,7 @@ impl Anchor {
         let revived = tokio::task::spawn_blocking(revive).await;
         let (revived, _alone) = revived.map_err(|error| Refusal::ours(&error))?;
         if let Some((narinfo, intake)) = revived {
-            let upload = Upload {
-                cache: cache.id,
-                subject: None,
-                narinfo,
-                stage: Stage::Waiting(Box::new(intake)),
-                challenge: None,
-                touched: Instant::now(),
-            };
+            let upload = Upload::waiting(cache.id, narinfo, intake);
             self.uploads.insert(id.to_owned(), upload);
         }
         Ok(())

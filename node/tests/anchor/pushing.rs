@@ -165,6 +165,14 @@ async fn what_an_upstream_really_signed_is_left_to_it() {
     );
 }
 
+/// Adds a path in which nothing compresses, so that a line carries all of it.
+fn noise(machine: &Machine, bytes: u64) -> String {
+    let file = machine.folder().join("large");
+    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(bytes);
+    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
+    machine.nix("nix-store", &["--add", file.to_str().unwrap()])
+}
+
 /// A line to the anchor that breaks after so many bytes, on every connection.
 pub fn brittle(anchor: SocketAddr, bytes: u64) -> (SocketAddr, Arc<AtomicU64>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
@@ -208,11 +216,7 @@ async fn a_push_over_a_line_that_breaks_goes_on_where_it_was() {
     rig.cache("main", true).await;
     let token = rig.token(&[("main", &[Push])]).await;
     let machine = Machine::new(&[]);
-    let file = machine.folder().join("large");
-    // Nothing in it compresses, so that the line carries all of it.
-    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(BYTES);
-    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
-    let path = machine.nix("nix-store", &["--add", file.to_str().unwrap()]);
+    let path = noise(&machine, BYTES);
     let (line, carried) = brittle(rig.address(), BYTES / 5);
     let url = format!("http://{line}/main");
     tokio::task::block_in_place(|| {
@@ -234,10 +238,7 @@ async fn a_push_that_was_killed_goes_on_in_the_next_one() {
     rig.cache("main", true).await;
     let token = rig.token(&[("main", &[Push])]).await;
     let machine = Machine::new(&[]);
-    let file = machine.folder().join("large");
-    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(BYTES);
-    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
-    let path = machine.nix("nix-store", &["--add", file.to_str().unwrap()]);
+    let path = noise(&machine, BYTES);
     let (line, carried) = brittle(rig.address(), u64::MAX);
     let url = format!("http://{line}/main");
     tokio::task::block_in_place(|| {
@@ -416,10 +417,7 @@ async fn a_nar_that_another_cache_has_is_proved_and_not_sent() {
     rig.cache("other", true).await;
     let token = rig.token(&[("*", &[Push])]).await;
     let machine = Machine::new(&[]);
-    let file = machine.folder().join("large");
-    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(BYTES);
-    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
-    let path = machine.nix("nix-store", &["--add", file.to_str().unwrap()]);
+    let path = noise(&machine, BYTES);
     let (line, carried) = brittle(rig.address(), u64::MAX);
     for (cache, at_most) in [("main", 2 * BYTES), ("other", 10_000)] {
         let before = carried.load(Ordering::Relaxed);
@@ -446,10 +444,7 @@ async fn a_nar_that_somebody_else_is_sending_is_waited_for_and_not_sent_twice() 
     rig.cache("main", true).await;
     let token = rig.token(&[("*", &[Push])]).await;
     let machine = Machine::new(&[]);
-    let file = machine.folder().join("large");
-    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(BYTES);
-    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
-    let path = machine.nix("nix-store", &["--add", file.to_str().unwrap()]);
+    let path = noise(&machine, BYTES);
     let nar = machine.nar(&path);
     let sample = Sample {
         path: path.clone(),
@@ -590,10 +585,7 @@ async fn what_storage_did_not_take_is_stored_without_being_sent_again() {
     // As the client does it.
     const BYTES: u64 = 3_000_000;
     let machine = Machine::new(&[]);
-    let file = machine.folder().join("large");
-    let mut source = std::fs::File::open("/dev/urandom").unwrap().take(BYTES);
-    std::io::copy(&mut source, &mut std::fs::File::create(&file).unwrap()).unwrap();
-    let path = machine.nix("nix-store", &["--add", file.to_str().unwrap()]);
+    let path = noise(&machine, BYTES);
     let (line, carried) = brittle(rig.address(), u64::MAX);
     s3.fail(Fault::Denied, |method, target| {
         method == "PUT" && target.contains("/nar/")

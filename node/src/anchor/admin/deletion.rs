@@ -12,7 +12,7 @@ use tracing::{info, warn};
 use super::AdminError;
 use crate::anchor::Anchor;
 use crate::anchor::cache::CacheName;
-use crate::anchor::catalog::{Catalog, CatalogError, stored_name};
+use crate::anchor::catalog::{Catalog, CatalogError, forget_cache, stored_name};
 use crate::anchor::object_store::problem;
 
 /// Objects that storage may refuse to delete before the others are left for the next time.
@@ -95,11 +95,7 @@ impl Catalog {
         self.write(move |transaction| {
             let note = "INSERT OR IGNORE INTO deletions (cache) VALUES (?1)";
             transaction.execute(note, [name.as_str()])?;
-            for table in ["edges", "rewrites", "rotations", "paths", "received"] {
-                transaction.execute(&format!("DELETE FROM {table} WHERE cache = ?1"), [cache])?;
-            }
-            let forget = "DELETE FROM caches WHERE id = ?1";
-            transaction.execute(forget, [cache]).map(drop)
+            forget_cache(transaction, cache)
         })
         .await
     }

@@ -56,14 +56,7 @@ async fn an_upload_that_was_let_go_is_not_taken_up_while_its_files_are_removed()
     let (dir, narinfo) = (StoreDir::default(), promised());
     let id = granary_protocol::nix32::encode(&[7; ID_BYTES]);
     let intake = kept::begin(&anchor.spool, &id, &cache.name, &narinfo, &dir).unwrap();
-    let upload = Upload {
-        cache: cache.id,
-        subject: None,
-        narinfo,
-        stage: Stage::Waiting(Box::new(intake)),
-        challenge: None,
-        touched: Instant::now(),
-    };
+    let upload = Upload::waiting(cache.id, narinfo, intake);
     anchor.uploads.insert(id.clone(), upload);
     anchor.uploads.end(&id);
     assert!(kept::revive(&anchor.spool, &id, &cache.name, &dir).is_none());
